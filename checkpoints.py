@@ -1,0 +1,161 @@
+"""Checkpoints: written whole or not at all, found by pattern, loaded without running code.
+
+A checkpoint has the original experiment's three entries (`model_state`, `optimizer_state`,
+`iteration`), so that its loader reads ours, and what makes it complete: `config` (the fields
+of ModelConfig), `dataset` (its name and image_shape), `first_byte_counts` (256), `seed`,
+`optimizer` (its name) and `format_version`.
+"""
+
+import os
+import pickle
+import re
+import tempfile
+from pathlib import Path
+
+import torch
+
+from utils import UserError, warn
+
+FORMAT_VERSION = 1
+
+
+def is_pattern(name):
+    """Whether the name has a place for the iteration, such as weights.{}.pth."""
+    return re.search(r"\{[^{}]*\}", name) is not None
+
+
+def format_path(pattern, iteration):
+    """The path of an iteration's checkpoint."""
+    try:
+        return Path(pattern.format(iteration))
+    except (IndexError, KeyError, ValueError) as error:
+        raise UserError(
+            f"{pattern} is no pattern for checkpoints ({error}): "
+            "write one {} for the iteration, as in weights.{}.pth"
+        ) from None
+
+
+def find(pattern):
+    """The files that match a pattern, as (iteration, path), newest first."""
+    folder, name = Path(pattern).parent, Path(pattern).name
+    expression = re.compile(r"(\d+)".join(re.escape(p) for p in re.split(r"\{[^{}]*\}", name)))
+    found = []
+    if folder.is_dir():
+        for path in folder.iterdir():
+            if match := expression.fullmatch(path.name):
+                found.append((int(match[1]), path))
+    return sorted(found, reverse=True)
+
+
+def save(pattern, checkpoint, keep=None):
+    """Write a checkpoint for its iteration, durably: a crash leaves the old file or the new one.
+
+    With `keep`, only that many of the newest files of the pattern stay. Raises OSError.
+    """
+    path = format_path(pattern, checkpoint["iteration"])
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name + ".", suffix=".tmp")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            torch.save({**checkpoint, "format_version": FORMAT_VERSION}, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o666 & ~umask())  # mkstemp makes files that only their owner reads
+        os.replace(temporary, path)
+    except BaseException:
+        os.unlink(temporary)
+        raise
+    sync_folder(path.parent)
+    if keep and is_pattern(pattern):
+        for _, old in find(pattern)[keep:]:
+            old.unlink(missing_ok=True)
+    return path
+
+
+def umask():
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def sync_folder(folder):
+    """Flush the renaming itself."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def load_newest(name):
+    """The checkpoint `name`, or the newest readable one of a pattern, and its path.
+
+    Returns (None, None) where nothing matches a pattern. Raises `UserError` for a file that is
+    missing, damaged or something else, and where a pattern matches only such files.
+    """
+    if not is_pattern(name) or Path(name).exists():
+        return load(name), Path(name)
+    candidates = find(name)
+    for i, (_, path) in enumerate(candidates):
+        try:
+            return load(path), path
+        except UserError as error:
+            if i == len(candidates) - 1:
+                raise
+            warn(f"{error}; going back to {candidates[i + 1][1]}")
+    return None, None
+
+
+def load(path):
+    """Read one checkpoint, checked to be one. Nothing in the file is executed."""
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise UserError(f"{path} does not exist: give a checkpoint or a pattern") from None
+    except (OSError, RuntimeError, EOFError, ValueError, KeyError, pickle.UnpicklingError) as error:
+        reason = str(error).strip().partition("\n")[0][:120] or type(error).__name__
+        raise UserError(
+            f"{path} is damaged or not a checkpoint ({reason}): delete it or give another"
+        ) from None
+    missing = {"model_state", "iteration"} - set(checkpoint if isinstance(checkpoint, dict) else ())
+    if missing:
+        raise UserError(f"{path} is not a checkpoint: it has no {' and no '.join(sorted(missing))}")
+    if checkpoint.get("format_version", 0) > FORMAT_VERSION:
+        raise UserError(f"{path} was written by a newer version of this program: update it")
+    return checkpoint
+
+
+def upgrade_layout(checkpoint, path):
+    """Rename, in place, the weights of the original's older layout (its --load_pytorch), where
+    attention was torch's own: in_proj stacks the query, key and value projections."""
+    upgraded = {}
+    for name, tensor in checkpoint["model_state"].items():
+        prefix, found, rest = name.partition("self_attn.")
+        if found and rest.startswith("in_proj_"):
+            kind = rest.removeprefix("in_proj_")  # weight or bias
+            for part, piece in zip(("query", "key", "value"), tensor.chunk(3), strict=True):
+                upgraded[f"{prefix}attention.{part}_projection.{kind}"] = piece
+        elif found:
+            upgraded[prefix + rest.replace("out_proj", "attention.out_projection")] = tensor
+        else:
+            upgraded[name] = tensor
+    if upgraded.keys() == checkpoint["model_state"].keys():
+        raise UserError(f"--load_pytorch: {path} has no self_attn weights: leave the flag out")
+    checkpoint["model_state"] = upgraded
+
+
+def load_model_state(model, checkpoint, path):
+    """Copy the weights into the model; every name and shape must agree."""
+    try:
+        model.load_state_dict(checkpoint["model_state"])
+    except RuntimeError as error:
+        first = str(error).strip().split("\n")[1:2] or [str(error)]
+        raise UserError(
+            f"the weights in {path} are not those of the model asked for: {first[0].strip()[:200]}"
+        ) from None
+
+
+def image_length(checkpoint):
+    """L, the bytes of the images a checkpoint was trained on, or None where it does not say."""
+    table = checkpoint["model_state"].get("pos_embedding.pe")
+    return None if table is None else table.shape[1] + 1

@@ -1,0 +1,249 @@
+"""Every data set as one uint8 tensor of shape (images, bytes), with the shape of an image."""
+
+import os
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from utils import UserError
+
+NAMES = ("mnist", "fashion-mnist", "cifar10", "imagenet64", "digits")
+
+
+@dataclass(frozen=True)
+class ImageDataset:
+    """Images as bytes r1 g1 b1 r2 ..., row by row; shape (H, W) or (H, W, 3)."""
+
+    name: str
+    images: torch.Tensor  # (images, bytes), uint8
+    image_shape: tuple
+
+    def __len__(self):
+        return len(self.images)
+
+    def first_byte_counts(self):
+        """How often each byte is the first of an image, (256,), int64."""
+        return torch.bincount(self.images[:, 0].long(), minlength=256)
+
+    def batch(self, iteration, batch_size, seed):
+        """The images (batch_size, bytes) of a training iteration, counted from 0.
+
+        A function of its arguments alone: batches are cut from an endless sequence of
+        permutations, one an epoch, each drawn from (seed, epoch). That is what makes a
+        restart go on exactly where the run stopped.
+        """
+        n = len(self)
+        positions = np.arange(iteration * batch_size, (iteration + 1) * batch_size)
+        epochs, places = positions // n, positions % n
+        order = [
+            permutation(seed, epoch, n)[places[epochs == epoch]] for epoch in np.unique(epochs)
+        ]
+        return self.images[torch.from_numpy(np.concatenate(order))]
+
+
+@lru_cache(maxsize=2)
+def permutation(seed, epoch, n):
+    return np.random.default_rng((seed, int(epoch))).permutation(n)
+
+
+def load(name, directory, train):
+    """The training or test images of the data set `name`, one of NAMES or a folder's path.
+
+    Sets that torchvision knows are downloaded to `directory` where they are not there yet.
+    Raises `UserError` for what is missing, damaged or of a wrong shape, naming the file.
+    """
+    if name in TORCHVISION:
+        images = load_torchvision(name, directory, train)
+    elif name == "digits":
+        images = load_digits(train)
+    elif name == "imagenet64":
+        file = "train_data.npy" if train else "val_data.npy"
+        images = load_array(Path(directory) / "imagenet-64x64" / file, shape=(64, 64, 3))
+    else:
+        images = load_folder(Path(name), "train" if train else "test")
+    return ImageDataset(name, images.flatten(1), tuple(images.shape[1:]))
+
+
+def load_for(args, checkpoint, train):
+    """The training or test images that the flags and a checkpoint ({} for none) agree on."""
+    stored = checkpoint.get("dataset", {})
+    dataset = load(choose_name(args.dataset, stored.get("name")), args.dataset_directory, train)
+    shape = tuple(stored.get("image_shape", dataset.image_shape))
+    if dataset.image_shape != shape:
+        raise UserError(
+            f"--dataset {dataset.name} has images of {describe(dataset.image_shape)} and the "
+            f"checkpoint's have {describe(shape)}: give a data set of that shape"
+        )
+    return dataset
+
+
+def choose_name(given, stored):
+    """The name or, for a folder, the absolute path of the data set that was given, else of the
+    stored one, else mnist. A folder may have moved, but a name cannot change."""
+    if given and given not in NAMES and not Path(given).is_dir():
+        raise UserError(f"--dataset {given} is neither a folder nor one of {', '.join(NAMES)}")
+    if given and stored and given != stored and (given in NAMES or stored in NAMES):
+        raise UserError(
+            f"--dataset {given} contradicts the checkpoint, which was trained on {stored}: "
+            "leave the flag out"
+        )
+    name = given or stored or "mnist"
+    return name if name in NAMES else str(Path(name).resolve())
+
+
+# Class in torchvision.datasets, folder under the data set directory, files of either split
+# (beginning with).
+TORCHVISION = {
+    "mnist": ("MNIST", "MNIST/raw", ("t10k-", "train-")),
+    "fashion-mnist": ("FashionMNIST", "FashionMNIST/raw", ("t10k-", "train-")),
+    "cifar10": ("CIFAR10", "cifar-10-batches-py", ("test_batch", "data_batch_")),
+}
+
+
+def load_torchvision(name, directory, train):
+    import torchvision.datasets  # takes seconds, and only these sets need it
+
+    class_name, folder, files = TORCHVISION[name]
+    dataset_class = getattr(torchvision.datasets, class_name)
+    folder = Path(directory) / folder
+    try:
+        return torch.as_tensor(dataset_class(directory, train=train, download=True).data)
+    except Exception as error:  # torchvision raises many kinds for damaged files and downloads
+        reason = " ".join(str(error).split()) or type(error).__name__
+        if dataset_is_there(dataset_class, directory):
+            raise UserError(
+                f"the files {folder / files[train]}* cannot be read ({reason}): "
+                "delete them to download them again"
+            ) from None
+        raise UserError(
+            f"{name} is not complete in {directory} and the download failed ({reason}): fetch "
+            f"{', '.join(addresses(dataset_class))} on a machine with a network and put "
+            f"{'them, unpacked,' if name != 'cifar10' else 'its unpacked files'} in {folder}, "
+            "or give --dataset_directory"
+        ) from None
+
+
+def dataset_is_there(dataset_class, directory):
+    """Whether torchvision finds all files, and so would not download."""
+    try:
+        dataset_class(directory, download=False)
+    except RuntimeError as error:
+        return "not found" not in str(error)
+    except Exception:
+        pass
+    return True
+
+
+def addresses(dataset_class):
+    """Where torchvision downloads a data set from."""
+    if hasattr(dataset_class, "url"):
+        return [dataset_class.url]
+    return [dataset_class.mirrors[0] + file for file, _ in dataset_class.resources]
+
+
+def load_digits(train):
+    """1,797 handwritten digits of 8x8, embedded here; every sixth is a test image."""
+    images = np.load(Path(__file__).parent / "digits" / "digits.npz")["images"]
+    test = np.arange(len(images)) % 6 == 0
+    return torch.from_numpy(images[~test if train else test])
+
+
+def load_folder(folder, split):
+    """train.npy and test.npy, or folders train/ and test/ of image files, under `folder`."""
+    if (folder / f"{split}.npy").exists():
+        return load_array(folder / f"{split}.npy")
+    if (folder / split).is_dir():
+        return load_image_files(folder / split)
+    raise UserError(
+        f"the data set {folder} has neither {split}.npy nor a folder {split}: "
+        "it needs train.npy and test.npy, or train/ and test/ with image files"
+    )
+
+
+def load_array(path, shape=None):
+    """The images of a .npy file, memory-mapped: only the pages that are used are read."""
+    try:
+        # Copy-on-write, since torch wants a writable array; nothing is ever written.
+        array = np.load(path, mmap_mode="c", allow_pickle=False)
+    except FileNotFoundError:
+        raise UserError(f"{path} does not exist: put the images there as a numpy array") from None
+    except (OSError, ValueError, EOFError) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"{path} cannot be read as a numpy array ({reason})") from None
+    if array.dtype != np.uint8:
+        raise UserError(f"{path} holds {array.dtype}: the images must be uint8 (0 to 255)")
+    if shape and array.shape[1:] == (np.prod(shape),):
+        array = array.reshape(-1, *shape)
+    if array.ndim == 4 and array.shape[3] == 1:
+        array = array[..., 0]
+    if array.ndim not in (3, 4) or array.shape[3:] not in ((), (3,)):
+        raise UserError(
+            f"{path} has the shape {array.shape}: it must be (images, height, width) "
+            "or (images, height, width, 3)"
+        )
+    if shape and array.shape[1:] != shape:
+        raise UserError(f"{path} has images of {array.shape[1:]}: they must be {shape}")
+    if len(array) == 0 or array[0].size < 2:
+        raise UserError(f"{path} has the shape {array.shape}: it holds no images")
+    return torch.from_numpy(array)
+
+
+def load_image_files(folder):
+    """All image files below `folder`, in the order of their names; hidden files do not count."""
+    files = sorted(p for p in folder.rglob("*") if p.is_file() and not p.name.startswith("."))
+    if not files:
+        raise UserError(f"{folder} holds no image files")
+    images = np.empty((0,))
+    for i, path in enumerate(files):
+        image = read_image(path)
+        if i == 0:
+            images = np.empty((len(files), *image.shape), np.uint8)
+        if image.shape != images.shape[1:]:
+            raise UserError(
+                f"{path} is {describe(image.shape)} but {files[0]} is "
+                f"{describe(images.shape[1:])}: all images of a data set have one size"
+            )
+        images[i] = image
+    return torch.from_numpy(images)
+
+
+def read_image(path):
+    """An image file as uint8, (H, W) or (H, W, 3)."""
+    import imageio.v3
+
+    try:
+        image = imageio.v3.imread(path)
+    except Exception as error:  # each of imageio's readers raises its own kinds
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        raise UserError(f"{path} cannot be read as an image ({reason})") from None
+    if image.dtype != np.uint8 or image.ndim not in (2, 3) or image.shape[2:] not in ((), (3,)):
+        raise UserError(
+            f"{path} is {describe(image.shape)}, {image.dtype}: "
+            "convert it to grey or RGB with 8 bits a channel"
+        )
+    return image
+
+
+def describe(shape):
+    return "x".join(map(str, shape))
+
+
+def add_dataset_arguments(parser):
+    group = parser.add_argument_group("data")
+    group.add_argument(
+        "--dataset",
+        metavar="NAME|FOLDER",
+        help=f"{', '.join(NAMES)}, or a folder with train.npy and test.npy or with train/ and "
+        "test/ holding image files (default: the checkpoint's, else mnist)",
+    )
+    group.add_argument(
+        "--dataset_directory",
+        metavar="FOLDER",
+        default=os.getenv("DATASET_DIRECTORY", "./data"),
+        help="where data sets are, or are downloaded to "
+        "(default: the variable DATASET_DIRECTORY, else ./data)",
+    )
+    return group

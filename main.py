@@ -1,0 +1,440 @@
+"""Train an autoregressive transformer on the bytes of images.
+
+python main.py --dataset mnist --n_layers 8 --n_heads 8 --save_to weights.{}.pth
+"""
+
+import math
+import signal
+import time
+from contextlib import contextmanager
+
+import numpy as np
+import torch
+
+import checkpoints
+import datasets
+from mixture import first_byte_log_probs
+from models import ImageTransformer
+from utils import (
+    YIELDED,
+    ArgumentParser,
+    Metrics,
+    UserError,
+    add_machine_arguments,
+    add_model_arguments,
+    autocast,
+    check_compiler,
+    check_writable,
+    clock,
+    model_config,
+    number,
+    positive_int,
+    progress_bar,
+    run,
+    say,
+    select_device,
+    warn,
+)
+
+NATS_PER_BIT = math.log(2)
+
+
+def main(argv=None):
+    args = parse_arguments(argv)
+    device = select_device(args.device)
+    checkpoint = load_checkpoint(args)
+    train, test = (datasets.load_for(args, checkpoint, split) for split in (True, False))
+    config = model_config(args, train.images.shape[1], checkpoint.get("config"))
+    seed = choose_seed(args.seed, checkpoint)
+
+    torch.manual_seed(seed)
+    model = ImageTransformer(config)
+    start = checkpoint.get("iteration", 0)
+    if checkpoint:
+        checkpoints.load_model_state(model, checkpoint, args.continue_from)
+    model.to(device)
+    optimizer = make_optimizer(model, args, checkpoint)
+    if args.compile:
+        check_compiler(device)
+        model.nats = torch.compile(model.nats)
+    counts = checkpoint.get("first_byte_counts", train.first_byte_counts())
+    metrics = Metrics(args.metrics_file, args.log_dir)
+    describe(model, train, test, device, args)
+
+    def evaluate_at(iteration, stop):
+        with log.paused():
+            bits = evaluate(model, test.images[: args.evaluate_images], counts, args, device, stop)
+        if bits:
+            report_test(iteration, *bits, metrics, log.seconds)
+
+    def save_at(iteration, last=False):
+        state = {
+            "model_state": model.state_dict(),
+            "optimizer_state": optimizer.state_dict(),
+            "iteration": iteration,
+            "config": vars(config),
+            "dataset": {"name": train.name, "image_shape": list(train.image_shape)},
+            "first_byte_counts": counts,
+            "seed": seed,
+            "optimizer": args.optimizer,
+        }
+        with log.paused():
+            save(state, args, last)
+
+    log = TrainingLog(args, start, metrics)
+    with StopSignals() as stop, log:
+        if args.evaluate_only or start >= args.iterations:
+            say(f"iteration {start} of {args.iterations}: nothing to train, evaluating")
+            evaluate_at(start, stop)
+            return stop.exit_status
+        model.train()
+        for iteration in range(start + 1, args.iterations + 1):
+            images = train.batch(iteration - 1, args.batch_size, seed).to(device)
+            loss = train_step(model, optimizer, images, seed, iteration, args)
+            log.step(iteration, loss)
+
+            finished = iteration == args.iterations
+            stopping = not finished and (stop or iteration - start == args.yield_frequency)
+            if iteration % args.save_frequency == 0 or finished or stopping:
+                log.write()
+                save_at(iteration, last=finished or stopping)
+            if stopping:
+                say(f"stopped at iteration {iteration} by {stop.name or '--yield_frequency'}")
+                return stop.exit_status or YIELDED
+            if iteration % args.evaluate_frequency == 0 or finished:
+                evaluate_at(iteration, stop)
+    return stop.exit_status
+
+
+def train_step(model, optimizer, images, seed, iteration, args):
+    """One step of the optimiser on images (N, L); returns the loss in nats per byte, detached.
+
+    The random numbers of an iteration, dropout's, depend on (seed, iteration) alone, so a
+    restart draws what the uninterrupted run would have drawn.
+    """
+    torch.manual_seed(int(np.random.SeedSequence((seed, iteration)).generate_state(1)[0]))
+    with autocast(images.device, args.precision):
+        loss = model.nats(images).mean() / (images.shape[1] - 1)
+    optimizer.zero_grad()
+    loss.backward()
+    if args.clip_norm:
+        torch.nn.utils.clip_grad_norm_(model.parameters(), args.clip_norm)
+    optimizer.step()
+    return loss.detach()
+
+
+@torch.no_grad()
+def evaluate(model, images, counts, args, device, stop):
+    """Bits/dim of images (n, L), the mean over the L - 1 bytes after the first (the paper's
+    convention) and over all L bytes; None if a signal stopped it. Summed in float64."""
+    training = model.training
+    model.eval()
+    total = 0.0
+    for batch in images.split(args.batch_size):
+        with autocast(device, args.precision):
+            total += model.nats(batch.to(device)).cpu().double().sum().item()
+        if stop:
+            break
+    model.train(training)
+    first = -first_byte_log_probs(counts)[images[:, 0].long()].sum().item()
+    n, length = images.shape
+    scale = n * NATS_PER_BIT
+    return None if stop else (total / (length - 1) / scale, (total + first) / length / scale)
+
+
+def report_test(iteration, bits, bits_all_bytes, metrics, seconds):
+    say(f"iteration {iteration}: test {bits:.4f} bits/dim ({bits_all_bytes:.4f} over all bytes)")
+    metrics.write(
+        "test",
+        iteration,
+        bits_per_dim=bits,
+        bits_per_dim_all_bytes=bits_all_bytes,
+        seconds=seconds,
+    )
+
+
+def load_checkpoint(args):
+    """The checkpoint to go on from, or {} where the run begins from scratch."""
+    if not args.continue_from:
+        return {}
+    checkpoint, path = checkpoints.load_newest(args.continue_from)
+    if checkpoint is None and args.evaluate_only:
+        raise UserError(f"--evaluate_only: no file matches {args.continue_from}: check the path")
+    if checkpoint is None:
+        say(f"no file matches {args.continue_from}: starting from scratch")
+        return {}
+    say(f"continuing from {path}, iteration {checkpoint['iteration']}")
+    args.continue_from = path
+    return checkpoint
+
+
+def choose_seed(given, checkpoint):
+    """The seed of the checkpoint, else the one given, else 0."""
+    stored = checkpoint.get("seed", given)
+    if given is not None and given != stored:
+        raise UserError(
+            f"--seed {given} contradicts the checkpoint, whose run has seed {stored}: "
+            "leave the flag out, or start another run with another --continue_from"
+        )
+    return stored or 0
+
+
+def make_optimizer(model, args, checkpoint):
+    """The optimiser, with the moments of the checkpoint and the rates of the flags."""
+    rates = {"lr": args.lr, "weight_decay": args.weight_decay}
+    if args.optimizer == "radam":
+        optimizer = torch.optim.RAdam(model.parameters(), decoupled_weight_decay=True, **rates)
+    else:
+        optimizer = torch.optim.AdamW(model.parameters(), **rates)
+    stored = checkpoint.get("optimizer", args.optimizer)
+    if stored != args.optimizer:
+        raise UserError(
+            f"--optimizer {args.optimizer} contradicts the checkpoint, which has {stored}: "
+            f"use --optimizer {stored}"
+        )
+    if state := checkpoint.get("optimizer_state"):
+        try:
+            optimizer.load_state_dict(state)
+        except (ValueError, KeyError) as error:
+            raise UserError(
+                f"the optimiser's state in {args.continue_from} is not this model's: {error}"
+            ) from None
+        optimizer.param_groups[0].update(rates)
+    return optimizer
+
+
+def save(state, args, last):
+    """Save if --save_to was given. A failed save is a warning while another one will follow."""
+    if not args.save_to:
+        return
+    try:
+        path = checkpoints.save(args.save_to, state, args.keep_checkpoints)
+    except OSError as error:
+        problem = f"{args.save_to} cannot be written at iteration {state['iteration']}: {error}"
+        if last:
+            raise UserError(f"{problem}; the previous checkpoint is whole") from None
+        warn(f"{problem}; trying again in {args.save_frequency} iterations")
+    else:
+        say(f"iteration {state['iteration']}: saved {path}")
+
+
+def describe(model, train, test, device, args):
+    """What is about to happen, in three lines."""
+    config = model.config
+    parameters = sum(p.numel() for p in model.parameters()) / 1e6
+    say(
+        f"model: {config.attention_type}, {config.n_layers} layers, {config.n_heads} heads of "
+        f"{config.d_query}, {config.mixtures} mixtures, {parameters:.2f} M parameters"
+    )
+    say(
+        f"data: {train.name}, {len(train)} training and {len(test)} test images of "
+        f"{datasets.describe(train.image_shape)}"
+    )
+    say(f"machine: {device}, {args.precision}")
+    if not (args.save_to or args.evaluate_only):
+        warn("without --save_to the trained weights are not kept")
+
+
+class StopSignals:
+    """Notes the first SIGINT or SIGTERM, so that the loop can save and leave; a second one
+    ends the program at once."""
+
+    def __enter__(self):
+        self.number = None
+        self.previous = {s: signal.signal(s, self.note) for s in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def note(self, number, frame):
+        self.number = number
+        self.__exit__()
+        warn(f"{self.name}: saving and leaving; once more to leave at once")
+
+    def __exit__(self, *exception):
+        for number, handler in self.previous.items():
+            signal.signal(number, handler)
+
+    def __bool__(self):
+        return self.number is not None
+
+    @property
+    def name(self):
+        return signal.Signals(self.number).name if self else None
+
+    @property
+    def exit_status(self):
+        """As a shell reports a program that a signal ended, 0 without one."""
+        return 128 + self.number if self else 0
+
+
+class TrainingLog:
+    """The progress bar or plain lines, and the training records of the metrics.
+
+    Losses stay on the device until they are shown, at each --log_frequency and on a bar once
+    a second, since reading one waits for the device.
+    """
+
+    def __init__(self, args, start, metrics):
+        self.args, self.metrics, self.iteration = args, metrics, start
+        self.losses = []
+        self.start = self.shown = self.window = time.perf_counter()
+        self.bar = progress_bar(total=args.iterations, initial=start, unit="it")
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exception):
+        self.bar.close()
+        self.metrics.close()
+
+    @property
+    def seconds(self):
+        return time.perf_counter() - self.start
+
+    @contextmanager
+    def paused(self):
+        """Time that does not count as training."""
+        start = time.perf_counter()
+        yield
+        self.window += time.perf_counter() - start
+
+    def step(self, iteration, loss):
+        self.losses.append(loss)
+        self.iteration = iteration
+        self.bar.update()
+        if iteration % self.args.log_frequency == 0:
+            self.write()
+        elif not self.bar.disable and time.perf_counter() - self.shown > 1:
+            self.bar.set_postfix_str(self.summary()[0])
+
+    def summary(self):
+        """The losses since the last record, as text and as values. Refuses non-finite ones."""
+        self.shown = time.perf_counter()
+        bits = torch.stack(self.losses).mean().item() / NATS_PER_BIT
+        if not math.isfinite(bits):
+            raise UserError(
+                f"the loss is {bits} by iteration {self.iteration}: lower --lr {self.args.lr} or "
+                "--clip_norm; the last checkpoint saved is from before"
+            )
+        rate = len(self.losses) * self.args.batch_size / (self.shown - self.window)
+        text = f"{bits:.4f} bits/dim, lr {self.args.lr:g}, {rate:.1f} images/s"
+        return text, {"bits_per_dim": bits, "lr": self.args.lr, "images_per_second": rate}
+
+    def write(self):
+        """A record of the losses since the last one, if there are any."""
+        if not self.losses:
+            return
+        text, values = self.summary()
+        left = (self.args.iterations - self.iteration) * self.args.batch_size
+        if self.bar.disable:
+            left = clock(left / values["images_per_second"])
+            say(f"iteration {self.iteration} of {self.args.iterations}: {text}, {left} left")
+        else:
+            self.bar.set_postfix_str(text)
+        self.metrics.write("train", self.iteration, **values, seconds=self.seconds)
+        self.losses, self.window = [], time.perf_counter()
+
+
+def parse_arguments(argv):
+    parser = ArgumentParser(
+        description="Train a transformer on the bytes of images. The same command starts a run "
+        "and, with --continue_from, goes on with it. Ctrl-C saves and leaves.",
+    )
+    datasets.add_dataset_arguments(parser).add_argument(
+        "--evaluate_images",
+        type=positive_int,
+        metavar="N",
+        help="evaluate on the first N test images only (default: all)",
+    )
+    add_model_arguments(parser)
+
+    group = parser.add_argument_group("optimisation")
+    group.add_argument("--optimizer", choices=["radam", "adam"], default="radam")
+    group.add_argument("--lr", type=number(float, 0, above=True), default=1e-4, metavar="X")
+    group.add_argument(
+        "--weight_decay", type=number(float, 0), default=0.01, metavar="X", help="decoupled"
+    )
+    group.add_argument(
+        "--clip_norm",
+        type=number(float, 0),
+        default=1.0,
+        metavar="X",
+        help="clip the norm of the whole gradient at X, 0 for never",
+    )
+    group.add_argument(
+        "--batch_size", type=positive_int, default=4, metavar="N", help="images an iteration"
+    )
+    group.add_argument(
+        "--iterations", type=positive_int, default=100, metavar="N", help="of the whole run"
+    )
+    group.add_argument(
+        "--seed",
+        type=number(int, 0, 2**63 - 1),
+        metavar="N",
+        help="of the initial weights, the order of images and dropout; kept by the checkpoint "
+        "(default: 0)",
+    )
+
+    group = parser.add_argument_group("checkpoints and evaluation")
+    group.add_argument(
+        "--save_to",
+        metavar="PATTERN",
+        help="where to save; {} becomes the iteration, as in weights.{}.pth",
+    )
+    group.add_argument(
+        "--continue_from",
+        metavar="PATTERN",
+        help="go on from a checkpoint, or from the newest of a pattern; from scratch where "
+        "none matches the pattern",
+    )
+    frequency = {"type": positive_int, "metavar": "N"}
+    group.add_argument(
+        "--save_frequency",
+        default=3000,
+        help="save every N iterations, and at the end",
+        **frequency,
+    )
+    group.add_argument(
+        "--keep_checkpoints", help="keep only the newest N of --save_to (default: all)", **frequency
+    )
+    group.add_argument(
+        "--evaluate_frequency",
+        default=3000,
+        help="evaluate on the test images every N iterations, and at the end",
+        **frequency,
+    )
+    group.add_argument(
+        "--yield_frequency",
+        default=10**9,
+        help=f"save and leave with status {YIELDED} after N iterations, for a queue that starts "
+        "the job again",
+        **frequency,
+    )
+    group.add_argument(
+        "--evaluate_only",
+        action="store_true",
+        help="print the test bits/dim of --continue_from and leave",
+    )
+
+    group = parser.add_argument_group("logging")
+    group.add_argument(
+        "--log_frequency",
+        default=100,
+        help="a line or a record every N iterations, their mean",
+        **frequency,
+    )
+    group.add_argument("--metrics_file", metavar="FILE", help="append records as JSON lines")
+    group.add_argument("--log_dir", metavar="FOLDER", help="write TensorBoard events")
+
+    add_machine_arguments(parser)
+    args = parser.parse_args(argv)
+    if args.evaluate_only and not args.continue_from:
+        raise UserError("--evaluate_only needs --continue_from: give the checkpoint to evaluate")
+    if args.save_to:
+        check_writable(checkpoints.format_path(args.save_to, 0), "--save_to")
+    if args.keep_checkpoints and not checkpoints.is_pattern(args.save_to or ""):
+        raise UserError("--keep_checkpoints needs a --save_to with {}, as in weights.{}.pth")
+    return args
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,403 @@
+"""Sample images from a trained model, byte by byte, and write them as PNG, GIF or a figure.
+
+python prediction.py weights.{}.pth --recurrent --index 0-10 --save_grid grid.png
+"""
+
+import math
+import re
+import string
+import time
+from argparse import ArgumentTypeError
+from pathlib import Path
+
+import torch
+
+import checkpoints
+import datasets
+import pictures
+from models import ImageTransformer
+from sampling import SAMPLERS, image_noise, sample_first_byte
+from utils import (
+    ArgumentParser,
+    UserError,
+    add_machine_arguments,
+    add_model_arguments,
+    autocast,
+    check_compiler,
+    check_writable,
+    model_config,
+    number,
+    positive_int,
+    progress_bar,
+    run,
+    say,
+    select_device,
+)
+
+# An index expression may not ask for more images than this; a figure not for more rows.
+MAX_IMAGES = 10**6
+MAX_FIGURE_ROWS = 200
+DEFAULT_OFFSET = 300
+# Elsewhere than on a terminal, a line of progress as often as this.
+SECONDS_PER_LINE = 10
+
+
+def main(argv=None):
+    args = parse_arguments(argv)
+    device = select_device(args.device)
+    check_outputs(args)
+    checkpoint = load_checkpoint(args)
+    given, real, shape = open_images(args, checkpoint)
+    offset = choose_offset(args.offset, given.shape[1])
+    model = make_model(args, checkpoint, given.shape[1], device)
+
+    completed = sample(model, given, offset, device, args)
+    shape = args.image_shape or shape
+    completions = completed.view(-1, *shape).numpy()
+    originals = None if real is None else real.view(-1, *shape).numpy()
+    write_files(args, completions, originals, offset)
+    if args.save_grid or args.plot:
+        caption = describe_samples(args, model, completed, real, offset, device)
+        show_figure(args, figure_rows(args.index, completions, originals), offset, caption)
+
+
+def load_checkpoint(args):
+    """The checkpoint to sample from, or {} for random weights."""
+    if args.model == "-":
+        say("random weights: the samples will be noise")
+        return {}
+    checkpoint, path = checkpoints.load_newest(args.model)
+    if checkpoint is None:
+        raise UserError(f"no file matches {args.model}: give a checkpoint or a pattern")
+    if args.load_pytorch:
+        checkpoints.upgrade_layout(checkpoint, path)
+    say(f"loaded {path}, iteration {checkpoint['iteration']}")
+    args.model = path
+    return checkpoint
+
+
+def open_images(args, checkpoint):
+    """The images to complete (N, L), the real ones (N, L), both uint8, and their shape.
+
+    With --offset 0 nothing is given: the first byte is drawn from the training set's histogram,
+    there are no real images, and a checkpoint that knows its data set replaces it.
+    """
+    if args.offset == 0:
+        shape, counts = unconditional_source(args, checkpoint)
+        real, given = None, torch.zeros(len(args.index), math.prod(shape), dtype=torch.uint8)
+        noise = image_noise(args.seed, range(len(given)), 1)[:, 0, 0]
+        given[:, 0] = sample_first_byte(counts, noise, args.temperature)
+    else:
+        data = datasets.load_for(args, checkpoint, args.training_set)
+        if max(args.index) >= len(data):
+            raise UserError(
+                f"--index {max(args.index)} is beyond the {len(data)} images of {data.name}: "
+                f"the last is {len(data) - 1}"
+            )
+        real, shape = data.images[args.index], data.image_shape
+        given = real.clone()
+    if args.image_shape and math.prod(args.image_shape) != math.prod(shape):
+        raise UserError(
+            f"--image_shape {datasets.describe(args.image_shape)} has "
+            f"{math.prod(args.image_shape)} bytes and the images have {math.prod(shape)}: "
+            f"leave it out for {datasets.describe(shape)}"
+        )
+    return given, real, shape
+
+
+def unconditional_source(args, checkpoint):
+    """The shape of an image and the histogram of first bytes."""
+    if "dataset" in checkpoint:
+        datasets.choose_name(args.dataset, checkpoint["dataset"]["name"])
+        return tuple(checkpoint["dataset"]["image_shape"]), checkpoint["first_byte_counts"]
+    training = datasets.load_for(args, checkpoint, train=True)
+    return training.image_shape, training.first_byte_counts()
+
+
+def choose_offset(offset, length):
+    """How many bytes of an image are given: the flag, else 300, else half of a small image."""
+    if offset is None:
+        return DEFAULT_OFFSET if DEFAULT_OFFSET < length else length // 2
+    if offset > length:
+        raise UserError(f"--offset {offset} is beyond the {length} bytes of an image: give less")
+    return offset
+
+
+def make_model(args, checkpoint, length, device):
+    """The model of the checkpoint, or a random one of the flags, ready to sample."""
+    config = model_config(args, length, checkpoint.get("config"))
+    torch.manual_seed(args.seed)
+    model = ImageTransformer(config)
+    if checkpoint:
+        checkpoints.load_model_state(model, checkpoint, args.model)
+    model.to(device).eval()
+    if args.compile:
+        check_compiler(device)
+        model.step, model.predict = torch.compile(model.step), torch.compile(model.predict)
+    return model
+
+
+def sample(model, given, offset, device, args):
+    """Complete the images (N, L) after `offset` bytes, --batch_size at a time: (N, L), uint8."""
+    n, length = given.shape
+    start = max(1, offset)
+    completed = []
+    with SamplingProgress(n, length - start) as progress:
+        for numbers in torch.arange(n).split(args.batch_size):
+            images = given[numbers].to(device).long()
+            noise = image_noise(args.seed, numbers.tolist(), length).to(device)
+            with autocast(device, args.precision):
+                SAMPLERS[args.sampler](
+                    model, images, start, noise, args.temperature, progress.advance
+                )
+            completed.append(images.to("cpu", torch.uint8))
+    return torch.cat(completed)
+
+
+class SamplingProgress:
+    """Bytes and images per second, on a bar or in plain lines, and a line at the end."""
+
+    def __init__(self, n_images, bytes_per_image):
+        self.n_images, self.bytes_per_image = n_images, bytes_per_image
+        self.total, self.count = n_images * bytes_per_image, 0
+
+    def __enter__(self):
+        self.start = self.shown = time.perf_counter()
+        self.bar = progress_bar(total=self.total, unit=" bytes", unit_scale=True)
+        return self
+
+    def __exit__(self, failure, *details):
+        self.bar.close()
+        if self.count and not failure:
+            say(f"sampled {self.n_images} images, {self.count} bytes, {self.speed()}")
+
+    def advance(self, n):
+        self.count += n
+        self.bar.update(n)
+        if time.perf_counter() - self.shown > SECONDS_PER_LINE and self.bar.disable:
+            self.shown = time.perf_counter()
+            say(f"{self.count} of {self.total} bytes, {self.speed()}")
+        elif not self.bar.disable:
+            self.bar.set_postfix_str(self.speed().rpartition(", ")[2], refresh=False)
+
+    def speed(self):
+        seconds = time.perf_counter() - self.start
+        rate = self.count / seconds
+        return f"{seconds:.1f} s, {rate:.0f} bytes/s, {rate / self.bytes_per_image:.3g} images/s"
+
+
+def check_outputs(args):
+    """Refuse, before minutes of sampling, what could not be written or shown after them."""
+    if not (args.save_image or args.save_gif or args.save_grid or args.plot):
+        args.save_grid = "samples.png"
+    if args.save_image:
+        check_fields("--save_image", args.save_image, 2, "as in images/{}.{}.png")
+        path = pictures.image_path(args.save_image, "pred", 0)
+        check_writable(path, "--save_image")
+        if path.suffix != Path(args.save_image).suffix:
+            say(f"--save_image: {Path(args.save_image).suffix or 'no extension'} is no image "
+                f"format: writing {path} and so on")  # fmt: skip
+    if args.save_gif:
+        check_fields("--save_gif", args.save_gif, int(len(args.index) > 1), "as in sample.{}.gif")
+        if Path(args.save_gif).suffix.lower() != ".gif":
+            raise UserError(f"--save_gif {args.save_gif} does not end in .gif")
+        check_writable(args.save_gif.format(0), "--save_gif")
+    if args.save_grid or args.plot:
+        rows = len(set(args.index))
+        if rows > MAX_FIGURE_ROWS and args.offset != 0:
+            raise UserError(
+                f"--index asks for {rows} rows and a figure has at most {MAX_FIGURE_ROWS}: "
+                "use --save_image, or fewer images"
+            )
+    if args.save_grid:
+        pictures.check_figure_format(args.save_grid)
+        check_writable(args.save_grid, "--save_grid")
+    if args.plot:
+        pictures.check_display()
+
+
+def check_fields(flag, pattern, least, example):
+    """The pattern must have a {} for each value that is put into it."""
+    try:
+        fields = [
+            field for _, field, _, _ in string.Formatter().parse(pattern) if field is not None
+        ]
+        pattern.format("pred", 0) if least == 2 else pattern.format(0)
+    except (ValueError, KeyError, IndexError):
+        fields = ()
+    if not least <= len(fields) <= max(1, least):
+        raise UserError(f"{flag} {pattern} needs {least} {{}}, {example}")
+
+
+def write_files(args, completions, originals, offset):
+    """Write --save_image and --save_gif."""
+    written = []
+    for number, image in enumerate(completions):
+        if args.save_image:
+            kinds = {"pred": image} | ({} if originals is None else {"real": originals[number]})
+            for kind, picture in kinds.items():
+                written.append(pictures.image_path(args.save_image, kind, number))
+                pictures.save_image(written[-1], picture)
+        if args.save_gif:
+            written.append(Path(args.save_gif.format(number)))
+            pictures.save_gif(written[-1], image, offset)
+    if written:
+        say(f"wrote {written[0]}" + (f" to {written[-1]}" if len(written) > 1 else ""))
+
+
+def figure_rows(index, completions, originals):
+    """(label, real image or None, completions) of each image of the data set, in order."""
+    rows = {}
+    for number, i in enumerate(index):
+        original = None if originals is None else originals[number]
+        rows.setdefault(i, (str(i), original, []))[2].append(completions[number])
+    return list(rows.values())
+
+
+@torch.no_grad()
+def describe_samples(args, model, completed, real, offset, device):
+    """The caption of the figure: how the samples were drawn and what the model thinks of them."""
+
+    def bits(images):
+        with autocast(device, args.precision):
+            parts = [model.nats(x.to(device)).cpu() for x in images.split(args.batch_size)]
+        return torch.cat(parts).double().mean().item() / (images.shape[1] - 1) / math.log(2)
+
+    text = f"seed {args.seed}, offset {offset}, temperature {args.temperature:g}; "
+    text += f"samples {bits(completed):.3f} bits/dim"
+    return text if real is None else f"{text}, real images {bits(real):.3f}"
+
+
+def show_figure(args, rows, offset, caption):
+    """Write --save_grid and show --plot."""
+    drawing = pictures.figure(rows, offset, caption)
+    if args.save_grid:
+        pictures.save_figure(drawing, args.save_grid)
+        say(f"wrote {args.save_grid} ({caption})")
+    if args.plot:
+        pictures.show()
+
+
+def index_list(text):
+    """An argparse type: "0-3,7*2" is [0, 1, 2, 7, 7]. Ranges end before their second number."""
+    indices = []
+    for part in text.split(","):
+        match = re.fullmatch(r"(\d+)(?:-(\d+)|\*(\d+))?", part.strip(), re.ASCII)
+        if not match:
+            raise ArgumentTypeError(f"{part!r} in {text!r} is no index: write 3, 0-10 or 7*4")
+        first, stop, times = (int(group or 0) for group in match.groups())
+        many = stop - first if match[2] else times if match[3] else 1
+        if many < 1:
+            raise ArgumentTypeError(f"{part!r} in {text!r} is empty: a range is FIRST-AFTER_LAST")
+        if len(indices) + many > MAX_IMAGES:
+            raise ArgumentTypeError(f"{text!r} asks for more than {MAX_IMAGES} images at once")
+        indices += range(first, stop) if match[2] else [first] * many
+    return indices
+
+
+def shape_list(text):
+    """An argparse type: "28,28" is (28, 28), "32,32,3" a colour image."""
+    try:
+        shape = tuple(int(part) for part in text.split(","))
+    except ValueError:
+        shape = ()
+    if len(shape) not in (2, 3) or min(shape) < 1 or shape[2:] not in ((), (3,)):
+        raise ArgumentTypeError(f"{text!r} is no image shape: write 28,28 or 32,32,3")
+    return shape
+
+
+def parse_arguments(argv):
+    parser = ArgumentParser(
+        description="Sample images from a trained model: the first --offset bytes of real images "
+        "are given, the model draws the rest. The same seed gives the same images."
+    )
+    parser.add_argument(
+        "model",
+        help="a checkpoint, a pattern such as weights.{}.pth for the newest, or - for "
+        "random weights",
+    )
+    group = parser.add_argument_group("sampling")
+    group.add_argument(
+        "--index",
+        type=index_list,
+        default=[0],
+        metavar="I",
+        help="which images: 0-10 is 0 to 9; 3,5; 7*4 is 7 four times (default: 0)",
+    )
+    group.add_argument(
+        "--offset",
+        type=number(int, 0),
+        metavar="BYTES",
+        help="given bytes of each image: 0 is unconditional, 1 the original's unconditional "
+        f"(default: {DEFAULT_OFFSET}, or half of a smaller image)",
+    )
+    group.add_argument(
+        "--sampler",
+        choices=SAMPLERS,
+        default=None,
+        help="batched recomputes the prefix for every byte (default), recurrent keeps a state",
+    )
+    group.add_argument("--recurrent", action="store_true", help="the same as --sampler recurrent")
+    group.add_argument(
+        "--temperature",
+        type=number(float, 0, above=True),
+        default=1.0,
+        metavar="T",
+        help="below 1 for safer, above for wilder images (default: 1)",
+    )
+    group.add_argument(
+        "--seed", type=number(int, 0, 2**63 - 1), default=0, metavar="N", help="(default: 0)"
+    )
+    group.add_argument(
+        "--batch_size",
+        type=positive_int,
+        default=64,
+        metavar="N",
+        help="images at a time; changes speed only (default: 64)",
+    )
+    datasets.add_dataset_arguments(parser).add_argument(
+        "--training_set", action="store_true", help="take training, not test images"
+    )
+
+    group = parser.add_argument_group("output", "Without any of these: --save_grid samples.png")
+    group.add_argument(
+        "--save_image",
+        metavar="PATTERN",
+        help="an image file each: the first {} becomes pred or real, the second a number",
+    )
+    group.add_argument(
+        "--save_gif",
+        metavar="PATTERN",
+        help="each image appearing byte by byte, the given part in blue; {} becomes a number",
+    )
+    group.add_argument(
+        "--save_grid", metavar="FILE", help="a figure: given part, real image, completions"
+    )
+    group.add_argument("--plot", action="store_true", help="show that figure in a window")
+    group.add_argument(
+        "--image_shape",
+        type=shape_list,
+        metavar="H,W[,3]",
+        help="reshape the images (default: as in the data set)",
+    )
+
+    add_model_arguments(parser).add_argument(
+        "--load_pytorch",
+        action="store_true",
+        help="the checkpoint has the original's older layout (self_attn.in_proj_weight)",
+    )
+    add_machine_arguments(parser).add_argument(
+        "--force_cpu", action="store_true", help="the same as --device cpu"
+    )
+    args = parser.parse_args(argv)
+    if args.recurrent and args.sampler == "batched":
+        raise UserError("--recurrent contradicts --sampler batched: give one of them")
+    if args.force_cpu and args.device not in ("auto", "cpu"):
+        raise UserError(f"--force_cpu contradicts --device {args.device}: give one of them")
+    args.sampler = "recurrent" if args.recurrent else args.sampler or "batched"
+    args.device = "cpu" if args.force_cpu else args.device
+    return args
+
+
+if __name__ == "__main__":
+    run(main)

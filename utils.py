@@ -1,0 +1,292 @@
+"""What both scripts share: errors and arguments, device and precision, progress and metrics."""
+
+import argparse
+import difflib
+import json
+import math
+import os
+import shutil
+import sys
+import tempfile
+from dataclasses import MISSING, fields
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from models import ModelConfig
+
+# Exit statuses, documented in the README.
+MISUSE = 2
+YIELDED = 75  # "temporary failure, try again" in sysexits.h
+
+
+class UserError(Exception):
+    """Something a user can mend: one line that names the value, the reason and the way out."""
+
+
+def run(main):
+    """Run a script's `main()`: a `UserError` is one line on stderr and exit status 2."""
+    try:
+        sys.exit(main())
+    except UserError as error:
+        print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr)
+        sys.exit(MISUSE)
+    except KeyboardInterrupt:
+        print(f"{Path(sys.argv[0]).name}: interrupted", file=sys.stderr)
+        sys.exit(130)
+
+
+class ArgumentParser(argparse.ArgumentParser):
+    """argparse with one-line errors that suggest the flag that was meant."""
+
+    def __init__(self, **kwargs):
+        super().__init__(allow_abbrev=False, formatter_class=HelpFormatter, **kwargs)
+
+    def parse_args(self, argv=None):
+        args, unknown = self.parse_known_args(argv)
+        if unknown:
+            flag = unknown[0].partition("=")[0]
+            near = difflib.get_close_matches(flag, self._option_string_actions, 1)
+            hint = f"did you mean {near[0]}?" if near else "see --help"
+            raise UserError(f"unrecognized argument {unknown[0]}: {hint}")
+        return args
+
+    def error(self, message):
+        raise UserError(f"{message} (see --help)")
+
+
+class HelpFormatter(argparse.HelpFormatter):
+    """Flags in a column wide enough for most of them."""
+
+    def __init__(self, prog):
+        super().__init__(prog, max_help_position=34, width=min(100, shutil.get_terminal_size()[0]))
+
+
+def number(convert, low=-math.inf, high=math.inf, above=False):
+    """An argparse type: a number from `low` (excluded with `above`) to `high`."""
+    bounds = f"{'above' if above else 'at least'} {low}"
+    bounds += "" if high == math.inf else f" and at most {high}"
+    kind = "a whole number" if convert is int else "a number"
+
+    def parse(text):
+        try:
+            value = convert(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"{text!r} is not {kind}") from None
+        if not (low <= value <= high and math.isfinite(value)) or (above and value == low):
+            raise argparse.ArgumentTypeError(f"{text} is out of range: give {kind} {bounds}")
+        return value
+
+    return parse
+
+
+positive_int = number(int, 1, 2**62)
+
+
+def add_model_arguments(parser):
+    """The architecture. Every default is None: what was not given comes from a checkpoint, and
+    without one from `ModelConfig`."""
+    defaults = {field.name: field.default for field in fields(ModelConfig)}
+    group = parser.add_argument_group(
+        "model", "A checkpoint knows its model: these are for a new one, or one of the original's."
+    )
+
+    def add(name, help, **kwargs):
+        default = defaults[name]
+        if default not in (MISSING, None, False):
+            help = f"{help} (default: {default})"
+        group.add_argument(f"--{name}", default=None, help=help, **kwargs)
+
+    probability = {"type": number(float, 0, 0.999), "metavar": "P"}
+    count = {"type": positive_int, "metavar": "N"}
+    add(
+        "attention_type",
+        "linear attention, softmax, or locality-sensitive hashing",
+        choices=["causal-linear", "full", "reformer"],
+    )
+    add("n_layers", "transformer layers", **count)
+    add("n_heads", "attention heads", **count)
+    add("d_query", "size of a head's queries, keys and values", **count)
+    add("mixtures", "logistics in the mixture over a byte", **count)
+    add("dropout", "dropout in the layers", **probability)
+    add("attention_dropout", "dropout of softmax's attention weights (full only)", **probability)
+    add(
+        "softmax_temp",
+        "what multiplies q.k before softmax (full only; default: 1/sqrt(d_query))",
+        type=number(float, 0, above=True),
+        metavar="X",
+    )
+    add("bits", "hash bits (reformer only)", **count)
+    add("rounds", "hashing rounds (reformer only)", **count)
+    add("chunk_size", "queries in a block (reformer only)", **count)
+    add(
+        "unmasked_reformer",
+        "let a query attend to itself (reformer only)",
+        action="store_true",
+    )
+    return group
+
+
+# The flags that act with some attentions only.
+ONLY_FOR = {
+    "softmax_temp": ("full",),
+    "attention_dropout": ("full", "reformer"),
+    "bits": ("reformer",),
+    "rounds": ("reformer",),
+    "chunk_size": ("reformer",),
+    "unmasked_reformer": ("reformer",),
+}
+
+
+def model_config(args, length, stored=None):
+    """The configuration of `stored` (a dict, from a checkpoint) or, for what it does not hold, of
+    the flags. A flag that contradicts it is a `UserError`, and so is one without effect."""
+    stored = stored or {}
+    names = [field.name for field in fields(ModelConfig) if field.name != "length"]
+    given = {name: value for name in names if (value := getattr(args, name)) is not None}
+    for name, value in given.items():
+        if name in stored and stored[name] != value:
+            raise UserError(
+                f"--{name} {value} contradicts the checkpoint, which has {stored[name]}: "
+                "leave the flag out, or give another checkpoint"
+            )
+    config = ModelConfig(**{"length": length, **given, **stored})
+    for name in given:
+        if config.attention_type not in ONLY_FOR.get(name, (config.attention_type,)):
+            raise UserError(
+                f"--{name} has no effect with --attention_type {config.attention_type}: "
+                f"leave it out, or use --attention_type {ONLY_FOR[name][0]}"
+            )
+    if config.attention_type == "reformer":
+        raise UserError("--attention_type reformer is not available: use causal-linear or full")
+    if config.d_model % 4:
+        raise UserError(
+            f"--n_heads {config.n_heads} times --d_query {config.d_query} is {config.d_model}: "
+            "it must be a multiple of 4, for sines and cosines in half of it"
+        )
+    return config
+
+
+def add_machine_arguments(parser):
+    """Where and how to compute."""
+    group = parser.add_argument_group("machine")
+    group.add_argument(
+        "--device",
+        default="auto",
+        help="auto (default: a GPU if there is one), cpu, cuda, cuda:N or mps",
+    )
+    group.add_argument(
+        "--precision",
+        choices=["fp32", "bf16"],
+        default="fp32",
+        help="of the matrix products; attention sums and the loss stay fp32 (default: fp32)",
+    )
+    group.add_argument(
+        "--compile",
+        action="store_true",
+        help="compile the model first: some minutes, then faster; changes speed only",
+    )
+    return group
+
+
+def select_device(name):
+    """The torch.device of --device; a `UserError` where this machine lacks it."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+        name = "mps" if name == "cpu" and torch.backends.mps.is_available() else name
+    kind, _, index = name.partition(":")
+    if kind not in ("cpu", "cuda", "mps") or (name != kind and not index.isdecimal()):
+        raise UserError(f"--device {name} is unknown: give auto, cpu, cuda, cuda:N or mps")
+    if kind == "cuda" and int(index or 0) >= torch.cuda.device_count():
+        found = torch.cuda.device_count()
+        raise UserError(f"--device {name}: torch finds {found} CUDA devices here; try --device cpu")
+    if kind == "mps" and not torch.backends.mps.is_available():
+        raise UserError("--device mps: torch finds no Apple GPU here; try --device cpu")
+    return torch.device(name)
+
+
+def autocast(device, precision):
+    """The context in which a model runs with --precision."""
+    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bf16")
+
+
+def check_compiler(device):
+    """A `UserError` where --compile cannot work."""
+    compilers = [os.environ.get("CXX"), "g++", "clang++"]
+    if device.type == "cpu" and not any(name and shutil.which(name) for name in compilers):
+        raise UserError(
+            "--compile needs a C++ compiler and found none: install g++, or leave it out"
+        )
+
+
+def check_writable(path, flag):
+    """Make the folder of the file `path` and prove that a file can be written there."""
+    path = Path(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path.parent):
+            pass
+        if path.is_dir():
+            raise UserError(f"{flag} {path} is a folder: give a file's path")
+        if path.exists() and not os.access(path, os.W_OK):
+            raise UserError(f"{flag} {path} is write-protected: choose another path")
+    except OSError as error:
+        raise UserError(
+            f"{flag} {path} cannot be written ({error.strerror}): choose another path"
+        ) from None
+
+
+def progress_bar(**kwargs):
+    """A tqdm bar on a terminal; elsewhere one that is silent (`disable` tells)."""
+    return tqdm(dynamic_ncols=True, disable=not sys.stderr.isatty(), **kwargs)
+
+
+def say(text):
+    """A line on stdout that leaves a progress bar whole."""
+    tqdm.write(text)
+    sys.stdout.flush()
+
+
+def warn(text):
+    """A warning on stderr that leaves a progress bar whole."""
+    tqdm.write(f"warning: {text}", file=sys.stderr)
+
+
+def clock(seconds):
+    """Seconds as h:mm:ss."""
+    seconds = round(seconds)
+    return f"{seconds // 3600}:{seconds // 60 % 60:02}:{seconds % 60:02}"
+
+
+class Metrics:
+    """Writes records to a file of JSON lines and to TensorBoard, where they were asked for."""
+
+    def __init__(self, path=None, log_dir=None):
+        self.file = self.board = None
+        if log_dir:
+            try:
+                from torch.utils.tensorboard import SummaryWriter
+            except ImportError:
+                raise UserError(
+                    "--log_dir needs TensorBoard: pip install tensorboard, or use --metrics_file"
+                ) from None
+            check_writable(Path(log_dir) / "events", "--log_dir")
+            self.board = SummaryWriter(log_dir)
+        if path:
+            check_writable(path, "--metrics_file")
+            self.file = open(path, "a", encoding="utf-8")
+
+    def write(self, split, iteration, **values):
+        if self.file:
+            record = {"iteration": iteration, "split": split, **values}
+            self.file.write(json.dumps(record) + "\n")
+            self.file.flush()
+        if self.board:
+            for name, value in values.items():
+                self.board.add_scalar(f"{split}/{name}", value, iteration)
+
+    def close(self):
+        for sink in (self.file, self.board):
+            if sink:
+                sink.close()
