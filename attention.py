@@ -137,7 +137,8 @@ class SoftmaxAttention(nn.Module):
 
     def empty_state(self, n_images, n_heads, size, length, like):
         """A cache with room for `length` positions."""
-        return KVCache(*like.new_zeros(2, n_images, n_heads, length, size))
+        shape = n_images, n_heads, length, size
+        return KVCache(like.new_zeros(shape), like.new_zeros(shape))
 
     def forward(self, queries, keys, values, state=None):
         """Attend causally to these positions and those in the cache `state`, which grows."""

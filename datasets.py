@@ -94,12 +94,13 @@ def choose_name(given, stored):
     return name if name in NAMES else str(Path(name).resolve())
 
 
-# Class in torchvision.datasets, folder under the data set directory, files of either split
-# (beginning with).
+IDX_FILES = "{0}-images-idx3-ubyte and {0}-labels-idx1-ubyte"
+MNIST_FILES = IDX_FILES.format("t10k"), IDX_FILES.format("train")
+# Class in torchvision.datasets, folder under the data set directory, files of test and training.
 TORCHVISION = {
-    "mnist": ("MNIST", "MNIST/raw", ("t10k-", "train-")),
-    "fashion-mnist": ("FashionMNIST", "FashionMNIST/raw", ("t10k-", "train-")),
-    "cifar10": ("CIFAR10", "cifar-10-batches-py", ("test_batch", "data_batch_")),
+    "mnist": ("MNIST", "MNIST/raw", MNIST_FILES),
+    "fashion-mnist": ("FashionMNIST", "FashionMNIST/raw", MNIST_FILES),
+    "cifar10": ("CIFAR10", "cifar-10-batches-py", ("test_batch", "data_batch_1 to data_batch_5")),
 }
 
 
@@ -115,8 +116,8 @@ def load_torchvision(name, directory, train):
         reason = " ".join(str(error).split()) or type(error).__name__
         if dataset_is_there(dataset_class, directory):
             raise UserError(
-                f"the files {folder / files[train]}* cannot be read ({reason}): "
-                "delete them to download them again"
+                f"{folder} cannot be read ({reason}): delete {files[train]} there "
+                "to download them again"
             ) from None
         raise UserError(
             f"{name} is not complete in {directory} and the download failed ({reason}): fetch "
@@ -215,7 +216,7 @@ def read_image(path):
     import imageio.v3
 
     try:
-        image = imageio.v3.imread(path)
+        image = imageio.v3.imread(path, plugin="pillow")
     except Exception as error:  # each of imageio's readers raises its own kinds
         reason = " ".join(str(error).split())[:200] or type(error).__name__
         raise UserError(f"{path} cannot be read as an image ({reason})") from None

@@ -250,8 +250,8 @@ class StopSignals:
         warn(f"{self.name}: saving and leaving; once more to leave at once")
 
     def __exit__(self, *exception):
-        for number, handler in self.previous.items():
-            signal.signal(number, handler)
+        for signal_number, handler in self.previous.items():
+            signal.signal(signal_number, handler)
 
     def __bool__(self):
         return self.number is not None
@@ -284,7 +284,6 @@ class TrainingLog:
 
     def __exit__(self, *exception):
         self.bar.close()
-        self.metrics.close()
 
     @property
     def seconds(self):

@@ -84,61 +84,52 @@ def partial_image(image, offset, count):
 def figure(rows, offset, caption):
     """A matplotlib figure with one row an image: given part, completions, real image.
 
-    `rows` is a list of (label, real image or None, completions). Where nothing was given
-    (real images are None) the completions alone are laid out as a square.
+    `rows` is a list of (label, completions, real image or None). Where nothing was given there
+    are no real images, and the completions alone fill a square.
     """
-    import matplotlib.pyplot as plt
-
-    if rows[0][1] is None:
-        images = [image for _, _, completions in rows for image in completions]
-        columns = math.ceil(math.sqrt(len(images)))
-        cells = [images[i : i + columns] for i in range(0, len(images), columns)]
-        titles, labels = [], [""] * len(cells)
-    else:
-        widest = max(len(completions) for _, _, completions in rows)
-        blank = np.full((*rows[0][1].shape[:2], 3), 255, np.uint8)
-        cells = [
-            [partial_image(real, offset, offset), real]
-            + completions
-            + [blank] * (widest - len(completions))
-            for _, real, completions in rows
-        ]
-        titles = ["given", "real"] + ["completion"] + [""] * (widest - 1)
-        labels = [label for label, _, _ in rows]
-    return draw(plt, cells, titles, labels, caption)
+    if rows[0][2] is None:
+        samples = [image for _, completions, _ in rows for image in completions]
+        columns = math.ceil(math.sqrt(len(samples)))
+        return draw([samples[i : i + columns] for i in range(0, len(samples), columns)], caption)
+    widest = max(len(completions) for _, completions, _ in rows)
+    cells = []
+    for _, completions, real in rows:
+        blanks = [None] * (widest - len(completions))
+        cells.append([partial_image(real, offset, offset), *completions, *blanks, real])
+    titles = ["given", "completion" if widest == 1 else "completions", *[""] * (widest - 1), "real"]
+    return draw(cells, caption, titles, [label for label, _, _ in rows])
 
 
-def draw(plt, cells, titles, labels, caption):
+def draw(cells, caption, titles=(), labels=()):
+    """The figure of a table of images (None for an empty cell)."""
+    import matplotlib.pyplot as plt  # takes a second, and only figures need it
+
     n_rows, n_columns = len(cells), max(map(len, cells))
-    # A cell is 0.9 inches; the caption needs a line of its own and some width.
-    size = (max(4.5, 0.9 * n_columns + 0.6), 0.9 * n_rows + 0.7)
+    # 0.6 inches a cell, and room for the caption.
+    size = (max(4.0, 0.6 * n_columns + 0.4), 0.6 * n_rows + 0.6)
     drawing, axes = plt.subplots(
-        n_rows, n_columns, figsize=size, squeeze=False, layout="constrained"
+        n_rows, n_columns, figsize=size, squeeze=False, gridspec_kw={"wspace": 0.15, "hspace": 0.15}
     )
     for axis in axes.flat:
         axis.set_axis_off()
     for row, images in enumerate(cells):
-        for column, image in enumerate(images):
-            axes[row, column].imshow(image, cmap="gray", vmin=0, vmax=255, interpolation="nearest")
-        axes[row, 0].text(
-            -0.1,
-            0.5,
-            labels[row],
-            transform=axes[row, 0].transAxes,
-            ha="right",
-            va="center",
-            fontsize=7,
-        )
-    for column, title in enumerate(titles):
-        axes[0, column].set_title(title, fontsize=7)
-    drawing.supxlabel(caption, fontsize=7)
+        for axis, image in zip(axes[row], images, strict=False):
+            if image is not None:
+                axis.imshow(image, cmap="gray", vmin=0, vmax=255, interpolation="nearest")
+    for axis, title in zip(axes[0], titles, strict=False):
+        axis.set_title(title, fontsize=7)
+    for axis, label in zip(axes[:, 0], labels, strict=False):
+        axis.text(-0.1, 0.5, label, transform=axis.transAxes, ha="right", va="center", fontsize=7)
+    drawing.text(0.5, 0.01, caption, ha="center", va="bottom", fontsize=6)
     return drawing
 
 
 def save_figure(drawing, path):
     """Write a figure whole or not at all."""
     extension = Path(path).suffix[1:] or "png"
-    write_whole(path, lambda file: drawing.savefig(file, format=extension, dpi=150))
+    write_whole(
+        path, lambda file: drawing.savefig(file, format=extension, dpi=150, bbox_inches="tight")
+    )
 
 
 def show():

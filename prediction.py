@@ -117,7 +117,7 @@ def unconditional_source(args, checkpoint):
 def choose_offset(offset, length):
     """How many bytes of an image are given: the flag, else 300, else half of a small image."""
     if offset is None:
-        return DEFAULT_OFFSET if DEFAULT_OFFSET < length else length // 2
+        return min(DEFAULT_OFFSET, length // 2)
     if offset > length:
         raise UserError(f"--offset {offset} is beyond the {length} bytes of an image: give less")
     return offset
@@ -232,25 +232,25 @@ def check_fields(flag, pattern, least, example):
 def write_files(args, completions, originals, offset):
     """Write --save_image and --save_gif."""
     written = []
-    for number, image in enumerate(completions):
+    for n, image in enumerate(completions):
         if args.save_image:
-            kinds = {"pred": image} | ({} if originals is None else {"real": originals[number]})
+            kinds = {"pred": image} | ({} if originals is None else {"real": originals[n]})
             for kind, picture in kinds.items():
-                written.append(pictures.image_path(args.save_image, kind, number))
+                written.append(pictures.image_path(args.save_image, kind, n))
                 pictures.save_image(written[-1], picture)
         if args.save_gif:
-            written.append(Path(args.save_gif.format(number)))
+            written.append(Path(args.save_gif.format(n)))
             pictures.save_gif(written[-1], image, offset)
     if written:
         say(f"wrote {written[0]}" + (f" to {written[-1]}" if len(written) > 1 else ""))
 
 
 def figure_rows(index, completions, originals):
-    """(label, real image or None, completions) of each image of the data set, in order."""
+    """(label, completions, real image or None) of each image of the data set, in order."""
     rows = {}
-    for number, i in enumerate(index):
-        original = None if originals is None else originals[number]
-        rows.setdefault(i, (str(i), original, []))[2].append(completions[number])
+    for n, i in enumerate(index):
+        original = None if originals is None else originals[n]
+        rows.setdefault(i, (str(i), [], original))[1].append(completions[n])
     return list(rows.values())
 
 

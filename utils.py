@@ -263,30 +263,28 @@ class Metrics:
     """Writes records to a file of JSON lines and to TensorBoard, where they were asked for."""
 
     def __init__(self, path=None, log_dir=None):
-        self.file = self.board = None
-        if log_dir:
-            try:
-                from torch.utils.tensorboard import SummaryWriter
-            except ImportError:
-                raise UserError(
-                    "--log_dir needs TensorBoard: pip install tensorboard, or use --metrics_file"
-                ) from None
-            check_writable(Path(log_dir) / "events", "--log_dir")
-            self.board = SummaryWriter(log_dir)
+        self.path, self.board = path, open_tensorboard(log_dir) if log_dir else None
         if path:
             check_writable(path, "--metrics_file")
-            self.file = open(path, "a", encoding="utf-8")
 
     def write(self, split, iteration, **values):
-        if self.file:
-            record = {"iteration": iteration, "split": split, **values}
-            self.file.write(json.dumps(record) + "\n")
-            self.file.flush()
+        record = {"iteration": iteration, "split": split, **values}
+        if self.path:
+            with open(self.path, "a", encoding="utf-8") as file:
+                file.write(json.dumps(record) + "\n")
         if self.board:
             for name, value in values.items():
                 self.board.add_scalar(f"{split}/{name}", value, iteration)
+            self.board.flush()
 
-    def close(self):
-        for sink in (self.file, self.board):
-            if sink:
-                sink.close()
+
+def open_tensorboard(log_dir):
+    """A writer of TensorBoard events; a `UserError` where that is not installed."""
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        raise UserError(
+            "--log_dir needs TensorBoard: pip install tensorboard, or use --metrics_file"
+        ) from None
+    check_writable(Path(log_dir) / "events", "--log_dir")
+    return SummaryWriter(log_dir)

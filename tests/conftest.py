@@ -1,0 +1,105 @@
+"""Shared by the tests: the scripts as a user calls them, small data sets and checkpoints."""
+
+import os
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import main
+import prediction
+import utils
+
+ROOT = Path(__file__).parent.parent
+SCRIPTS = {"main.py": main.main, "prediction.py": prediction.main}
+
+# A model that trains and samples in seconds.
+TINY = ["--n_layers", "2", "--n_heads", "2", "--d_query", "8", "--mixtures", "3"]
+
+
+@dataclass
+class Result:
+    status: int
+    out: str
+    err: str
+
+
+@pytest.fixture
+def call(capsys, monkeypatch):
+    """Call a script in this process as its command line does: call("main.py", "--lr", 1)."""
+
+    def run(script, *arguments):
+        arguments = [str(argument) for argument in arguments]
+        monkeypatch.setattr(sys, "argv", [script, *arguments])
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as exit:
+            utils.run(lambda: SCRIPTS[script](arguments))
+        return Result(exit.value.code or 0, *capsys.readouterr())
+
+    return run
+
+
+@pytest.fixture
+def succeed(call):
+    """As `call`, for a command that must end with status 0."""
+
+    def run(script, *arguments):
+        result = call(script, *arguments)
+        assert result.status == 0, result.err
+        return result
+
+    return run
+
+
+def start(script, *arguments, **kwargs):
+    """Start a script as a process of its own."""
+    command = [sys.executable, str(ROOT / script), *map(str, arguments)]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen(command, **{**pipes, **kwargs})
+
+
+@pytest.fixture(scope="session")
+def tiny_checkpoint(tmp_path_factory):
+    """A checkpoint of a tiny model on `digits`, 30 iterations old."""
+    folder = tmp_path_factory.mktemp("tiny")
+    arguments = ["--dataset", "digits", *TINY, "--iterations", 30, "--batch_size", 8, "--lr", 1e-2]
+    arguments += ["--save_to", folder / "tiny.{}.pth", "--evaluate_images", 8]
+    main.main([str(argument) for argument in arguments])
+    return folder / "tiny.30.pth"
+
+
+@pytest.fixture(scope="session")
+def colour_folder(tmp_path_factory):
+    """A data set of 12 + 4 colour images of 6 x 5, as train.npy and test.npy."""
+    folder = tmp_path_factory.mktemp("colour")
+    random = np.random.default_rng(0)
+    for split, n in (("train", 12), ("test", 4)):
+        np.save(folder / f"{split}.npy", random.integers(0, 256, (n, 6, 5, 3), np.uint8))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def data_directory(tmp_path_factory):
+    """Where MNIST is: DATASET_DIRECTORY or ../shared/data if it is there, else a stand-in of the
+    embedded digits, enlarged, in MNIST's file format."""
+    for folder in (os.getenv("DATASET_DIRECTORY", ""), ROOT.parent / "shared" / "data"):
+        if (Path(folder) / "MNIST" / "raw" / "t10k-images-idx3-ubyte").exists():
+            return Path(folder).resolve()
+    from standins import write_mnist
+
+    return write_mnist(tmp_path_factory.mktemp("data"))
+
+
+@pytest.fixture(autouse=True)
+def in_temporary_folder(tmp_path, monkeypatch):
+    """Nothing a test writes without a path lands in the project."""
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    torch.manual_seed(0)

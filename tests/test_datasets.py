@@ -1,0 +1,173 @@
+"""Every kind of data set, its order in training, and what is said of damaged ones."""
+
+import functools
+import http.server
+import threading
+
+import imageio.v3
+import numpy as np
+import pytest
+import standins
+import torch
+
+import datasets
+from utils import UserError
+
+
+def test_digits_are_embedded():
+    train, test = (datasets.load("digits", "nowhere", split) for split in (True, False))
+    assert train.images.shape == (1497, 64)
+    assert test.images.shape == (300, 64)
+    assert train.images.dtype == torch.uint8
+    assert train.image_shape == (8, 8)
+    assert {tuple(x) for x in train.images.tolist()}.isdisjoint(map(tuple, test.images.tolist()))
+
+
+def test_mnist_is_read_as_bytes(data_directory):
+    test = datasets.load("mnist", data_directory, False)
+    raw = (data_directory / "MNIST" / "raw" / "t10k-images-idx3-ubyte").read_bytes()
+    assert test.images.numpy().tobytes() == raw[16:]
+    assert test.image_shape == (28, 28)
+
+
+@pytest.fixture
+def server(tmp_path):
+    """A folder, and the loopback address under which its files are served."""
+    folder = tmp_path / "served"
+    folder.mkdir()
+
+    class Handler(http.server.SimpleHTTPRequestHandler):
+        def log_message(self, *args):
+            pass
+
+    handler = functools.partial(Handler, directory=str(folder))
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as httpd:
+        threading.Thread(target=httpd.serve_forever, daemon=True).start()
+        yield folder, f"http://127.0.0.1:{httpd.server_port}/"
+        httpd.shutdown()
+
+
+def test_mnist_is_downloaded_on_first_use(server, monkeypatch, tmp_path):
+    standins.serve_mnist(*server, monkeypatch)
+    data = datasets.load("mnist", tmp_path / "data", True)
+    assert np.array_equal(data.images.view(-1, 28, 28), standins.digits((28, 28))[:300])
+
+
+def test_cifar10_is_downloaded_and_read_as_r_g_b(server, monkeypatch, tmp_path):
+    """CIFAR-10's files hold planes; the model reads r1 g1 b1 r2 g2 b2 ..."""
+    standins.serve_cifar(*server, monkeypatch)
+    data = datasets.load("cifar10", tmp_path / "data", False)
+    assert data.image_shape == (32, 32, 3)
+    assert np.array_equal(data.images.view(-1, 32, 32, 3), standins.digits((32, 32, 3))[100:120])
+
+
+@pytest.mark.parametrize("name", ["mnist", "cifar10"])
+def test_a_failed_download_says_what_to_fetch(name, server, monkeypatch, tmp_path):
+    serve = standins.serve_mnist if name == "mnist" else standins.serve_cifar
+    serve(*server, monkeypatch)
+    for path in server[0].iterdir():
+        path.unlink()
+    with pytest.raises(UserError) as error:
+        datasets.load(name, tmp_path / "data", True)
+    file = "train-images-idx3-ubyte.gz" if name == "mnist" else "cifar-10-python.tar.gz"
+    assert server[1] + file in str(error.value)
+    assert str(tmp_path / "data") in str(error.value)
+
+
+def test_damaged_mnist_files_are_named(tmp_path):
+    standins.write_mnist(tmp_path)
+    path = tmp_path / "MNIST" / "raw" / "train-images-idx3-ubyte"
+    path.write_bytes(path.read_bytes()[:5000])
+    with pytest.raises(UserError, match="train-images-idx3-ubyte"):
+        datasets.load("mnist", tmp_path, True)
+
+
+def test_imagenet64_is_memory_mapped_in_either_shape(tmp_path):
+    images = np.random.default_rng(0).integers(0, 256, (3, 64, 64, 3), np.uint8)
+    (tmp_path / "imagenet-64x64").mkdir()
+    np.save(tmp_path / "imagenet-64x64" / "train_data.npy", images)
+    np.save(tmp_path / "imagenet-64x64" / "val_data.npy", images.reshape(3, -1))
+    for train in (True, False):
+        data = datasets.load("imagenet64", tmp_path, train)
+        assert data.image_shape == (64, 64, 3)
+        assert np.array_equal(data.images, images.reshape(3, -1))
+
+
+def test_a_folder_of_image_files(tmp_path):
+    images = np.random.default_rng(0).integers(0, 256, (4, 5, 7, 3), np.uint8)
+    for i, image in enumerate(images):
+        path = tmp_path / ("train" if i < 3 else "test") / "some class" / f"{i}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        imageio.v3.imwrite(path, image)
+    (tmp_path / "train" / ".DS_Store").write_text("hidden")
+    data = datasets.load(str(tmp_path), ".", True)
+    assert np.array_equal(data.images, images[:3].reshape(3, -1))
+    assert data.image_shape == (5, 7, 3)
+    assert len(datasets.load(str(tmp_path), ".", False)) == 1
+
+
+def save_array(folder, array):
+    np.save(folder / "train.npy", array)
+    return "train.npy"
+
+
+def save_images(folder, *images):
+    (folder / "train").mkdir()
+    for i, image in enumerate(images):
+        imageio.v3.imwrite(folder / "train" / f"{i}.png", image)
+    return f"{len(images) - 1}.png"
+
+
+def save_bytes(folder, path, content):
+    (folder / path).parent.mkdir(exist_ok=True)
+    (folder / path).write_bytes(content)
+    return path
+
+
+GREY, OTHER_SIZE = np.zeros((4, 5), np.uint8), np.zeros((5, 4), np.uint8)
+ALPHA, DEEP = np.zeros((4, 5, 4), np.uint8), np.zeros((4, 5), np.uint16)
+DAMAGES = {
+    "float": lambda d: save_array(d, np.zeros((3, 4, 5))),
+    "flat": lambda d: save_array(d, np.zeros((3, 20), np.uint8)),
+    "two-channels": lambda d: save_array(d, np.zeros((3, 4, 5, 2), np.uint8)),
+    "none": lambda d: save_array(d, np.zeros((0, 4, 5), np.uint8)),
+    "objects": lambda d: save_array(d, np.array([{}, []], dtype=object)),
+    "scalar": lambda d: save_array(d, np.uint8(3)),
+    "no-array": lambda d: save_bytes(d, "train.npy", b"not an array"),
+    "empty-file": lambda d: save_bytes(d, "train.npy", b""),
+    "sizes": lambda d: save_images(d, GREY, OTHER_SIZE),
+    "grey-and-colour": lambda d: save_images(d, GREY, np.zeros((4, 5, 3), np.uint8)),
+    "alpha": lambda d: save_images(d, ALPHA),
+    "sixteen-bits": lambda d: save_images(d, DEEP),
+    "broken-image": lambda d: save_bytes(d, "train/0.png", b"\x89PNG\r\n\x1a\n broken"),
+    "no-image": lambda d: save_bytes(d, "train/notes.txt", b"hello"),
+    "empty-folder": lambda d: (d / "train").mkdir() or "train",
+    "nothing": lambda d: str(d),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES.values(), ids=DAMAGES)
+def test_a_damaged_folder_is_an_error_that_names_the_file(damage, tmp_path):
+    name = damage(tmp_path)
+    with pytest.raises(UserError) as error:
+        datasets.load(str(tmp_path), ".", True)
+    assert name in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_batches_go_through_every_image_once_an_epoch(colour_folder):
+    """The original never shuffled; and the last, smaller batch of an epoch needs no special case
+    since batches are cut from an endless sequence."""
+    data = datasets.load(str(colour_folder), ".", True)
+    seen = torch.cat([data.batch(i, 5, seed=1) for i in range(12)])  # 60 images, 5 epochs
+    everything = sorted(map(tuple, data.images.tolist()))
+    epochs = [epoch.tolist() for epoch in seen.split(12)]
+    assert all(sorted(map(tuple, epoch)) == everything for epoch in epochs)
+    assert epochs[0] != epochs[1]
+
+
+def test_a_batch_depends_on_iteration_size_and_seed_alone(colour_folder):
+    data = datasets.load(str(colour_folder), ".", True)
+    assert torch.equal(data.batch(7, 5, 1), data.batch(7, 5, 1))
+    assert not torch.equal(data.batch(7, 5, 1), data.batch(7, 5, 2))
+    assert data.batch(0, 100, 1).shape == (100, 90)

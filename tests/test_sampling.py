@@ -1,0 +1,102 @@
+"""The samplers: equal to each other, right at every offset, and independent of batching."""
+
+import numpy as np
+import pytest
+import torch
+
+from models import ImageTransformer, ModelConfig
+from sampling import (
+    SAMPLERS,
+    image_noise,
+    sample_batched,
+    sample_first_byte,
+    sample_recurrent,
+)
+
+LENGTH = 30
+BOTH = pytest.mark.parametrize("sampler", SAMPLERS.values(), ids=SAMPLERS)
+
+
+@pytest.fixture(params=["causal-linear", "full"])
+def model(request):
+    config = ModelConfig(
+        LENGTH, attention_type=request.param, n_layers=2, n_heads=2, d_query=8, mixtures=3
+    )
+    return ImageTransformer(config).double().eval()
+
+
+def draw(sampler, model, offset, numbers=range(5), seed=3, **kwargs):
+    images = torch.full((len(numbers), LENGTH), 99)
+    images[:, :offset] = torch.arange(offset) * 8
+    sampler(model, images, offset, image_noise(seed, numbers, LENGTH), **kwargs)
+    return images
+
+
+@pytest.mark.parametrize("offset", [1, 2, 15, LENGTH - 1, LENGTH])
+def test_both_samplers_draw_the_same_images(model, offset):
+    assert torch.equal(draw(sample_batched, model, offset), draw(sample_recurrent, model, offset))
+
+
+@BOTH
+def test_the_batch_does_not_matter(model, sampler):
+    together = draw(sampler, model, 4)
+    apart = [draw(sampler, model, 4, numbers=range(i, i + 1)) for i in range(5)]
+    assert torch.equal(together, torch.cat(apart))
+
+
+@BOTH
+def test_seeds_and_images_differ(model, sampler):
+    images = draw(sampler, model, 1)
+    assert not torch.equal(images, draw(sampler, model, 1, seed=4))
+    assert len({tuple(image) for image in images.tolist()}) == 5
+
+
+@BOTH
+@pytest.mark.parametrize("offset", [1, 7, LENGTH - 1])
+def test_every_byte_comes_from_its_own_distribution(model, sampler, offset):
+    """The original drew the last byte from the byte before's distribution."""
+    import mixture
+
+    images = draw(sampler, model, offset)
+    noise = image_noise(3, range(5), LENGTH)
+    with torch.no_grad():
+        parameters = model(images[:, :-1])
+    expected = mixture.sample(parameters, noise[:, 1:])
+    assert torch.equal(images[:, offset:], expected[:, offset - 1 :])
+
+
+@BOTH
+def test_the_given_bytes_stay_and_a_full_image_is_returned(model, sampler):
+    assert torch.equal(draw(sampler, model, 9)[:, :9], (torch.arange(9) * 8).expand(5, -1))
+    assert torch.equal(draw(sampler, model, LENGTH), (torch.arange(LENGTH) * 8).expand(5, -1))
+
+
+@BOTH
+def test_progress_counts_every_byte(model, sampler):
+    counts = []
+    draw(sampler, model, 10, advance=counts.append)
+    assert counts == [5] * (LENGTH - 10)
+
+
+def test_a_low_temperature_draws_the_most_likely(model):
+    """With all noise in the middle of a component, temperature to 0 means its rounded mean."""
+    images = [draw(sample_recurrent, model, 1, seed=s, temperature=1e-6) for s in (1, 2)]
+    assert torch.equal(*images)
+
+
+def test_noise_depends_on_seed_and_number_alone():
+    noise = image_noise(5, [3, 8], 10)
+    assert noise.shape == (2, 10, 2)
+    assert noise.dtype == torch.float32
+    assert torch.equal(noise[1:], image_noise(5, [8], 10))
+    assert torch.equal(noise[:, :4], image_noise(5, [3, 8], 4))
+    assert not torch.equal(noise, image_noise(6, [3, 8], 10))
+
+
+def test_first_bytes_follow_the_histogram():
+    counts = torch.zeros(256, dtype=torch.int64)
+    counts[[0, 10, 255]] = torch.tensor([500, 300, 200])
+    noise = torch.from_numpy(np.linspace(0, 1, 10_001)[:-1].astype(np.float32))
+    drawn = torch.bincount(sample_first_byte(counts, noise), minlength=256)
+    expected = torch.tensor([5000, 3000, 2000])
+    assert (drawn[[0, 10, 255]] - expected).abs().max() <= 20  # the pseudo-image takes a few
