@@ -10,11 +10,13 @@ import os
 import pickle
 import re
 import tempfile
+import warnings
 from pathlib import Path
 
 import torch
 
-from utils import UserError, warn
+from reporting import warn
+from utils import UserError
 
 FORMAT_VERSION = 1
 
@@ -109,7 +111,9 @@ def load_newest(name):
 def load(path):
     """Read one checkpoint, checked to be one. Nothing in the file is executed."""
     try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch's, about foreign pickles
+            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise UserError(f"{path} does not exist: give a checkpoint or a pattern") from None
     except (OSError, RuntimeError, EOFError, ValueError, KeyError, pickle.UnpicklingError) as error:
@@ -145,7 +149,10 @@ def upgrade_layout(checkpoint, path):
 
 
 def load_model_state(model, checkpoint, path):
-    """Copy the weights into the model; every name and shape must agree."""
+    """Copy the weights into the model; every name and shape must agree, every number be finite."""
+    for name, tensor in checkpoint["model_state"].items():
+        if not torch.isfinite(tensor).all():
+            raise UserError(f"{path}: {name} is not finite, the run diverged: give an earlier one")
     try:
         model.load_state_dict(checkpoint["model_state"])
     except RuntimeError as error:

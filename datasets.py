@@ -80,6 +80,17 @@ def load_for(args, checkpoint, train):
     return dataset
 
 
+def load_both(args, checkpoint):
+    """The training and the test images, of one shape, that `load_for` finds."""
+    train, test = (load_for(args, checkpoint, split) for split in (True, False))
+    if train.image_shape != test.image_shape:
+        raise UserError(
+            f"--dataset {train.name} has training images of {describe(train.image_shape)} and "
+            f"test images of {describe(test.image_shape)}: they must have one shape"
+        )
+    return train, test
+
+
 def choose_name(given, stored):
     """The name or, for a folder, the absolute path of the data set that was given, else of the
     stored one, else mnist. A folder may have moved, but a name cannot change."""
@@ -245,6 +256,6 @@ def add_dataset_arguments(parser):
         metavar="FOLDER",
         default=os.getenv("DATASET_DIRECTORY", "./data"),
         help="where data sets are, or are downloaded to "
-        "(default: the variable DATASET_DIRECTORY, else ./data)",
+        "the variable DATASET_DIRECTORY sets the default",
     )
     return group

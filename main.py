@@ -3,10 +3,7 @@
 python main.py --dataset mnist --n_layers 8 --n_heads 8 --save_to weights.{}.pth
 """
 
-import math
-import signal
-import time
-from contextlib import contextmanager
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -14,38 +11,34 @@ import torch
 import checkpoints
 import datasets
 from mixture import first_byte_log_probs
-from models import ImageTransformer
+from models import ImageTransformer, ModelConfig
+from reporting import NATS_PER_BIT, Metrics, TrainingLog, progress_bar, say, warn
 from utils import (
     YIELDED,
     ArgumentParser,
-    Metrics,
+    StopSignals,
     UserError,
     add_machine_arguments,
     add_model_arguments,
     autocast,
     check_compiler,
     check_writable,
-    clock,
-    model_config,
+    model_fields,
     number,
     positive_int,
-    progress_bar,
     run,
-    say,
     select_device,
-    warn,
 )
-
-NATS_PER_BIT = math.log(2)
 
 
 def main(argv=None):
     args = parse_arguments(argv)
     device = select_device(args.device)
     checkpoint = load_checkpoint(args)
-    train, test = (datasets.load_for(args, checkpoint, split) for split in (True, False))
-    config = model_config(args, train.images.shape[1], checkpoint.get("config"))
+    fields = model_fields(args, checkpoint.get("config", {}))
     seed = choose_seed(args.seed, checkpoint)
+    train, test = datasets.load_both(args, checkpoint)
+    config = ModelConfig(length=train.images.shape[1], **fields)
 
     torch.manual_seed(seed)
     model = ImageTransformer(config)
@@ -57,7 +50,8 @@ def main(argv=None):
     if args.compile:
         check_compiler(device)
         model.nats = torch.compile(model.nats)
-    counts = checkpoint.get("first_byte_counts", train.first_byte_counts())
+    counts = checkpoint.get("first_byte_counts")
+    counts = train.first_byte_counts() if counts is None else counts
     metrics = Metrics(args.metrics_file, args.log_dir)
     describe(model, train, test, device, args)
 
@@ -84,7 +78,7 @@ def main(argv=None):
     log = TrainingLog(args, start, metrics)
     with StopSignals() as stop, log:
         if args.evaluate_only or start >= args.iterations:
-            say(f"iteration {start} of {args.iterations}: nothing to train, evaluating")
+            say(f"no more iterations to train: evaluating iteration {start}")
             evaluate_at(start, stop)
             return stop.exit_status
         model.train()
@@ -130,11 +124,13 @@ def evaluate(model, images, counts, args, device, stop):
     training = model.training
     model.eval()
     total = 0.0
-    for batch in images.split(args.batch_size):
-        with autocast(device, args.precision):
-            total += model.nats(batch.to(device)).cpu().double().sum().item()
-        if stop:
-            break
+    with progress_bar(total=len(images), unit="images", desc="evaluating", leave=False) as bar:
+        for batch in images.split(args.batch_size):
+            with autocast(device, args.precision):
+                total += model.nats(batch.to(device)).cpu().double().sum().item()
+            bar.update(len(batch))
+            if stop:
+                break
     model.train(training)
     first = -first_byte_log_probs(counts)[images[:, 0].long()].sum().item()
     n, length = images.shape
@@ -235,104 +231,6 @@ def describe(model, train, test, device, args):
         warn("without --save_to the trained weights are not kept")
 
 
-class StopSignals:
-    """Notes the first SIGINT or SIGTERM, so that the loop can save and leave; a second one
-    ends the program at once."""
-
-    def __enter__(self):
-        self.number = None
-        self.previous = {s: signal.signal(s, self.note) for s in (signal.SIGINT, signal.SIGTERM)}
-        return self
-
-    def note(self, number, frame):
-        self.number = number
-        self.__exit__()
-        warn(f"{self.name}: saving and leaving; once more to leave at once")
-
-    def __exit__(self, *exception):
-        for signal_number, handler in self.previous.items():
-            signal.signal(signal_number, handler)
-
-    def __bool__(self):
-        return self.number is not None
-
-    @property
-    def name(self):
-        return signal.Signals(self.number).name if self else None
-
-    @property
-    def exit_status(self):
-        """As a shell reports a program that a signal ended, 0 without one."""
-        return 128 + self.number if self else 0
-
-
-class TrainingLog:
-    """The progress bar or plain lines, and the training records of the metrics.
-
-    Losses stay on the device until they are shown, at each --log_frequency and on a bar once
-    a second, since reading one waits for the device.
-    """
-
-    def __init__(self, args, start, metrics):
-        self.args, self.metrics, self.iteration = args, metrics, start
-        self.losses = []
-        self.start = self.shown = self.window = time.perf_counter()
-        self.bar = progress_bar(total=args.iterations, initial=start, unit="it")
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *exception):
-        self.bar.close()
-
-    @property
-    def seconds(self):
-        return time.perf_counter() - self.start
-
-    @contextmanager
-    def paused(self):
-        """Time that does not count as training."""
-        start = time.perf_counter()
-        yield
-        self.window += time.perf_counter() - start
-
-    def step(self, iteration, loss):
-        self.losses.append(loss)
-        self.iteration = iteration
-        self.bar.update()
-        if iteration % self.args.log_frequency == 0:
-            self.write()
-        elif not self.bar.disable and time.perf_counter() - self.shown > 1:
-            self.bar.set_postfix_str(self.summary()[0])
-
-    def summary(self):
-        """The losses since the last record, as text and as values. Refuses non-finite ones."""
-        self.shown = time.perf_counter()
-        bits = torch.stack(self.losses).mean().item() / NATS_PER_BIT
-        if not math.isfinite(bits):
-            raise UserError(
-                f"the loss is {bits} by iteration {self.iteration}: lower --lr {self.args.lr} or "
-                "--clip_norm; the last checkpoint saved is from before"
-            )
-        rate = len(self.losses) * self.args.batch_size / (self.shown - self.window)
-        text = f"{bits:.4f} bits/dim, lr {self.args.lr:g}, {rate:.1f} images/s"
-        return text, {"bits_per_dim": bits, "lr": self.args.lr, "images_per_second": rate}
-
-    def write(self):
-        """A record of the losses since the last one, if there are any."""
-        if not self.losses:
-            return
-        text, values = self.summary()
-        left = (self.args.iterations - self.iteration) * self.args.batch_size
-        if self.bar.disable:
-            left = clock(left / values["images_per_second"])
-            say(f"iteration {self.iteration} of {self.args.iterations}: {text}, {left} left")
-        else:
-            self.bar.set_postfix_str(text)
-        self.metrics.write("train", self.iteration, **values, seconds=self.seconds)
-        self.losses, self.window = [], time.perf_counter()
-
-
 def parse_arguments(argv):
     parser = ArgumentParser(
         description="Train a transformer on the bytes of images. The same command starts a run "
@@ -347,10 +245,16 @@ def parse_arguments(argv):
     add_model_arguments(parser)
 
     group = parser.add_argument_group("optimisation")
-    group.add_argument("--optimizer", choices=["radam", "adam"], default="radam")
-    group.add_argument("--lr", type=number(float, 0, above=True), default=1e-4, metavar="X")
+    group.add_argument("--optimizer", choices=["radam", "adam"], default="radam", help="algorithm")
     group.add_argument(
-        "--weight_decay", type=number(float, 0), default=0.01, metavar="X", help="decoupled"
+        "--lr", type=number(float, 0, above=True), default=1e-4, metavar="X", help="learning rate"
+    )
+    group.add_argument(
+        "--weight_decay",
+        type=number(float, 0),
+        default=0.01,
+        metavar="X",
+        help="decoupled from the gradient",
     )
     group.add_argument(
         "--clip_norm",
@@ -369,8 +273,8 @@ def parse_arguments(argv):
         "--seed",
         type=number(int, 0, 2**63 - 1),
         metavar="N",
-        help="of the initial weights, the order of images and dropout; kept by the checkpoint "
-        "(default: 0)",
+        help="of the initial weights, the order of images and dropout (default: 0, or the "
+        "checkpoint's)",
     )
 
     group = parser.add_argument_group("checkpoints and evaluation")
@@ -430,6 +334,10 @@ def parse_arguments(argv):
         raise UserError("--evaluate_only needs --continue_from: give the checkpoint to evaluate")
     if args.save_to:
         check_writable(checkpoints.format_path(args.save_to, 0), "--save_to")
+    if args.metrics_file:
+        check_writable(args.metrics_file, "--metrics_file")
+    if args.log_dir:
+        check_writable(Path(args.log_dir) / "events", "--log_dir")
     if args.keep_checkpoints and not checkpoints.is_pattern(args.save_to or ""):
         raise UserError("--keep_checkpoints needs a --save_to with {}, as in weights.{}.pth")
     return args

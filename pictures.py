@@ -39,7 +39,8 @@ def save_image(path, image):
 
 
 def write_whole(path, write):
-    """Call `write` with a temporary file beside `path`, then rename it."""
+    """Call `write` with a temporary file beside `path`, then rename it; folders are made."""
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(path).with_name(f".{Path(path).name}.{os.getpid()}.tmp")
     try:
         with open(temporary, "wb") as file:

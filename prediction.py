@@ -15,7 +15,8 @@ import torch
 import checkpoints
 import datasets
 import pictures
-from models import ImageTransformer
+from models import ImageTransformer, ModelConfig
+from reporting import NATS_PER_BIT, progress_bar, say
 from sampling import SAMPLERS, image_noise, sample_first_byte
 from utils import (
     ArgumentParser,
@@ -25,12 +26,10 @@ from utils import (
     autocast,
     check_compiler,
     check_writable,
-    model_config,
+    model_fields,
     number,
     positive_int,
-    progress_bar,
     run,
-    say,
     select_device,
 )
 
@@ -47,9 +46,11 @@ def main(argv=None):
     device = select_device(args.device)
     check_outputs(args)
     checkpoint = load_checkpoint(args)
+    fields = model_fields(args, checkpoint.get("config", {}))
     given, real, shape = open_images(args, checkpoint)
     offset = choose_offset(args.offset, given.shape[1])
-    model = make_model(args, checkpoint, given.shape[1], device)
+    config = ModelConfig(length=given.shape[1], **fields)
+    model = make_model(args, checkpoint, config, device)
 
     completed = sample(model, given, offset, device, args)
     shape = args.image_shape or shape
@@ -123,9 +124,8 @@ def choose_offset(offset, length):
     return offset
 
 
-def make_model(args, checkpoint, length, device):
-    """The model of the checkpoint, or a random one of the flags, ready to sample."""
-    config = model_config(args, length, checkpoint.get("config"))
+def make_model(args, checkpoint, config, device):
+    """The model of the checkpoint, or a random one, ready to sample."""
     torch.manual_seed(args.seed)
     model = ImageTransformer(config)
     if checkpoint:
@@ -261,7 +261,7 @@ def describe_samples(args, model, completed, real, offset, device):
     def bits(images):
         with autocast(device, args.precision):
             parts = [model.nats(x.to(device)).cpu() for x in images.split(args.batch_size)]
-        return torch.cat(parts).double().mean().item() / (images.shape[1] - 1) / math.log(2)
+        return torch.cat(parts).double().mean().item() / (images.shape[1] - 1) / NATS_PER_BIT
 
     text = f"seed {args.seed}, offset {offset}, temperature {args.temperature:g}; "
     text += f"samples {bits(completed):.3f} bits/dim"
@@ -322,7 +322,7 @@ def parse_arguments(argv):
         type=index_list,
         default=[0],
         metavar="I",
-        help="which images: 0-10 is 0 to 9; 3,5; 7*4 is 7 four times (default: 0)",
+        help="which images: 0-10 is 0 to 9; 3,5; 7*4 is 7 four times",
     )
     group.add_argument(
         "--offset",
@@ -343,17 +343,17 @@ def parse_arguments(argv):
         type=number(float, 0, above=True),
         default=1.0,
         metavar="T",
-        help="below 1 for safer, above for wilder images (default: 1)",
+        help="below 1 for safer, above for wilder images",
     )
     group.add_argument(
-        "--seed", type=number(int, 0, 2**63 - 1), default=0, metavar="N", help="(default: 0)"
+        "--seed", type=number(int, 0, 2**63 - 1), default=0, metavar="N", help="of the noise"
     )
     group.add_argument(
         "--batch_size",
         type=positive_int,
         default=64,
         metavar="N",
-        help="images at a time; changes speed only (default: 64)",
+        help="images at a time; changes speed only",
     )
     datasets.add_dataset_arguments(parser).add_argument(
         "--training_set", action="store_true", help="take training, not test images"

@@ -1,18 +1,17 @@
-"""What both scripts share: errors and arguments, device and precision, progress and metrics."""
+"""What both scripts share: errors, arguments, signals, device and precision."""
 
 import argparse
 import difflib
-import json
 import math
 import os
 import shutil
+import signal
 import sys
 import tempfile
 from dataclasses import MISSING, fields
 from pathlib import Path
 
 import torch
-from tqdm import tqdm
 
 from models import ModelConfig
 
@@ -27,14 +26,23 @@ class UserError(Exception):
 
 def run(main):
     """Run a script's `main()`: a `UserError` is one line on stderr and exit status 2."""
+    name = Path(sys.argv[0]).name
     try:
-        sys.exit(main())
+        status = main()
+        sys.stdout.flush()
     except UserError as error:
-        print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr)
-        sys.exit(MISUSE)
+        print(f"{name}: error: {error}", file=sys.stderr)
+        status = MISUSE
     except KeyboardInterrupt:
-        print(f"{Path(sys.argv[0]).name}: interrupted", file=sys.stderr)
-        sys.exit(130)
+        print(f"{name}: interrupted", file=sys.stderr)
+        status = 128 + signal.SIGINT
+    except BrokenPipeError:  # as in `| head`: nobody reads on, and Python must not try at exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        status = 128 + signal.SIGPIPE
+    except OSError as error:  # a disk that is full or gone in the middle of writing
+        print(f"{name}: error: {error}", file=sys.stderr)
+        status = 1
+    sys.exit(status)
 
 
 class ArgumentParser(argparse.ArgumentParser):
@@ -56,11 +64,16 @@ class ArgumentParser(argparse.ArgumentParser):
         raise UserError(f"{message} (see --help)")
 
 
-class HelpFormatter(argparse.HelpFormatter):
-    """Flags in a column wide enough for most of them."""
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
+    """A wide column for the flags, and the default of those that have one."""
 
     def __init__(self, prog):
         super().__init__(prog, max_help_position=34, width=min(100, shutil.get_terminal_size()[0]))
+
+    def _get_help_string(self, action):
+        if action.default in (None, False, argparse.SUPPRESS) or not action.option_strings:
+            return action.help
+        return super()._get_help_string(action)
 
 
 def number(convert, low=-math.inf, high=math.inf, above=False):
@@ -139,10 +152,11 @@ ONLY_FOR = {
 }
 
 
-def model_config(args, length, stored=None):
-    """The configuration of `stored` (a dict, from a checkpoint) or, for what it does not hold, of
-    the flags. A flag that contradicts it is a `UserError`, and so is one without effect."""
-    stored = stored or {}
+def model_fields(args, stored):
+    """The fields of ModelConfig, but `length`: those `stored` in a checkpoint, else the flags.
+
+    A flag that contradicts the checkpoint is a `UserError`, and so is one without effect.
+    """
     names = [field.name for field in fields(ModelConfig) if field.name != "length"]
     given = {name: value for name in names if (value := getattr(args, name)) is not None}
     for name, value in given.items():
@@ -151,7 +165,8 @@ def model_config(args, length, stored=None):
                 f"--{name} {value} contradicts the checkpoint, which has {stored[name]}: "
                 "leave the flag out, or give another checkpoint"
             )
-    config = ModelConfig(**{"length": length, **given, **stored})
+    chosen = {**given, **{name: stored[name] for name in names if name in stored}}
+    config = ModelConfig(length=2, **chosen)
     for name in given:
         if config.attention_type not in ONLY_FOR.get(name, (config.attention_type,)):
             raise UserError(
@@ -165,7 +180,7 @@ def model_config(args, length, stored=None):
             f"--n_heads {config.n_heads} times --d_query {config.d_query} is {config.d_model}: "
             "it must be a multiple of 4, for sines and cosines in half of it"
         )
-    return config
+    return chosen
 
 
 def add_machine_arguments(parser):
@@ -174,13 +189,13 @@ def add_machine_arguments(parser):
     group.add_argument(
         "--device",
         default="auto",
-        help="auto (default: a GPU if there is one), cpu, cuda, cuda:N or mps",
+        help="auto (a GPU if there is one), cpu, cuda, cuda:N or mps",
     )
     group.add_argument(
         "--precision",
         choices=["fp32", "bf16"],
         default="fp32",
-        help="of the matrix products; attention sums and the loss stay fp32 (default: fp32)",
+        help="of the matrix products; attention sums and the loss stay fp32",
     )
     group.add_argument(
         "--compile",
@@ -221,70 +236,52 @@ def check_compiler(device):
 
 
 def check_writable(path, flag):
-    """Make the folder of the file `path` and prove that a file can be written there."""
+    """A `UserError` where the file `path` could not be written; makes nothing.
+
+    Its folder may be missing as long as it can be made: then the nearest one that exists counts.
+    """
     path = Path(path)
+    if path.is_dir():
+        raise UserError(f"{flag} {path} is a folder: give a file's path")
+    if path.exists() and not os.access(path, os.W_OK):
+        raise UserError(f"{flag} {path} is write-protected: choose another path")
+    folder = next(parent for parent in path.absolute().parents if parent.exists())
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=path.parent):
+        with tempfile.TemporaryFile(dir=folder):
             pass
-        if path.is_dir():
-            raise UserError(f"{flag} {path} is a folder: give a file's path")
-        if path.exists() and not os.access(path, os.W_OK):
-            raise UserError(f"{flag} {path} is write-protected: choose another path")
     except OSError as error:
         raise UserError(
-            f"{flag} {path} cannot be written ({error.strerror}): choose another path"
+            f"{flag} {path} cannot be written, {folder} refuses ({error.strerror}): "
+            "choose another path"
         ) from None
 
 
-def progress_bar(**kwargs):
-    """A tqdm bar on a terminal; elsewhere one that is silent (`disable` tells)."""
-    return tqdm(dynamic_ncols=True, disable=not sys.stderr.isatty(), **kwargs)
+class StopSignals:
+    """Notes the first SIGINT or SIGTERM, so that the loop can save and leave; a second one
+    ends the program at once."""
 
+    def __enter__(self):
+        self.number = None
+        self.previous = {s: signal.signal(s, self.note) for s in (signal.SIGINT, signal.SIGTERM)}
+        return self
 
-def say(text):
-    """A line on stdout that leaves a progress bar whole."""
-    tqdm.write(text)
-    sys.stdout.flush()
+    def note(self, number, frame):
+        self.number = number
+        self.__exit__()
+        print(f"{self.name}: saving and leaving; once more to leave at once", file=sys.stderr)
 
+    def __exit__(self, *exception):
+        for signal_number, handler in self.previous.items():
+            signal.signal(signal_number, handler)
 
-def warn(text):
-    """A warning on stderr that leaves a progress bar whole."""
-    tqdm.write(f"warning: {text}", file=sys.stderr)
+    def __bool__(self):
+        return self.number is not None
 
+    @property
+    def name(self):
+        return signal.Signals(self.number).name if self else None
 
-def clock(seconds):
-    """Seconds as h:mm:ss."""
-    seconds = round(seconds)
-    return f"{seconds // 3600}:{seconds // 60 % 60:02}:{seconds % 60:02}"
-
-
-class Metrics:
-    """Writes records to a file of JSON lines and to TensorBoard, where they were asked for."""
-
-    def __init__(self, path=None, log_dir=None):
-        self.path, self.board = path, open_tensorboard(log_dir) if log_dir else None
-        if path:
-            check_writable(path, "--metrics_file")
-
-    def write(self, split, iteration, **values):
-        record = {"iteration": iteration, "split": split, **values}
-        if self.path:
-            with open(self.path, "a", encoding="utf-8") as file:
-                file.write(json.dumps(record) + "\n")
-        if self.board:
-            for name, value in values.items():
-                self.board.add_scalar(f"{split}/{name}", value, iteration)
-            self.board.flush()
-
-
-def open_tensorboard(log_dir):
-    """A writer of TensorBoard events; a `UserError` where that is not installed."""
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError:
-        raise UserError(
-            "--log_dir needs TensorBoard: pip install tensorboard, or use --metrics_file"
-        ) from None
-    check_writable(Path(log_dir) / "events", "--log_dir")
-    return SummaryWriter(log_dir)
+    @property
+    def exit_status(self):
+        """As a shell reports a program that a signal ended, 0 without one."""
+        return 128 + self.number if self else 0

@@ -1,0 +1,134 @@
+"""What a run tells: lines, progress bars, and records for files and TensorBoard."""
+
+import json
+import math
+import sys
+import time
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from utils import UserError
+
+NATS_PER_BIT = math.log(2)
+
+
+def progress_bar(**kwargs):
+    """A tqdm bar on a terminal; elsewhere one that is silent (`disable` tells)."""
+    return tqdm(dynamic_ncols=True, disable=not sys.stderr.isatty(), **kwargs)
+
+
+def say(text):
+    """A line on stdout that leaves a progress bar whole."""
+    tqdm.write(text)
+    sys.stdout.flush()
+
+
+def warn(text):
+    """A warning on stderr that leaves a progress bar whole."""
+    tqdm.write(f"warning: {text}", file=sys.stderr)
+
+
+def clock(seconds):
+    """Seconds as h:mm:ss."""
+    seconds = round(seconds)
+    return f"{seconds // 3600}:{seconds // 60 % 60:02}:{seconds % 60:02}"
+
+
+class Metrics:
+    """Writes records to a file of JSON lines and to TensorBoard, where they were asked for."""
+
+    def __init__(self, path=None, log_dir=None):
+        self.path, self.board = path, open_tensorboard(log_dir) if log_dir else None
+        if path:
+            Path(path).parent.mkdir(parents=True, exist_ok=True)
+
+    def write(self, split, iteration, **values):
+        record = {"iteration": iteration, "split": split, **values}
+        if self.path:
+            with open(self.path, "a", encoding="utf-8") as file:
+                file.write(json.dumps(record) + "\n")
+        if self.board:
+            for name, value in values.items():
+                self.board.add_scalar(f"{split}/{name}", value, iteration)
+            self.board.flush()
+
+
+def open_tensorboard(log_dir):
+    """A writer of TensorBoard events; a `UserError` where that is not installed."""
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        raise UserError(
+            "--log_dir needs TensorBoard: pip install tensorboard, or use --metrics_file"
+        ) from None
+    return SummaryWriter(log_dir)
+
+
+class TrainingLog:
+    """The progress bar or plain lines, and the training records of the metrics.
+
+    Losses stay on the device until they are shown, at each --log_frequency and on a bar once
+    a second, since reading one waits for the device.
+    """
+
+    def __init__(self, args, start, metrics):
+        self.args, self.metrics, self.iteration = args, metrics, start
+        self.losses = []
+        self.start = self.shown = self.window = time.perf_counter()
+        self.bar = progress_bar(total=args.iterations, initial=start, unit="it")
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exception):
+        self.bar.close()
+
+    @property
+    def seconds(self):
+        return time.perf_counter() - self.start
+
+    @contextmanager
+    def paused(self):
+        """Time that does not count as training."""
+        start = time.perf_counter()
+        yield
+        self.window += time.perf_counter() - start
+
+    def step(self, iteration, loss):
+        self.losses.append(loss)
+        self.iteration = iteration
+        self.bar.update()
+        if iteration % self.args.log_frequency == 0:
+            self.write()
+        elif not self.bar.disable and time.perf_counter() - self.shown > 1:
+            self.bar.set_postfix_str(self.summary()[0])
+
+    def summary(self):
+        """The losses since the last record, as text and as values. Refuses non-finite ones."""
+        self.shown = time.perf_counter()
+        bits = torch.stack(self.losses).mean().item() / NATS_PER_BIT
+        if not math.isfinite(bits):
+            raise UserError(
+                f"the loss is {bits} by iteration {self.iteration}: lower --lr {self.args.lr} or "
+                "--clip_norm; the last checkpoint saved is from before"
+            )
+        rate = len(self.losses) * self.args.batch_size / (self.shown - self.window)
+        text = f"{bits:.4f} bits/dim, lr {self.args.lr:g}, {rate:.1f} images/s"
+        return text, {"bits_per_dim": bits, "lr": self.args.lr, "images_per_second": rate}
+
+    def write(self):
+        """A record of the losses since the last one, if there are any."""
+        if not self.losses:
+            return
+        text, values = self.summary()
+        left = (self.args.iterations - self.iteration) * self.args.batch_size
+        if self.bar.disable:
+            left = clock(left / values["images_per_second"])
+            say(f"iteration {self.iteration} of {self.args.iterations}: {text}, {left} left")
+        else:
+            self.bar.set_postfix_str(text)
+        self.metrics.write("train", self.iteration, **values, seconds=self.seconds)
+        self.losses, self.window = [], time.perf_counter()

@@ -1,0 +1,214 @@
+"""What users do wrong: status 2, one line that names the value and the way out, nothing written."""
+
+import numpy as np
+import pytest
+import torch
+from conftest import TINY, start
+
+DIGITS = ["--dataset", "digits", *TINY, "--iterations", "2"]
+
+
+@pytest.fixture
+def prepared(tmp_path, tiny_checkpoint):
+    """A folder with damaged and wrong files of every kind, and a good checkpoint."""
+    good = tiny_checkpoint.read_bytes()
+    (tmp_path / "good.pth").write_bytes(good)
+    (tmp_path / "empty.pth").write_bytes(b"")
+    (tmp_path / "half.pth").write_bytes(good[: len(good) // 2])
+    (tmp_path / "text.pth").write_text("hello")
+    torch.save({"weights": 1}, tmp_path / "foreign.pth")
+    checkpoint = torch.load(tiny_checkpoint, weights_only=True)
+    torch.save({**checkpoint, "format_version": 99}, tmp_path / "future.pth")
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "only.txt").write_text("no images")
+    for name, array in {
+        "float": np.zeros((2, 4, 4)),
+        "colour": np.zeros((2, 8, 8, 3), np.uint8),
+    }.items():
+        (tmp_path / name).mkdir()
+        for split in ("train", "test"):
+            np.save(tmp_path / name / f"{split}.npy", array)
+    (tmp_path / "mixed").mkdir()
+    np.save(tmp_path / "mixed" / "train.npy", np.zeros((2, 4, 4), np.uint8))
+    np.save(tmp_path / "mixed" / "test.npy", np.zeros((2, 4, 5), np.uint8))
+    return tmp_path
+
+
+# Arguments, and what the line must name.
+TRAINING = [
+    ("--n_layer 3", "--n_layers"),
+    ("--n_layers 0", "--n_layers"),
+    ("--n_layers two", "'two'"),
+    ("--n_heads -1", "--n_heads"),
+    ("--n_heads 3 --d_query 3 --dataset digits", "multiple of 4"),
+    ("--d_query 1.5", "'1.5'"),
+    ("--mixtures 0", "--mixtures"),
+    ("--dropout 1", "--dropout"),
+    ("--dropout -0.1", "--dropout"),
+    ("--lr 0", "--lr"),
+    ("--lr nan", "nan"),
+    ("--lr inf", "inf"),
+    ("--weight_decay -1", "--weight_decay"),
+    ("--clip_norm nan", "--clip_norm"),
+    ("--optimizer sgd", "sgd"),
+    ("--attention_type linear", "causal-linear"),
+    ("--attention_type reformer", "reformer"),
+    ("--attention_dropout 0.2", "--attention_type full"),
+    ("--softmax_temp 0.2", "--attention_type full"),
+    ("--bits 8", "reformer"),
+    ("--rounds 2 --attention_type full", "reformer"),
+    ("--unmasked_reformer", "reformer"),
+    ("--iterations 0", "--iterations"),
+    ("--iterations 1e3", "'1e3'"),
+    ("--batch_size 0", "--batch_size"),
+    ("--seed -1", "--seed"),
+    ("--evaluate_images 0", "--evaluate_images"),
+    ("--evaluate_frequency 0", "--evaluate_frequency"),
+    ("--save_frequency -5", "--save_frequency"),
+    ("--log_frequency x", "'x'"),
+    ("--keep_checkpoints 2", "--save_to"),
+    ("--keep_checkpoints 2 --save_to w.pth", "--save_to"),
+    ("--save_to w.{}.{}.pth", "w.{}.{}.pth"),
+    ("--save_to w.{name}.pth", "w.{name}.pth"),
+    ("--save_to folder", "folder"),
+    ("--save_to /proc/no/w.{}.pth", "/proc/no"),
+    ("--metrics_file /proc/no/m.jsonl", "/proc/no"),
+    ("--metrics_file folder", "folder"),
+    ("--device gpu", "gpu"),
+    ("--device cuda:x", "cuda:x"),
+    ("--device cuda:99", "cuda:99"),
+    ("--precision fp16", "fp16"),
+    ("--dataset nowhere", "nowhere"),
+    ("--dataset folder", "folder"),
+    ("--dataset float", "float64"),
+    ("--dataset mixed", "4x5"),
+    ("--dataset imagenet64 --dataset_directory folder", "train_data.npy"),
+    ("--evaluate_only", "--continue_from"),
+    ("--evaluate_only --continue_from w.{}.pth", "w.{}.pth"),
+    ("--continue_from missing.pth", "missing.pth"),
+    ("--continue_from empty.pth", "empty.pth"),
+    ("--continue_from half.pth", "half.pth"),
+    ("--continue_from text.pth", "text.pth"),
+    ("--continue_from foreign.pth", "foreign.pth"),
+    ("--continue_from future.pth", "newer"),
+    ("--continue_from folder", "folder"),
+    ("--continue_from good.pth --n_layers 5", "5"),
+    ("--continue_from good.pth --dataset mnist", "mnist"),
+    ("--continue_from good.pth --dataset colour", "digits"),
+    ("--continue_from good.pth --seed 9", "9"),
+    ("--continue_from good.pth --optimizer adam", "adam"),
+]
+
+PREDICTION = [
+    ("", "model"),
+    ("missing.pth", "missing.pth"),
+    ("missing.{}.pth", "missing.{}.pth"),
+    ("empty.pth", "empty.pth"),
+    ("half.pth", "half.pth"),
+    ("text.pth", "text.pth"),
+    ("foreign.pth", "foreign.pth"),
+    ("folder", "folder"),
+    ("good.pth extra", "extra"),
+    ("good.pth --recurent", "--recurrent"),
+    ("good.pth --recurrent --sampler batched", "batched"),
+    ("good.pth --sampler fast", "fast"),
+    ("good.pth --n_heads 4", "2"),
+    ("good.pth --mixtures 10", "3"),
+    ("good.pth --attention_type full", "causal-linear"),
+    ("good.pth --dataset mnist", "digits"),
+    ("good.pth --index 5-2", "5-2"),
+    ("good.pth --index 1,,2", "1,,2"),
+    ("good.pth --index 3*", "3*"),
+    ("good.pth --index -1", "-1"),
+    ("good.pth --index 0-1000000000", "1000000"),
+    ("good.pth --index 7*1000000000000", "1000000"),
+    ("good.pth --index 300", "299"),
+    ("good.pth --index x", "'x'"),
+    ("good.pth --offset 65", "64"),
+    ("good.pth --offset -1", "--offset"),
+    ("good.pth --temperature 0", "--temperature"),
+    ("good.pth --temperature nan", "nan"),
+    ("good.pth --batch_size 0", "--batch_size"),
+    ("good.pth --image_shape 28,28", "8x8"),
+    ("good.pth --image_shape 64", "'64'"),
+    ("good.pth --image_shape 8,8,x", "8,8,x"),
+    ("good.pth --save_image out.png", "{}"),
+    ("good.pth --save_image {}.png", "{}"),
+    ("good.pth --save_image {}.{}.{}.png", "{}"),
+    ("good.pth --save_image {x}.{}.png", "{x}"),
+    ("good.pth --save_image /proc/no/{}.{}.png", "/proc/no"),
+    ("good.pth --save_gif one.gif --index 0-2", "{}"),
+    ("good.pth --save_gif {}.png", ".gif"),
+    ("good.pth --save_grid grid.xyz", ".xyz"),
+    ("good.pth --save_grid folder/only.txt/grid.png", "folder/only.txt"),
+    ("good.pth --save_grid all.png --index 0-250", "250"),
+    ("good.pth --plot", "--save_grid"),
+    ("good.pth --force_cpu --device cuda", "cuda"),
+    ("good.pth --load_pytorch", "--load_pytorch"),
+    ("good.pth --precision half", "half"),
+    ("- --dataset digits --n_heads 5 --d_query 5", "25"),
+]
+
+
+def snapshot(folder):
+    return {p: p.stat().st_mtime_ns for p in folder.rglob("*")}
+
+
+@pytest.mark.parametrize(
+    ("script", "arguments", "names"),
+    [("main.py", *case) for case in TRAINING] + [("prediction.py", *case) for case in PREDICTION],
+)
+def test_one_line_and_status_2(script, arguments, names, prepared, call, monkeypatch):
+    monkeypatch.delenv("DISPLAY", raising=False)
+    monkeypatch.delenv("WAYLAND_DISPLAY", raising=False)
+    before = snapshot(prepared)
+    result = call(script, *arguments.split())
+    assert result.status == 2, result
+    assert result.err.count("\n") == 1, result.err
+    assert result.err.startswith(f"{script}: error: ")
+    assert names in result.err
+    assert "Traceback" not in result.err + result.out
+    assert snapshot(prepared) == before
+
+
+def test_tensorboard_missing(call, monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "torch.utils.tensorboard", None)
+    result = call("main.py", *DIGITS, "--log_dir", "board")
+    assert result.status == 2
+    assert "pip install tensorboard" in result.err
+
+
+def test_no_compiler(call, monkeypatch):
+    monkeypatch.setenv("PATH", "")
+    monkeypatch.delenv("CXX", raising=False)
+    result = call("main.py", *DIGITS, "--compile")
+    assert result.status == 2
+    assert "C++ compiler" in result.err
+
+
+@pytest.mark.parametrize("script", ["main.py", "prediction.py"])
+def test_errors_as_a_process_of_its_own(script, tmp_path):
+    process = start(script, "--dataset", "nowhere", "-" if script == "prediction.py" else "--lr=1")
+    out, err = process.communicate(timeout=120)
+    assert (process.returncode, out.count("Traceback"), err.count("\n")) == (2, 0, 1)
+    assert "nowhere" in err
+
+
+@pytest.mark.parametrize("script", ["main.py", "prediction.py"])
+def test_help(call, script):
+    result = call(script, "--help")
+    assert result.status == 0
+    assert "machine:" in result.out
+    assert "None" not in result.out
+
+
+def test_the_flags_of_the_original_keep_their_defaults(call):
+    out = " ".join(call("main.py", "--help").out.split())
+    for flag, default in {
+        "n_layers": 4, "n_heads": 6, "d_query": 32, "dropout": 0.1, "attention_dropout": 0.1,
+        "bits": 32, "rounds": 4, "chunk_size": 32, "optimizer": "radam", "lr": 0.0001,
+        "weight_decay": 0.01, "mixtures": 10, "iterations": 100, "batch_size": 4,
+        "save_frequency": 3000, "evaluate_frequency": 3000, "yield_frequency": 10**9,
+    }.items():  # fmt: skip
+        entry = out.rsplit(f" --{flag} ", 1)[1].split(" --")[0]
+        assert f"(default: {default})" in entry, entry
