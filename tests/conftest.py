@@ -1,8 +1,11 @@
 """Shared by the tests: the scripts as a user calls them, small data sets and checkpoints."""
 
+import functools
+import http.server
 import os
 import subprocess
 import sys
+import threading
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -92,6 +95,23 @@ def data_directory(tmp_path_factory):
     from standins import write_mnist
 
     return write_mnist(tmp_path_factory.mktemp("data"))
+
+
+@pytest.fixture
+def server(tmp_path):
+    """A folder, and the loopback address under which its files are served."""
+    folder = tmp_path / "served"
+    folder.mkdir()
+
+    class Handler(http.server.SimpleHTTPRequestHandler):
+        def log_message(self, *args):
+            pass
+
+    handler = functools.partial(Handler, directory=str(folder))
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as httpd:
+        threading.Thread(target=httpd.serve_forever, daemon=True).start()
+        yield folder, f"http://127.0.0.1:{httpd.server_port}/"
+        httpd.shutdown()
 
 
 @pytest.fixture(autouse=True)

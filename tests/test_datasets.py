@@ -1,9 +1,5 @@
 """Every kind of data set, its order in training, and what is said of damaged ones."""
 
-import functools
-import http.server
-import threading
-
 import imageio.v3
 import numpy as np
 import pytest
@@ -28,23 +24,6 @@ def test_mnist_is_read_as_bytes(data_directory):
     raw = (data_directory / "MNIST" / "raw" / "t10k-images-idx3-ubyte").read_bytes()
     assert test.images.numpy().tobytes() == raw[16:]
     assert test.image_shape == (28, 28)
-
-
-@pytest.fixture
-def server(tmp_path):
-    """A folder, and the loopback address under which its files are served."""
-    folder = tmp_path / "served"
-    folder.mkdir()
-
-    class Handler(http.server.SimpleHTTPRequestHandler):
-        def log_message(self, *args):
-            pass
-
-    handler = functools.partial(Handler, directory=str(folder))
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as httpd:
-        threading.Thread(target=httpd.serve_forever, daemon=True).start()
-        yield folder, f"http://127.0.0.1:{httpd.server_port}/"
-        httpd.shutdown()
 
 
 def test_mnist_is_downloaded_on_first_use(server, monkeypatch, tmp_path):
