@@ -36,7 +36,8 @@ def main(argv=None):
     device = select_device(args.device)
     checkpoint = load_checkpoint(args)
     fields = model_fields(args, checkpoint.get("config", {}))
-    seed = choose_seed(args.seed, checkpoint)
+    seed = choose("seed", args.seed, checkpoint, default=0)
+    args.optimizer = choose("optimizer", args.optimizer, checkpoint, default="radam")
     train, test = datasets.load_both(args, checkpoint)
     config = ModelConfig(length=train.images.shape[1], **fields)
 
@@ -164,15 +165,15 @@ def load_checkpoint(args):
     return checkpoint
 
 
-def choose_seed(given, checkpoint):
-    """The seed of the checkpoint, else the one given, else 0."""
-    stored = checkpoint.get("seed", given)
-    if given is not None and given != stored:
+def choose(flag, given, checkpoint, default):
+    """What the checkpoint's run was started with, else what was given, else the default."""
+    stored = checkpoint.get(flag)
+    if None not in (given, stored) and given != stored:
         raise UserError(
-            f"--seed {given} contradicts the checkpoint, whose run has seed {stored}: "
-            "leave the flag out, or start another run with another --continue_from"
+            f"--{flag} {given} contradicts the checkpoint, whose run has {stored}: "
+            "leave the flag out, or start another run"
         )
-    return stored or 0
+    return next(value for value in (stored, given, default) if value is not None)
 
 
 def make_optimizer(model, args, checkpoint):
@@ -182,12 +183,6 @@ def make_optimizer(model, args, checkpoint):
         optimizer = torch.optim.RAdam(model.parameters(), decoupled_weight_decay=True, **rates)
     else:
         optimizer = torch.optim.AdamW(model.parameters(), **rates)
-    stored = checkpoint.get("optimizer", args.optimizer)
-    if stored != args.optimizer:
-        raise UserError(
-            f"--optimizer {args.optimizer} contradicts the checkpoint, which has {stored}: "
-            f"use --optimizer {stored}"
-        )
     if state := checkpoint.get("optimizer_state"):
         try:
             optimizer.load_state_dict(state)
@@ -245,7 +240,11 @@ def parse_arguments(argv):
     add_model_arguments(parser)
 
     group = parser.add_argument_group("optimisation")
-    group.add_argument("--optimizer", choices=["radam", "adam"], default="radam", help="algorithm")
+    group.add_argument(
+        "--optimizer",
+        choices=["radam", "adam"],
+        help="algorithm (default: radam, or the checkpoint's)",
+    )
     group.add_argument(
         "--lr", type=number(float, 0, above=True), default=1e-4, metavar="X", help="learning rate"
     )

@@ -1,5 +1,6 @@
 """Every command of the README, in its order, with few iterations and a stand-in for its data."""
 
+import itertools
 import re
 import shlex
 import subprocess
@@ -54,7 +55,7 @@ def test_command(command, folder, succeed, data_directory, colour_folder, monkey
 
 def check(words, result, folder):
     """What the command wrote is there and is what it should be."""
-    given = {flag: value for flag, value in zip(words, words[1:], strict=False) if flag[:2] == "--"}
+    given = {flag: value for flag, value in itertools.pairwise(words) if flag[:2] == "--"}
     if "--save_to" in given:
         path = folder / given["--save_to"].format(2)
         assert torch.load(path, weights_only=True)["iteration"] == 2
