@@ -13,7 +13,7 @@ MORE_ITERATIONS = 1400
 MODEL = --dataset digits --n_layers 4 --n_heads 4 --optimizer adam --batch_size 16 \
         --log_frequency 50 --save_to 'demo/digits.{}.pth' --continue_from 'demo/digits.{}.pth'
 
-.PHONY: demo test clean
+.PHONY: demo test reference clean
 
 demo: .venv/installed
 	$(BIN)/python main.py $(MODEL) --lr 2e-3 --iterations $(ITERATIONS)
@@ -29,6 +29,8 @@ test: .venv/installed-test
 	$(BIN)/ruff format --check .
 	$(BIN)/python -m pytest
 
+reference: .venv/installed-reference
+
 clean:
 	rm -rf .venv demo
 
@@ -40,4 +42,8 @@ clean:
 
 .venv/installed-test: .venv/installed requirements-test.txt
 	$(PIP) -r requirements-test.txt
+	touch $@
+
+.venv/installed-reference: .venv/installed install-reference.sh
+	sh install-reference.sh $(BIN)/python
 	touch $@

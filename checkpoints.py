@@ -131,21 +131,95 @@ def load(path):
 
 def upgrade_layout(checkpoint, path):
     """Rename, in place, the weights of the original's older layout (its --load_pytorch), where
-    attention was torch's own: in_proj stacks the query, key and value projections."""
+    attention was torch's own: in_proj stacks the query, key and value projections.
+
+    The table of positions is left out: the original, too, replaced it by the model's own.
+    """
     upgraded = {}
     for name, tensor in checkpoint["model_state"].items():
         prefix, found, rest = name.partition("self_attn.")
+        kind = rest.rpartition("in_proj_")[2]  # weight or bias
         if found and rest.startswith("in_proj_"):
-            kind = rest.removeprefix("in_proj_")  # weight or bias
             for part, piece in zip(("query", "key", "value"), tensor.chunk(3), strict=True):
                 upgraded[f"{prefix}attention.{part}_projection.{kind}"] = piece
         elif found:
-            upgraded[prefix + rest.replace("out_proj", "attention.out_projection")] = tensor
-        else:
+            rest = rest.replace("out_proj.", "out_projection.")
+            rest = rest.replace("softmax_temp", "inner_attention.softmax_temp")
+            upgraded[f"{prefix}attention.{rest}"] = tensor
+        elif name != "pos_embedding.pe":
             upgraded[name] = tensor
-    if upgraded.keys() == checkpoint["model_state"].keys():
+    if not any("self_attn." in name for name in checkpoint["model_state"]):
         raise UserError(f"--load_pytorch: {path} has no self_attn weights: leave the flag out")
     checkpoint["model_state"] = upgraded
+
+
+def stored_config(checkpoint, path, n_heads=None, d_query=None):
+    """The fields of ModelConfig that a checkpoint ({} for none) knows.
+
+    One of the original's does not know the number of heads, since 8 of 32 and 4 of 64 have
+    equal tensors: --n_heads or --d_query must say it.
+    """
+    if not checkpoint or "config" in checkpoint:
+        return checkpoint.get("config", {})
+    seen = config_from_tensors(checkpoint["model_state"], path)
+    d_model = seen["d_model"]
+    if not (n_heads or d_query):
+        raise UserError(
+            f"{path} does not say how many heads its {d_model} channels are: "
+            "give --n_heads or --d_query"
+        )
+    n_heads = n_heads or d_model // d_query
+    d_query = d_query or d_model // n_heads
+    if n_heads * d_query != d_model:
+        raise UserError(
+            f"{path} has {d_model} channels: --n_heads {n_heads} times --d_query {d_query} is "
+            f"{n_heads * d_query}"
+        )
+    sizes = {name: seen[name] for name in ("n_layers", "mixtures")}
+    return {**sizes, "n_heads": n_heads, "d_query": d_query}
+
+
+def config_from_tensors(state, path="the checkpoint"):
+    """What the shapes of a `model_state` show: n_layers, d_model, mixtures and, where it has
+    positions, length."""
+    try:
+        mixtures, d_model = (
+            state["predictor.weight"].shape[0] // 3,
+            state["predictor.weight"].shape[1],
+        )
+    except (KeyError, IndexError, AttributeError):
+        raise UserError(f"{path} is not a checkpoint of an image transformer") from None
+    layers = {
+        match[1] for name in state if (match := re.match(r"transformer\.layers\.(\d+)\.", name))
+    }
+    seen = {"n_layers": len(layers), "d_model": d_model, "mixtures": mixtures}
+    table = state.get("pos_embedding.pe")
+    return seen if table is None else {**seen, "length": table.shape[1] + 1}
+
+
+def import_optimizer_state(state, optimizer):
+    """Give an optimiser the moments of a saved state, ours or the original's, in order.
+
+    The optimiser's own groups stay: torch would take over those of the file, and the original's
+    have no decoupled_weight_decay, so that the decay would turn into the other kind. Raises
+    ValueError for moments of another model.
+    """
+    names = [name for group in state["param_groups"] for name in group["params"]]
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    if len(names) != len(parameters):
+        raise ValueError(f"it has {len(names)} parameters, not {len(parameters)}")
+    imported = {}
+    for i, (name, parameter) in enumerate(zip(names, parameters, strict=True)):
+        moments = state["state"].get(name)
+        if not moments:
+            continue  # never trained
+        for key in ("exp_avg", "exp_avg_sq"):
+            if moments[key].shape != parameter.shape:
+                raise ValueError(f"parameter {i} has another shape")
+        step = torch.as_tensor(moments["step"], dtype=torch.float32)
+        imported[i] = {**moments, "step": step}
+    groups = optimizer.state_dict()["param_groups"]
+    optimizer.load_state_dict({"state": imported, "param_groups": groups})
 
 
 def load_model_state(model, checkpoint, path):
@@ -153,16 +227,12 @@ def load_model_state(model, checkpoint, path):
     for name, tensor in checkpoint["model_state"].items():
         if not torch.isfinite(tensor).all():
             raise UserError(f"{path}: {name} is not finite, the run diverged: give an earlier one")
+    # The positions are no weights: where an upgraded layout has none, the model's own stay.
+    state = {"pos_embedding.pe": model.pos_embedding.pe, **checkpoint["model_state"]}
     try:
-        model.load_state_dict(checkpoint["model_state"])
+        model.load_state_dict(state)
     except RuntimeError as error:
         first = str(error).strip().split("\n")[1:2] or [str(error)]
         raise UserError(
             f"the weights in {path} are not those of the model asked for: {first[0].strip()[:200]}"
         ) from None
-
-
-def image_length(checkpoint):
-    """L, the bytes of the images a checkpoint was trained on, or None where it does not say."""
-    table = checkpoint["model_state"].get("pos_embedding.pe")
-    return None if table is None else table.shape[1] + 1

@@ -33,7 +33,7 @@ class ImageDataset:
 
         A function of its arguments alone: batches are cut from an endless sequence of
         permutations, one an epoch, each drawn from (seed, epoch). That is what makes a
-        restart go on exactly where the run stopped.
+        restart go on exactly where the run stopped. Without a seed the order is the file's.
         """
         n = len(self)
         positions = np.arange(iteration * batch_size, (iteration + 1) * batch_size)
@@ -46,7 +46,10 @@ class ImageDataset:
 
 @lru_cache(maxsize=2)
 def permutation(seed, epoch, n):
-    return np.random.default_rng((seed, int(epoch))).permutation(n)
+    """The order of n images in an epoch; as they are where the seed is None."""
+    return (
+        np.arange(n) if seed is None else np.random.default_rng((seed, int(epoch))).permutation(n)
+    )
 
 
 def load(name, directory, train):

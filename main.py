@@ -11,7 +11,7 @@ import torch
 import checkpoints
 import datasets
 from mixture import first_byte_log_probs
-from models import ImageTransformer, ModelConfig
+from models import ModelConfig
 from reporting import NATS_PER_BIT, Metrics, TrainingLog, progress_bar, say, warn
 from utils import (
     YIELDED,
@@ -21,6 +21,7 @@ from utils import (
     add_machine_arguments,
     add_model_arguments,
     autocast,
+    build_model,
     check_compiler,
     check_writable,
     model_fields,
@@ -35,18 +36,20 @@ def main(argv=None):
     args = parse_arguments(argv)
     device = select_device(args.device)
     checkpoint = load_checkpoint(args)
-    fields = model_fields(args, checkpoint.get("config", {}))
+    stored = checkpoints.stored_config(checkpoint, args.continue_from, args.n_heads, args.d_query)
+    fields = model_fields(args, stored)
     seed = choose("seed", args.seed, checkpoint, default=0)
     args.optimizer = choose("optimizer", args.optimizer, checkpoint, default="radam")
     train, test = datasets.load_both(args, checkpoint)
     config = ModelConfig(length=train.images.shape[1], **fields)
 
+    order = None if args.no_shuffle else seed
+
     torch.manual_seed(seed)
-    model = ImageTransformer(config)
+    model = build_model(config, device, args)
     start = checkpoint.get("iteration", 0)
     if checkpoint:
         checkpoints.load_model_state(model, checkpoint, args.continue_from)
-    model.to(device)
     optimizer = make_optimizer(model, args, checkpoint)
     if args.compile:
         check_compiler(device)
@@ -84,7 +87,7 @@ def main(argv=None):
             return stop.exit_status
         model.train()
         for iteration in range(start + 1, args.iterations + 1):
-            images = train.batch(iteration - 1, args.batch_size, seed).to(device)
+            images = train.batch(iteration - 1, args.batch_size, order).to(device)
             loss = train_step(model, optimizer, images, seed, iteration, args)
             log.step(iteration, loss)
 
@@ -185,12 +188,11 @@ def make_optimizer(model, args, checkpoint):
         optimizer = torch.optim.AdamW(model.parameters(), **rates)
     if state := checkpoint.get("optimizer_state"):
         try:
-            optimizer.load_state_dict(state)
-        except (ValueError, KeyError) as error:
+            checkpoints.import_optimizer_state(state, optimizer)
+        except (ValueError, KeyError, TypeError) as error:
             raise UserError(
                 f"the optimiser's state in {args.continue_from} is not this model's: {error}"
             ) from None
-        optimizer.param_groups[0].update(rates)
     return optimizer
 
 
@@ -264,6 +266,9 @@ def parse_arguments(argv):
     )
     group.add_argument(
         "--batch_size", type=positive_int, default=4, metavar="N", help="images an iteration"
+    )
+    group.add_argument(
+        "--no_shuffle", action="store_true", help="take the images in their order, as the original"
     )
     group.add_argument(
         "--iterations", type=positive_int, default=100, metavar="N", help="of the whole run"

@@ -15,7 +15,7 @@ import torch
 import checkpoints
 import datasets
 import pictures
-from models import ImageTransformer, ModelConfig
+from models import ModelConfig
 from reporting import NATS_PER_BIT, progress_bar, say
 from sampling import SAMPLERS, image_noise, sample_first_byte
 from utils import (
@@ -24,6 +24,7 @@ from utils import (
     add_machine_arguments,
     add_model_arguments,
     autocast,
+    build_model,
     check_compiler,
     check_writable,
     model_fields,
@@ -46,7 +47,8 @@ def main(argv=None):
     device = select_device(args.device)
     check_outputs(args)
     checkpoint = load_checkpoint(args)
-    fields = model_fields(args, checkpoint.get("config", {}))
+    stored = checkpoints.stored_config(checkpoint, args.model, args.n_heads, args.d_query)
+    fields = model_fields(args, stored)
     given, real, shape = open_images(args, checkpoint)
     offset = choose_offset(args.offset, given.shape[1])
     config = ModelConfig(length=given.shape[1], **fields)
@@ -127,10 +129,9 @@ def choose_offset(offset, length):
 def make_model(args, checkpoint, config, device):
     """The model of the checkpoint, or a random one, ready to sample."""
     torch.manual_seed(args.seed)
-    model = ImageTransformer(config)
+    model = build_model(config, device, args).eval()
     if checkpoint:
         checkpoints.load_model_state(model, checkpoint, args.model)
-    model.to(device).eval()
     if args.compile:
         check_compiler(device)
         model.step, model.predict = torch.compile(model.step), torch.compile(model.predict)

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from models import ModelConfig
+from models import ImageTransformer, ModelConfig
 
 # Exit statuses, documented in the README.
 MISUSE = 2
@@ -115,24 +115,24 @@ def add_model_arguments(parser):
     count = {"type": positive_int, "metavar": "N"}
     add(
         "attention_type",
-        "linear attention, softmax, or locality-sensitive hashing",
-        choices=["causal-linear", "full", "reformer"],
+        "linear, softmax (full), or with --backend fast-transformers one of the others",
+        choices=[*NATIVE_ATTENTIONS, "reformer", "exact-topk", "local"],
     )
     add("n_layers", "transformer layers", **count)
     add("n_heads", "attention heads", **count)
     add("d_query", "size of a head's queries, keys and values", **count)
     add("mixtures", "logistics in the mixture over a byte", **count)
     add("dropout", "dropout in the layers", **probability)
-    add("attention_dropout", "dropout of softmax's attention weights (full only)", **probability)
+    add("attention_dropout", "dropout of softmax's attention weights", **probability)
     add(
         "softmax_temp",
-        "what multiplies q.k before softmax (full only; default: 1/sqrt(d_query))",
+        "what multiplies q.k before softmax (default: 1/sqrt(d_query))",
         type=number(float, 0, above=True),
         metavar="X",
     )
     add("bits", "hash bits (reformer only)", **count)
     add("rounds", "hashing rounds (reformer only)", **count)
-    add("chunk_size", "queries in a block (reformer only)", **count)
+    add("chunk_size", "queries in a block (reformer), bytes seen (local)", **count)
     add(
         "unmasked_reformer",
         "let a query attend to itself (reformer only)",
@@ -141,15 +141,19 @@ def add_model_arguments(parser):
     return group
 
 
+NATIVE_ATTENTIONS = ["causal-linear", "full"]
+SOFTMAX_ATTENTIONS = ["full", "reformer", "exact-topk", "local"]
 # The flags that act with some attentions only.
 ONLY_FOR = {
-    "softmax_temp": ("full",),
-    "attention_dropout": ("full", "reformer"),
-    "bits": ("reformer",),
-    "rounds": ("reformer",),
-    "chunk_size": ("reformer",),
-    "unmasked_reformer": ("reformer",),
+    "softmax_temp": SOFTMAX_ATTENTIONS,
+    "attention_dropout": SOFTMAX_ATTENTIONS,
+    "bits": ["reformer"],
+    "rounds": ["reformer"],
+    "chunk_size": ["reformer", "local"],
+    "unmasked_reformer": ["reformer"],
 }
+# A run may go on with another dropout; everything else makes another model.
+MAY_CHANGE = ("dropout", "attention_dropout")
 
 
 def model_fields(args, stored):
@@ -160,12 +164,12 @@ def model_fields(args, stored):
     names = [field.name for field in fields(ModelConfig) if field.name != "length"]
     given = {name: value for name in names if (value := getattr(args, name)) is not None}
     for name, value in given.items():
-        if name in stored and stored[name] != value:
+        if name not in MAY_CHANGE and stored.get(name, value) != value:
             raise UserError(
                 f"--{name} {value} contradicts the checkpoint, which has {stored[name]}: "
                 "leave the flag out, or give another checkpoint"
             )
-    chosen = {**given, **{name: stored[name] for name in names if name in stored}}
+    chosen = {**{name: stored[name] for name in names if name in stored}, **given}
     config = ModelConfig(length=2, **chosen)
     for name in given:
         if config.attention_type not in ONLY_FOR.get(name, (config.attention_type,)):
@@ -173,8 +177,11 @@ def model_fields(args, stored):
                 f"--{name} has no effect with --attention_type {config.attention_type}: "
                 f"leave it out, or use --attention_type {ONLY_FOR[name][0]}"
             )
-    if config.attention_type == "reformer":
-        raise UserError("--attention_type reformer is not available: use causal-linear or full")
+    if config.attention_type not in NATIVE_ATTENTIONS and args.backend == "native":
+        raise UserError(
+            f"--attention_type {config.attention_type} needs --backend fast-transformers: "
+            "give that, or use causal-linear or full"
+        )
     if config.d_model % 4:
         raise UserError(
             f"--n_heads {config.n_heads} times --d_query {config.d_query} is {config.d_model}: "
@@ -196,6 +203,12 @@ def add_machine_arguments(parser):
         choices=["fp32", "bf16"],
         default="fp32",
         help="of the matrix products; attention sums and the loss stay fp32",
+    )
+    group.add_argument(
+        "--backend",
+        choices=["native", "fast-transformers"],
+        default="native",
+        help="the layers of this program, or those of pytorch-fast-transformers (make reference)",
     )
     group.add_argument(
         "--compile",
@@ -224,6 +237,16 @@ def select_device(name):
 def autocast(device, precision):
     """The context in which a model runs with --precision."""
     return torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bf16")
+
+
+def build_model(config, device, args):
+    """A new model of the --backend, with random weights, on the device."""
+    if args.backend == "native":
+        return ImageTransformer(config).to(device)
+    import reference  # needs a library that is not in requirements.txt
+
+    reference.check(config, device, args)
+    return reference.ReferenceTransformer(config).to(device)
 
 
 def check_compiler(device):

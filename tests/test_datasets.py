@@ -150,3 +150,8 @@ def test_a_batch_depends_on_iteration_size_and_seed_alone(colour_folder):
     assert torch.equal(data.batch(7, 5, 1), data.batch(7, 5, 1))
     assert not torch.equal(data.batch(7, 5, 1), data.batch(7, 5, 2))
     assert data.batch(0, 100, 1).shape == (100, 90)
+
+
+def test_without_a_seed_the_order_is_the_files(colour_folder):
+    data = datasets.load(str(colour_folder), ".", True)
+    assert torch.equal(data.batch(3, 5, None), data.images[[3, 4, 5, 6, 7]])

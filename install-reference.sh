@@ -1,0 +1,45 @@
+#!/bin/sh
+# Installs pytorch-fast-transformers 0.4.0 with the Python given as the only argument, which has
+# torch already. Its setup imports torch (so: no build isolation), compiles for CUDA wherever an
+# nvcc is on the PATH, even if torch cannot use it, and pip would keep a wheel built for another
+# torch (so: no cache).
+set -eu
+python=$1
+
+if ! command -v "${CXX:-c++}" >/dev/null && ! command -v g++ >/dev/null; then
+    echo "make reference: no C++ compiler found: install g++ (macOS: xcode-select --install)" >&2
+    exit 1
+fi
+
+usable='import shutil, subprocess, torch
+nvcc = shutil.which("nvcc")
+told = nvcc and subprocess.run([nvcc, "--version"], capture_output=True, text=True).stdout
+print(bool(nvcc and torch.cuda.is_available() and f"release {torch.version.cuda}," in told))'
+
+if [ "$("$python" -c "$usable")" = False ]; then
+    # A PATH without nvcc: each folder that holds one is replaced by links to its other programs.
+    links=$(mktemp -d)
+    trap 'rm -rf "$links"' EXIT
+    new_path= count=0
+    old_ifs=$IFS IFS=:
+    for folder in $PATH; do
+        if [ -e "$folder/nvcc" ]; then
+            count=$((count + 1))
+            mkdir "$links/$count"
+            ln -s "$folder"/* "$links/$count/"
+            rm "$links/$count/nvcc"
+            folder=$links/$count
+        fi
+        new_path=$new_path${new_path:+:}$folder
+    done
+    IFS=$old_ifs
+    PATH=$new_path
+    export PATH
+    unset CUDA_HOME CUDA_PATH
+fi
+
+echo "building pytorch-fast-transformers: about five minutes on two cores"
+"$python" -m pip install --quiet --disable-pip-version-check setuptools wheel
+"$python" -m pip install --quiet --disable-pip-version-check --no-build-isolation --no-cache-dir \
+    --no-deps --force-reinstall pytorch-fast-transformers==0.4.0
+"$python" -c "import fast_transformers.causal_product.causal_product_cpu"
