@@ -143,9 +143,10 @@ def upgrade_layout(checkpoint, path):
             for part, piece in zip(("query", "key", "value"), tensor.chunk(3), strict=True):
                 upgraded[f"{prefix}attention.{part}_projection.{kind}"] = piece
         elif found:
-            rest = rest.replace("out_proj.", "out_projection.")
-            rest = rest.replace("softmax_temp", "inner_attention.softmax_temp")
-            upgraded[f"{prefix}attention.{rest}"] = tensor
+            # Old temperatures, once stored beside the weights, are left out too.
+            if rest != "softmax_temp":
+                rest = rest.replace("out_proj.", "out_projection.")
+                upgraded[f"{prefix}attention.{rest}"] = tensor
         elif name != "pos_embedding.pe":
             upgraded[name] = tensor
     if not any("self_attn." in name for name in checkpoint["model_state"]):
@@ -183,16 +184,11 @@ def config_from_tensors(state, path="the checkpoint"):
     """What the shapes of a `model_state` show: n_layers, d_model, mixtures and, where it has
     positions, length."""
     try:
-        mixtures, d_model = (
-            state["predictor.weight"].shape[0] // 3,
-            state["predictor.weight"].shape[1],
-        )
-    except (KeyError, IndexError, AttributeError):
+        outputs, d_model = state["predictor.weight"].shape
+    except (KeyError, ValueError, AttributeError, TypeError):
         raise UserError(f"{path} is not a checkpoint of an image transformer") from None
-    layers = {
-        match[1] for name in state if (match := re.match(r"transformer\.layers\.(\d+)\.", name))
-    }
-    seen = {"n_layers": len(layers), "d_model": d_model, "mixtures": mixtures}
+    layers = {name.split(".")[2] for name in state if name.startswith("transformer.layers.")}
+    seen = {"n_layers": len(layers), "d_model": d_model, "mixtures": outputs // 3}
     table = state.get("pos_embedding.pe")
     return seen if table is None else {**seen, "length": table.shape[1] + 1}
 

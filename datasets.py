@@ -47,9 +47,9 @@ class ImageDataset:
 @lru_cache(maxsize=2)
 def permutation(seed, epoch, n):
     """The order of n images in an epoch; as they are where the seed is None."""
-    return (
-        np.arange(n) if seed is None else np.random.default_rng((seed, int(epoch))).permutation(n)
-    )
+    if seed is None:
+        return np.arange(n)
+    return np.random.default_rng((seed, int(epoch))).permutation(n)
 
 
 def load(name, directory, train):

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -56,6 +57,12 @@ def succeed(call):
         return result
 
     return run
+
+
+def require_library():
+    """Skip a test where pytorch-fast-transformers is missing; in CI that is a failure."""
+    if find_spec("fast_transformers") is None and os.environ.get("CI") != "true":
+        pytest.skip("pytorch-fast-transformers is not installed: make reference")
 
 
 def start(script, *arguments, **kwargs):

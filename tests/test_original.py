@@ -5,13 +5,12 @@ optimiser's state as the RAdam class beside those scripts kept it.
 """
 
 import math
-import os
 from copy import deepcopy
-from importlib.util import find_spec
 from types import SimpleNamespace
 
 import pytest
 import torch
+from conftest import require_library
 from torch import nn
 
 import checkpoints
@@ -25,8 +24,7 @@ SIZES = {"n_layers": 2, "n_heads": 4, "d_query": 8, "mixtures": 3}
 @pytest.fixture(scope="module")
 def library():
     """pytorch-fast-transformers. A machine without it skips; in CI that is a failure."""
-    if find_spec("fast_transformers") is None and os.environ.get("CI") != "true":
-        pytest.skip("pytorch-fast-transformers is not installed: make reference")
+    require_library()
     from fast_transformers.builders import TransformerEncoderBuilder
     from fast_transformers.masking import TriangularCausalMask
     from fast_transformers.weight_mapper import PytorchMapper

@@ -10,7 +10,7 @@ import imageio.v3
 import pytest
 import standins
 import torch
-from conftest import ROOT
+from conftest import ROOT, require_library
 
 README = (ROOT / "README.md").read_text()
 COMMANDS = re.findall(r"^    (python (?:main|prediction)\.py .*)$", README, re.MULTILINE)
@@ -39,6 +39,8 @@ def shortened(words, folder, colour_folder):
 @pytest.mark.parametrize("command", COMMANDS, ids=[c[7:60].strip() for c in COMMANDS])
 def test_command(command, folder, succeed, data_directory, colour_folder, monkeypatch, request):
     monkeypatch.chdir(folder)
+    if "theirs" in command or "reformer" in command:
+        require_library()
     words = shortened(shlex.split(command), folder, colour_folder)
     directory = data_directory
     if "cifar10" in words:

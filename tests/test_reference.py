@@ -2,13 +2,12 @@
 
 import importlib
 import math
-import os
 import sys
-from importlib.util import find_spec
 from types import SimpleNamespace
 
 import pytest
 import torch
+from conftest import require_library
 from torch.nn.functional import interpolate
 
 import datasets
@@ -26,8 +25,7 @@ DIGIT = 64  # bytes of one of the embedded digits
 @pytest.fixture(scope="module")
 def reference():
     """The module under test. A machine without its library skips; in CI that is a failure."""
-    if find_spec("fast_transformers") is None and os.environ.get("CI") != "true":
-        pytest.skip("pytorch-fast-transformers is not installed: make reference")
+    require_library()
     return importlib.import_module("reference")
 
 
