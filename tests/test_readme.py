@@ -96,5 +96,5 @@ def test_make_demo(tmp_path):
 
 
 def test_no_file_the_readme_links_to_is_missing():
-    for link in re.findall(r"\]\((?!http)([^)]+)\)", README):
+    for link in re.findall(r"\]\((?!http|#)([^)]+)\)", README):
         assert (Path(ROOT) / link).exists(), link
