@@ -193,6 +193,14 @@ def config_from_tensors(state, path="the checkpoint"):
     return seen if table is None else {**seen, "length": table.shape[1] + 1}
 
 
+def optimizer_state(optimizer):
+    """The state of an optimiser, with what the original's RAdam looks up in a group it loads."""
+    state = optimizer.state_dict()
+    for group in state["param_groups"]:
+        group |= {"max_grad_norm": 1.0, "buffer": [[None, None, None] for _ in range(10)]}
+    return state
+
+
 def import_optimizer_state(state, optimizer):
     """Give an optimiser the moments of a saved state, ours or the original's, in order.
 

@@ -6,15 +6,30 @@
 set -eu
 python=$1
 
-if ! command -v "${CXX:-c++}" >/dev/null && ! command -v g++ >/dev/null; then
-    echo "make reference: no C++ compiler found: install g++ (macOS: xcode-select --install)" >&2
+# Where the compiler that Python was built with is not here, setuptools would look for it anyway.
+CC=${CC:-cc} CXX=${CXX:-c++}
+export CC CXX
+for compiler in "$CC" "$CXX"; do
+    command -v "${compiler%% *}" >/dev/null || {
+        echo "make reference: no C++ compiler ($compiler): install g++ (macOS: xcode-select --install)" >&2
+        exit 1
+    }
+done
+headers='import os, sysconfig; os.stat(sysconfig.get_path("include") + "/Python.h")'
+"$python" -c "$headers" 2>/dev/null || {
+    echo "make reference: Python's headers are missing: install python3-dev" >&2
     exit 1
-fi
+}
 
+# CUDA kernels only with torch's own release of nvcc, and one that still knows the library's
+# oldest architecture (13 does not).
 usable='import shutil, subprocess, torch
-nvcc = shutil.which("nvcc")
-told = nvcc and subprocess.run([nvcc, "--version"], capture_output=True, text=True).stdout
-print(bool(nvcc and torch.cuda.is_available() and f"release {torch.version.cuda}," in told))'
+def told(*flags):
+    return subprocess.run(["nvcc", *flags], capture_output=True, text=True)
+old = ["-arch=compute_50", "-x", "cu", "-c", "/dev/null", "-o", "/dev/null"]
+print(bool(shutil.which("nvcc") and torch.cuda.is_available()
+    and f"release {torch.version.cuda}," in told("--version").stdout
+    and told(*old).returncode == 0))'
 
 if [ "$("$python" -c "$usable")" = False ]; then
     # A PATH without nvcc: each folder that holds one is replaced by links to its other programs.

@@ -68,7 +68,7 @@ def main(argv=None):
     def save_at(iteration, last=False):
         state = {
             "model_state": model.state_dict(),
-            "optimizer_state": optimizer.state_dict(),
+            "optimizer_state": checkpoints.optimizer_state(optimizer),
             "iteration": iteration,
             "config": vars(config),
             "dataset": {"name": train.name, "image_shape": list(train.image_shape)},

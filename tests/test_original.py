@@ -346,4 +346,9 @@ def test_training_goes_on_from_a_checkpoint_of_the_original(original_file, call,
     saved = checkpoints.load(tmp_path / "ours.3002.pth")
     assert saved["config"]["n_heads"] == 4
     assert saved["optimizer_state"]["state"][0]["step"] == 4  # two of the original's, two of ours
-    assert saved["optimizer_state"]["param_groups"][0]["decoupled_weight_decay"]
+    (group,) = saved["optimizer_state"]["param_groups"]
+    assert group["decoupled_weight_decay"]
+    # Without these the original would load it and fail at its first step.
+    (original,) = new_state([])["param_groups"]
+    assert original.keys() <= group.keys()
+    assert group["buffer"] == original["buffer"]
