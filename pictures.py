@@ -108,9 +108,8 @@ def draw(cells, caption, titles=(), labels=()):
     n_rows, n_columns = len(cells), max(map(len, cells))
     # 0.6 inches a cell, and room for the caption.
     size = (max(4.0, 0.6 * n_columns + 0.4), 0.6 * n_rows + 0.6)
-    drawing, axes = plt.subplots(
-        n_rows, n_columns, figsize=size, squeeze=False, gridspec_kw={"wspace": 0.15, "hspace": 0.15}
-    )
+    grid = {"wspace": 0.15, "hspace": 0.15, "bottom": 0.4 / size[1], "top": 1 - 0.2 / size[1]}
+    drawing, axes = plt.subplots(n_rows, n_columns, figsize=size, squeeze=False, gridspec_kw=grid)
     for axis in axes.flat:
         axis.set_axis_off()
     for row, images in enumerate(cells):
@@ -121,7 +120,7 @@ def draw(cells, caption, titles=(), labels=()):
         axis.set_title(title, fontsize=7)
     for axis, label in zip(axes[:, 0], labels, strict=False):
         axis.text(-0.1, 0.5, label, transform=axis.transAxes, ha="right", va="center", fontsize=7)
-    drawing.text(0.5, 0.01, caption, ha="center", va="bottom", fontsize=6)
+    drawing.text(0.5, 0.05 / size[1], caption, ha="center", va="bottom", fontsize=6)
     return drawing
 
 
