@@ -8,8 +8,8 @@ BIN = .venv/bin
 PIP = $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
 # The demo's two stages: most of the way with large steps, the rest with small ones.
-ITERATIONS = 1000
-MORE_ITERATIONS = 1400
+ITERATIONS = 1200
+MORE_ITERATIONS = 1700
 MODEL = --dataset digits --n_layers 4 --n_heads 4 --optimizer adam --batch_size 16 \
         --log_frequency 50 --save_to 'demo/digits.{}.pth' --continue_from 'demo/digits.{}.pth'
 
@@ -19,7 +19,7 @@ demo: .venv/installed
 	$(BIN)/python main.py $(MODEL) --lr 2e-3 --iterations $(ITERATIONS)
 	$(BIN)/python main.py $(MODEL) --lr 3e-4 --iterations $(MORE_ITERATIONS)
 	$(BIN)/python prediction.py 'demo/digits.{}.pth' --recurrent --index 0-60 --offset 0 \
-	    --temperature 0.9 --save_grid demo/samples.png
+	    --temperature 0.8 --save_grid demo/samples.png
 	$(BIN)/python prediction.py 'demo/digits.{}.pth' --recurrent --index 5 --offset 24 \
 	    --save_gif demo/completion.gif
 	@echo 'The samples are in demo/samples.png, an image being completed in demo/completion.gif.'
