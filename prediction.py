@@ -6,7 +6,6 @@ python prediction.py weights.{}.pth --recurrent --index 0-10 --save_grid grid.pn
 import math
 import re
 import string
-import time
 from argparse import ArgumentTypeError
 from pathlib import Path
 
@@ -16,7 +15,7 @@ import checkpoints
 import datasets
 import pictures
 from models import ModelConfig
-from reporting import NATS_PER_BIT, progress_bar, say
+from reporting import NATS_PER_BIT, SamplingProgress, say
 from sampling import SAMPLERS, image_noise, sample_first_byte
 from utils import (
     ArgumentParser,
@@ -38,8 +37,6 @@ from utils import (
 MAX_IMAGES = 10**6
 MAX_FIGURE_ROWS = 200
 DEFAULT_OFFSET = 300
-# Elsewhere than on a terminal, a line of progress as often as this.
-SECONDS_PER_LINE = 10
 
 
 def main(argv=None):
@@ -153,38 +150,6 @@ def sample(model, given, offset, device, args):
                 )
             completed.append(images.to("cpu", torch.uint8))
     return torch.cat(completed)
-
-
-class SamplingProgress:
-    """Bytes and images per second, on a bar or in plain lines, and a line at the end."""
-
-    def __init__(self, n_images, bytes_per_image):
-        self.n_images, self.bytes_per_image = n_images, bytes_per_image
-        self.total, self.count = n_images * bytes_per_image, 0
-
-    def __enter__(self):
-        self.start = self.shown = time.perf_counter()
-        self.bar = progress_bar(total=self.total, unit=" bytes", unit_scale=True)
-        return self
-
-    def __exit__(self, failure, *details):
-        self.bar.close()
-        if self.count and not failure:
-            say(f"sampled {self.n_images} images, {self.count} bytes, {self.speed()}")
-
-    def advance(self, n):
-        self.count += n
-        self.bar.update(n)
-        if time.perf_counter() - self.shown > SECONDS_PER_LINE and self.bar.disable:
-            self.shown = time.perf_counter()
-            say(f"{self.count} of {self.total} bytes, {self.speed()}")
-        elif not self.bar.disable:
-            self.bar.set_postfix_str(self.speed().rpartition(", ")[2], refresh=False)
-
-    def speed(self):
-        seconds = time.perf_counter() - self.start
-        rate = self.count / seconds
-        return f"{seconds:.1f} s, {rate:.0f} bytes/s, {rate / self.bytes_per_image:.3g} images/s"
 
 
 def check_outputs(args):

@@ -13,6 +13,8 @@ from tqdm import tqdm
 from utils import UserError
 
 NATS_PER_BIT = math.log(2)
+# Elsewhere than on a terminal, a line of progress as often as this.
+SECONDS_PER_LINE = 10
 
 
 def progress_bar(**kwargs):
@@ -132,3 +134,35 @@ class TrainingLog:
             self.bar.set_postfix_str(text)
         self.metrics.write("train", self.iteration, **values, seconds=self.seconds)
         self.losses, self.window = [], time.perf_counter()
+
+
+class SamplingProgress:
+    """Bytes and images per second, on a bar or in plain lines, and a line at the end."""
+
+    def __init__(self, n_images, bytes_per_image):
+        self.n_images, self.bytes_per_image = n_images, bytes_per_image
+        self.total, self.count = n_images * bytes_per_image, 0
+
+    def __enter__(self):
+        self.start = self.shown = time.perf_counter()
+        self.bar = progress_bar(total=self.total, unit=" bytes", unit_scale=True)
+        return self
+
+    def __exit__(self, failure, *details):
+        self.bar.close()
+        if self.count and not failure:
+            say(f"sampled {self.n_images} images, {self.count} bytes, {self.speed()}")
+
+    def advance(self, n):
+        self.count += n
+        self.bar.update(n)
+        if time.perf_counter() - self.shown > SECONDS_PER_LINE and self.bar.disable:
+            self.shown = time.perf_counter()
+            say(f"{self.count} of {self.total} bytes, {self.speed()}")
+        elif not self.bar.disable:
+            self.bar.set_postfix_str(self.speed().rpartition(", ")[2], refresh=False)
+
+    def speed(self):
+        seconds = time.perf_counter() - self.start
+        rate = self.count / seconds
+        return f"{seconds:.1f} s, {rate:.0f} bytes/s, {rate / self.bytes_per_image:.3g} images/s"
