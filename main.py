@@ -332,7 +332,7 @@ def parse_arguments(argv):
     group.add_argument("--metrics_file", metavar="FILE", help="append records as JSON lines")
     group.add_argument("--log_dir", metavar="FOLDER", help="write TensorBoard events")
 
-    add_machine_arguments(parser)
+    add_machine_arguments(parser, "takes a minute or two; default: no")
     args = parser.parse_args(argv)
     if args.evaluate_only and not args.continue_from:
         raise UserError("--evaluate_only needs --continue_from: give the checkpoint to evaluate")

@@ -13,9 +13,9 @@ from torch.nn.functional import relu
 import mixture
 from attention import LinearAttention, SoftmaxAttention
 
-# Positions that go through the layers at once where no gradient is needed: bounds the memory
-# of long prefixes (the widest activation holds 4D numbers a position).
-POSITIONS_AT_ONCE = 2**15
+# Positions that go through the layers at once where no gradient is needed: bounds the memory of
+# long prefixes, and keeps every tensor small enough for the allocator to use its memory again.
+POSITIONS_AT_ONCE = 2**12
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ class PositionalEncoding(nn.Module):
 
     def forward(self, x, position):
         """(N, L, D/2) whose first byte is number `position` of the image -> (N, L, D)."""
-        rows = self.pe[:, position : position + x.shape[1]]
+        rows = self.pe[:, position + torch.arange(x.shape[1], device=x.device)]
         return torch.cat([x, rows.expand_as(x)], dim=-1)
 
 
@@ -76,11 +76,13 @@ class AttentionLayer(nn.Module):
         else:
             self.attend = SoftmaxAttention(config.softmax_temp, config.attention_dropout)
 
+    @property
+    def projections(self):
+        return self.query_projection, self.key_projection, self.value_projection
+
     def forward(self, x, state):
-        queries = self.query_projection(x).unflatten(-1, (self.n_heads, -1))  # (N, L, H, E)
-        keys = self.key_projection(x).unflatten(-1, (self.n_heads, -1))
-        values = self.value_projection(x).unflatten(-1, (self.n_heads, -1))
-        outputs = self.attend(queries, keys, values, state)
+        heads = [project(x).unflatten(-1, (self.n_heads, -1)) for project in self.projections]
+        outputs = self.attend(*heads, state)  # queries, keys, values (N, L, H, E)
         return self.out_projection(outputs.flatten(-2))  # (N, L, D)
 
 
@@ -134,7 +136,7 @@ class ImageTransformer(nn.Module):
         self.predictor = nn.Linear(config.d_model, 3 * config.mixtures)
 
     def features(self, images, position=0, states=None):
-        """Last hidden layer (N, L, D) of bytes (N, L) that begin at `position`.
+        """Last hidden layer (N, L, D) of bytes (N, L) that begin at `position`, an int or a tensor.
 
         With `states`, a list of one state a layer, the bytes go on where the states stopped,
         and the states are brought up to date in place.
@@ -167,9 +169,15 @@ class ImageTransformer(nn.Module):
     def step(self, values, position, states):
         """Read one more byte of each image, (N,), number `position`; updates `states` in place.
 
-        Returns the parameters (N, 3K) of the byte after it.
+        Returns the parameters (N, 3K) of the byte after it. With `position` a tensor (1,), no
+        number visits the host.
         """
         return self.predictor(self.features(values[:, None], position, states)[:, 0])
+
+    @property
+    def has_constant_state(self):
+        """Whether the states are tensors that stay where they are and never grow."""
+        return self.config.attention_type == "causal-linear"
 
     def empty_states(self, n_images):
         """One state a layer, of `n_images` images of which nothing was read."""

@@ -7,15 +7,17 @@ import math
 import re
 import string
 from argparse import ArgumentTypeError
+from functools import partial
 from pathlib import Path
 
 import torch
 
 import checkpoints
+import compiled
 import datasets
 import pictures
 from models import ModelConfig
-from reporting import NATS_PER_BIT, SamplingProgress, say
+from reporting import NATS_PER_BIT, SamplingProgress, say, warn
 from sampling import SAMPLERS, image_noise, sample_first_byte
 from utils import (
     ArgumentParser,
@@ -26,6 +28,7 @@ from utils import (
     build_model,
     check_compiler,
     check_writable,
+    find_compiler,
     model_fields,
     number,
     positive_int,
@@ -37,6 +40,8 @@ from utils import (
 MAX_IMAGES = 10**6
 MAX_FIGURE_ROWS = 200
 DEFAULT_OFFSET = 300
+# Compiling takes two seconds, once, and saves some milliseconds a step.
+STEPS_WORTH_COMPILING = 200
 
 
 def main(argv=None):
@@ -50,8 +55,10 @@ def main(argv=None):
     offset = choose_offset(args.offset, given.shape[1])
     config = ModelConfig(length=given.shape[1], **fields)
     model = make_model(args, checkpoint, config, device)
+    steps = math.ceil(len(given) / args.batch_size) * (config.length - offset)
+    sampler = make_sampler(model, args, device, steps)
 
-    completed = sample(model, given, offset, device, args)
+    completed = sample(sampler, given, offset, device, args)
     shape = args.image_shape or shape
     completions = completed.view(-1, *shape).numpy()
     originals = None if real is None else real.view(-1, *shape).numpy()
@@ -129,13 +136,59 @@ def make_model(args, checkpoint, config, device):
     model = build_model(config, device, args).eval()
     if checkpoint:
         checkpoints.load_model_state(model, checkpoint, args.model)
-    if args.compile:
-        check_compiler(device)
-        model.step, model.predict = torch.compile(model.step), torch.compile(model.predict)
     return model
 
 
-def sample(model, given, offset, device, args):
+def make_sampler(model, args, device, steps):
+    """--sampler for this model, compiled if asked for, or if that pays off in so many steps."""
+    recurrent = args.sampler == "recurrent" and args.backend == "native"
+    constant = recurrent and model.has_constant_state
+    if args.compile and not (constant or recurrent and device.type != "cpu"):
+        raise UserError(
+            "--compile samples with --recurrent, --backend native and --attention_type "
+            "causal-linear only: leave it out"
+        )
+    if device.type == "cpu" and constant and args.compile is not False:
+        if sampler := compile_for_processor(model, args, steps):
+            return sampler
+    if args.precision == "bf16":
+        store_as_bfloat16(model)
+    if args.compile:
+        check_compiler(device)
+        model.step = torch.compile(model.step)
+    return partial(SAMPLERS[args.sampler], model)
+
+
+def compile_for_processor(model, args, steps):
+    """A `CompiledRecurrence`; without --compile, None where it cannot be had or does not pay."""
+    if args.compile:
+        check_compiler(torch.device("cpu"))
+    elif not find_compiler():
+        if steps > STEPS_WORTH_COMPILING:
+            say("no C++ compiler: sampling without, several times slower (install g++)")
+        return None
+    elif steps < STEPS_WORTH_COMPILING and not compiled.is_kept(model.config, args.precision):
+        return None
+    try:
+        sampler = compiled.CompiledRecurrence(model, args.precision)
+    except UserError as error:
+        if args.compile:
+            raise
+        warn(f"{error}; sampling without")
+        return None
+    if sampler.seconds:
+        say(f"compiled the sampler in {sampler.seconds:.1f} s; kept in {sampler.path.parent}")
+    return sampler
+
+
+def store_as_bfloat16(model):
+    """Keep the weights of the products as autocast would round them anew for every byte."""
+    for module in model.modules():
+        if isinstance(module, torch.nn.Linear):
+            module.bfloat16()
+
+
+def sample(sampler, given, offset, device, args):
     """Complete the images (N, L) after `offset` bytes, --batch_size at a time: (N, L), uint8."""
     n, length = given.shape
     start = max(1, offset)
@@ -145,9 +198,7 @@ def sample(model, given, offset, device, args):
             images = given[numbers].to(device).long()
             noise = image_noise(args.seed, numbers.tolist(), length).to(device)
             with autocast(device, args.precision):
-                SAMPLERS[args.sampler](
-                    model, images, start, noise, args.temperature, progress.advance
-                )
+                sampler(images, start, noise, args.temperature, progress.advance)
             completed.append(images.to("cpu", torch.uint8))
     return torch.cat(completed)
 
@@ -352,7 +403,8 @@ def parse_arguments(argv):
         action="store_true",
         help="the checkpoint has the original's older layout (self_attn.in_proj_weight)",
     )
-    add_machine_arguments(parser).add_argument(
+    pays_off = "some seconds, once; default: where it pays off"
+    add_machine_arguments(parser, pays_off).add_argument(
         "--force_cpu", action="store_true", help="the same as --device cpu"
     )
     args = parser.parse_args(argv)

@@ -160,6 +160,11 @@ class ReferenceTransformer(ImageTransformer):
             outputs.append(output)
         return torch.stack(outputs, dim=1)
 
+    @property
+    def has_constant_state(self):
+        """The library's states are new tensors after every byte."""
+        return False
+
     def empty_states(self, n_images):
         """One state a layer; None is the library's for a sequence not begun."""
         if self.config.attention_type not in RECURRENT:

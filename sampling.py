@@ -1,14 +1,19 @@
-"""Sampling images byte by byte, two ways that give the same images.
+"""Sampling images byte by byte, two ways that give the same images (compiled.py has a third).
 
 Noise belongs to an image and a position: image number n draws from (seed, n) alone, so the
 same seed gives the same pictures whatever the batch size and the sampler, up to the rounding
 of floating point.
 """
 
+from functools import partial
+
 import numpy as np
 import torch
 
 import mixture
+
+# Bytes sampled before a GPU's work on a byte is recorded: its libraries set themselves up.
+WARM_UP_BYTES = 3
 
 
 def image_noise(seed, numbers, length):
@@ -31,14 +36,39 @@ def sample_recurrent(model, images, offset, noise, temperature=1.0, advance=lamb
     The given bytes go through the model in one parallel pass, the generated ones one by one
     with a state of constant size. `offset` is at least 1; `advance` is told of finished bytes.
     """
-    length = images.shape[1]
-    if offset < length:
-        parameters, states = model.prefill(images[:, :offset])
-    for position in range(offset, length):
-        images[:, position] = mixture.sample(parameters, noise[:, position], temperature)
-        if position + 1 < length:
-            parameters = model.step(images[:, position], position, states)
-        advance(len(images))
+    n, length = images.shape
+    if offset == length:
+        return
+    parameters, states = model.prefill(images[:, :offset])
+    images[:, offset] = mixture.sample(parameters, noise[:, offset], temperature)
+    advance(n)
+    position = torch.tensor([offset], device=images.device)
+    step = partial(next_byte, model, images, position, noise, states, temperature)
+    for drawn in range(1, length - offset):
+        if drawn == WARM_UP_BYTES and images.is_cuda and model.has_constant_state:
+            step = record(step)
+        step()
+        advance(n)
+
+
+def next_byte(model, images, position, noise, states, temperature):
+    """Read byte `position`, a tensor (1,), of each image, draw the byte after it, and move on.
+
+    Everything happens in place and on the device: a CUDA graph can repeat it.
+    """
+    values = images.index_select(1, position).squeeze(1)  # (N,)
+    parameters = model.step(values, position, states)
+    position += 1
+    noise = noise.index_select(1, position).squeeze(1)  # (N, 2)
+    images.index_copy_(1, position, mixture.sample(parameters, noise, temperature)[:, None])
+
+
+def record(step):
+    """`step` as a CUDA graph: one launch a byte instead of some hundred, and no Python."""
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step()
+    return graph.replay
 
 
 @torch.no_grad()

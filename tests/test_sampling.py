@@ -3,11 +3,14 @@
 import numpy as np
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
+import mixture
 from models import ImageTransformer, ModelConfig
 from sampling import (
     SAMPLERS,
     image_noise,
+    next_byte,
     sample_batched,
     sample_first_byte,
     sample_recurrent,
@@ -55,8 +58,6 @@ def test_seeds_and_images_differ(model, sampler):
 @pytest.mark.parametrize("offset", [1, 7, LENGTH - 1])
 def test_every_byte_comes_from_its_own_distribution(model, sampler, offset):
     """The original drew the last byte from the byte before's distribution."""
-    import mixture
-
     images = draw(sampler, model, offset)
     noise = image_noise(3, range(5), LENGTH)
     with torch.no_grad():
@@ -100,3 +101,44 @@ def test_first_bytes_follow_the_histogram():
     drawn = torch.bincount(sample_first_byte(counts, noise), minlength=256)
     expected = torch.tensor([5000, 3000, 2000])
     assert (drawn[[0, 10, 255]] - expected).abs().max() <= 20  # the pseudo-image takes a few
+
+
+class NoVisitsToTheHost(TorchDispatchMode):
+    """Fails where an operation would make a GPU's numbers known to Python."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.overloadpacket.__name__
+        assert name not in ("_local_scalar_dense", "nonzero", "masked_select"), name
+        return func(*args, **(kwargs or {}))
+
+
+def test_a_step_can_be_recorded():
+    """What a CUDA graph needs: no number visits the host, every tensor that lives on between two
+    bytes stays where it is, and the next byte is right."""
+    config = ModelConfig(LENGTH, n_layers=2, n_heads=2, d_query=8, mixtures=3)
+    model = ImageTransformer(config).eval()
+    images = torch.randint(0, 256, (4, LENGTH))
+    expected, noise = images.clone(), image_noise(0, range(4), LENGTH)
+    sample_recurrent(model, expected, 5, noise)
+    with torch.no_grad():
+        parameters, states = model.prefill(images[:, :5])
+        images[:, 5] = mixture.sample(parameters, noise[:, 5])
+        position = torch.tensor([5])
+        places = [tensor.data_ptr() for state in states for tensor in state]
+        with NoVisitsToTheHost():
+            for _ in range(6, LENGTH):
+                next_byte(model, images, position, noise, states, 1.0)
+    assert torch.equal(images, expected)
+    assert places == [tensor.data_ptr() for state in states for tensor in state]
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_the_recorded_step_draws_the_images_of_the_processor():
+    config = ModelConfig(LENGTH, n_layers=2, n_heads=2, d_query=8, mixtures=3)
+    model = ImageTransformer(config).double().eval()
+    images = [draw(sample_recurrent, model, 1)]
+    model.cuda()
+    on_gpu = torch.full((5, LENGTH), 99, device="cuda")
+    on_gpu[:, 0] = 0
+    sample_recurrent(model, on_gpu, 1, image_noise(3, range(5), LENGTH).cuda())
+    assert torch.equal(images[0], on_gpu.cpu())

@@ -1,0 +1,155 @@
+"""The recurrent sampler compiled for this processor: recurrence.cpp, built with any C++ compiler.
+
+The library is compiled in seconds for the sizes of a model, and kept for the next run.
+"""
+
+import ctypes
+import hashlib
+import os
+import platform
+import subprocess
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+from torch.nn.functional import pad
+
+import mixture
+from utils import UserError, find_compiler
+
+SOURCE = Path(__file__).with_name("recurrence.cpp")
+# Bytes of images that one call of the library draws: long enough that starting its threads does
+# not count, short enough (a fifth of a second) for progress and Ctrl-C.
+BYTES_AT_ONCE = 2048
+
+
+def library_path(config, precision):
+    """Where the library for this model is kept, and the command that compiles it.
+
+    The name holds all that it was made from: the source, the flags, and the macros of the
+    compiler, which tell its version and the instructions of the processor.
+    """
+    arm = platform.machine().lower() in ("arm64", "aarch64")
+    target = "-mcpu=native" if arm else "-march=native"
+    sizes = {"LAYERS": config.n_layers, "HEADS": config.n_heads, "SIZE": config.d_query}
+    sizes |= {"MIXTURES": config.mixtures, "BF16": int(precision == "bf16")}
+    command = [find_compiler(), "-std=c++17", "-O3", target, "-shared", "-fPIC", "-pthread"]
+    command += ["-fopenmp-simd", "-fno-math-errno", "-fno-trapping-math"]
+    command += [f"-D{name}={size}" for name, size in sizes.items()]
+    macros = subprocess.run(
+        [command[0], target, "-dM", "-E", "-x", "c++", os.devnull], capture_output=True
+    )
+    made_from = "\0".join(command).encode() + SOURCE.read_bytes() + macros.stdout
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    name = f"recurrence-{hashlib.sha256(made_from).hexdigest()[:32]}.so"
+    return cache / "image-transformers" / name, command
+
+
+def is_kept(config, precision):
+    """Whether the library for this model was compiled before."""
+    return library_path(config, precision)[0].exists()
+
+
+def compile_library(config, precision):
+    """Compile the library if it is not kept yet. Returns its path and the seconds it took.
+
+    Raises `UserError` where that fails.
+    """
+    path, command = library_path(config, precision)
+    if path.exists():
+        return path, 0.0
+    start = time.perf_counter()
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+            made = Path(folder) / path.name
+            subprocess.run([*command, SOURCE, "-o", made], check=True, capture_output=True)
+            os.replace(made, path)  # two runs at once make the same file
+    except subprocess.CalledProcessError as error:
+        lines = error.stderr.decode(errors="replace").strip().splitlines() or ["no message"]
+        raise UserError(f"--compile: {command[0]} failed ({lines[0]}): use --no-compile") from None
+    except OSError as error:
+        raise UserError(
+            f"--compile: {path.parent} cannot be written ({error.strerror}): "
+            "set XDG_CACHE_HOME to a folder that can, or use --no-compile"
+        ) from None
+    return path, time.perf_counter() - start
+
+
+def pack(linears, panel, dtype):
+    """Weight and bias of the layers, stacked, as recurrence.cpp reads them: `panel` outputs side
+    by side, input after input, or for bfloat16 pair after pair of inputs."""
+    weight = torch.cat([linear.weight for linear in linears]).float()
+    bias = torch.cat([linear.bias for linear in linears]).float()
+    missing = -len(bias) % panel
+    group = 2 if dtype == torch.bfloat16 else 1
+    weight = pad(weight, (0, 0, 0, missing)).unflatten(0, (-1, panel)).unflatten(-1, (-1, group))
+    return weight.transpose(1, 2).to(dtype), pad(bias, (0, missing))  # (panels, inputs, panel, .)
+
+
+class CompiledRecurrence:
+    """A sampler, called as `sampling.sample_recurrent` is, for one causal-linear model."""
+
+    def __init__(self, model, precision):
+        self.path, self.seconds = compile_library(model.config, precision)
+        self.library = ctypes.CDLL(str(self.path))
+        self.library.sample.restype = ctypes.c_int64
+        self.model = model
+        dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+        with torch.no_grad():
+            tensors = self.pack_model(self.library.panel(), dtype)
+            self.tensors = [tensor.contiguous() for tensor in tensors]
+
+    def pack_model(self, panel, dtype):
+        """The tensors of recurrence.cpp's struct Model, in its order."""
+        model, tensors = self.model, []
+        for layer in model.transformer.layers:
+            attention = layer.attention
+            tensors += pack(attention.projections, panel, dtype)
+            tensors += pack([attention.out_projection], panel, dtype)
+            tensors += [layer.norm1.weight, layer.norm1.bias]
+            tensors += pack([layer.linear1], panel, dtype) + pack([layer.linear2], panel, dtype)
+            tensors += [layer.norm2.weight, layer.norm2.bias]
+        tensors += [model.transformer.norm.weight, model.transformer.norm.bias]
+        tensors += pack([model.predictor], panel, dtype)
+        return [*tensors, model.value_embedding.weight, model.pos_embedding.pe]
+
+    @torch.no_grad()
+    def __call__(self, images, offset, noise, temperature=1.0, advance=lambda n: None):
+        n, length = images.shape
+        if offset == length:
+            return
+        parameters, states = self.model.prefill(images[:, :offset])
+        images[:, offset] = mixture.sample(parameters, noise[:, offset], temperature)
+        advance(n)
+        block = max(1, BYTES_AT_ONCE // n)
+        for first in range(offset, length - 1, block):
+            last = min(first + block, length - 1)
+            self.run(images, first, last, noise, states, temperature)
+            advance(n * (last - first))
+
+    def run(self, images, first, last, noise, states, temperature=1.0):
+        """Read bytes `first` to `last` - 1 of images (N, L), int64, and draw the byte after each,
+        with `states` brought up to date, both in place; returns the parameters (N, 3K) of byte
+        `last`. Raises `UserError` where parameters are not finite."""
+        n, length = images.shape
+        parameters = torch.empty(n, 3 * self.model.config.mixtures)
+        sums = [tensor for state in states for tensor in state]
+        for tensor in (images, noise, *sums):
+            assert tensor.is_contiguous(), "recurrence.cpp reads contiguous tensors"
+        failed = self.library.sample(
+            *(pointers(self.tensors), pointers(sums)),
+            *(ctypes.c_void_p(tensor.data_ptr()) for tensor in (images, noise, parameters)),
+            *(ctypes.c_int64(number) for number in (n, length, first, last)),
+            ctypes.c_float(temperature),
+            ctypes.c_int64(torch.get_num_threads()),
+        )
+        if failed >= 0:
+            raise UserError(f"the model's distribution of byte {failed} is not finite")
+        return parameters
+
+
+def pointers(tensors):
+    """A C array of where the tensors' data begin."""
+    return (ctypes.c_void_p * len(tensors))(*(tensor.data_ptr() for tensor in tensors))
