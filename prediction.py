@@ -141,16 +141,17 @@ def make_model(args, checkpoint, config, device):
 
 def make_sampler(model, args, device, steps):
     """--sampler for this model, compiled if asked for, or if that pays off in so many steps."""
-    recurrent = args.sampler == "recurrent" and args.backend == "native"
-    constant = recurrent and model.has_constant_state
-    if args.compile and not (constant or recurrent and device.type != "cpu"):
+    on_processor = device.type == "cpu"
+    able = args.sampler == "recurrent" and args.backend == "native"
+    able = able and (model.has_constant_state or not on_processor)
+    if args.compile and not able:
         raise UserError(
             "--compile samples with --recurrent, --backend native and --attention_type "
             "causal-linear only: leave it out"
         )
-    if device.type == "cpu" and constant and args.compile is not False:
-        if sampler := compile_for_processor(model, args, steps):
-            return sampler
+    compiling = on_processor and able and args.compile is not False
+    if compiling and (sampler := compile_for_processor(model, args, steps)):
+        return sampler
     if args.precision == "bf16":
         store_as_bfloat16(model)
     if args.compile:

@@ -121,6 +121,14 @@ def server(tmp_path):
         httpd.shutdown()
 
 
+@pytest.fixture(scope="session", autouse=True)
+def own_cache(tmp_path_factory):
+    """Compiled samplers are made anew, and none is left with the user."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
 @pytest.fixture(autouse=True)
 def in_temporary_folder(tmp_path, monkeypatch):
     """Nothing a test writes without a path lands in the project."""
