@@ -1,6 +1,7 @@
 # make demo       train a small model for about two minutes, sample it, write pictures to demo/
 # make test       check the style and run all tests
 # make reference  add pytorch-fast-transformers, for --backend fast-transformers and its tests
+# make benchmark-sampling   time sampling beside pytorch-fast-transformers
 # make clean      forget the virtual environment and the demo
 
 PYTHON ?= python3
@@ -13,7 +14,7 @@ MORE_ITERATIONS = 1700
 MODEL = --dataset digits --n_layers 4 --n_heads 4 --optimizer adam --batch_size 16 \
         --log_frequency 50 --save_to 'demo/digits.{}.pth' --continue_from 'demo/digits.{}.pth'
 
-.PHONY: demo test reference clean
+.PHONY: demo test reference benchmark-sampling clean
 
 demo: .venv/installed
 	$(BIN)/python main.py $(MODEL) --lr 2e-3 --iterations $(ITERATIONS)
@@ -30,6 +31,9 @@ test: .venv/installed-test
 	$(BIN)/python -m pytest
 
 reference: .venv/installed-reference
+
+benchmark-sampling: reference
+	$(BIN)/python benchmarks/sampling.py
 
 clean:
 	rm -rf .venv demo

@@ -1,0 +1,223 @@
+"""Time of a sampled byte, beside pytorch-fast-transformers and beside what the machine can do.
+
+python benchmarks/sampling.py --json sampling.json --plot sampling.png
+"""
+
+import argparse
+import os
+import sys
+import tempfile
+from functools import partial
+from pathlib import Path
+
+import torch
+
+sys.path[0] = str(Path(__file__).resolve().parent.parent)
+
+from benchmarks import measure
+from compiled import CompiledRecurrence
+from models import ImageTransformer, ModelConfig
+from sampling import WARM_UP_BYTES, image_noise, next_byte, record, sample_batched
+from utils import autocast, find_compiler, keep_freed_memory
+
+# Bytes of one measurement: enough for this many seconds, at least two.
+SECONDS = 0.3
+LENGTHS = [784, 3072, 12288]
+LENGTH_BATCH = 4
+# The batched sampler recomputes the prefix: the cost of the last byte of an image.
+BATCHED_IMAGES = 4
+
+
+def main():
+    args = parse_arguments()
+    keep_freed_memory()
+    os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp()  # compile anew
+    device = torch.device(args.device)
+    print(measure.describe_machine(device))
+    rates = {name: measure.matrix_rate(measure.DTYPES[name], device) for name in args.precisions}
+    for name, rate in rates.items():
+        print(f"matrix products in {name}: {rate / 1e9:.0f} GFLOP/s")
+    print(f"memory, beyond the caches: {measure.memory_rate(2**28, device) / 1e9:.0f} GB/s")
+    records = []
+    with torch.inference_mode():
+        for config in args.configs:
+            records += measure_config(config, args, rates, device)
+        print("\nmilliseconds for one more byte of all images of the batch")
+        measure.table(records, COLUMNS)
+        lengths = measure_lengths(args.rounds, device)
+        print(f"\nthe last bytes of longer images, {LENGTH_BATCH} at a time, fp32")
+        measure.table(lengths, LENGTH_COLUMNS)
+    measure.write(records + lengths, args, label, "ratio", "times as fast as the library")
+
+
+COLUMNS = {
+    "config": "", "batch": "", "precision": "", "sampler": "", "ours_ms_per_byte": ".3f",
+    "theirs_ms_per_byte": ".3f", "ratio": ".1f", "images_per_second": ".2f",
+    "limit_fraction": ".0%", "compile_s": ".1f",
+}  # fmt: skip
+LENGTH_COLUMNS = {
+    "attention": "", "length": "", "batch": "", "ours_ms_per_byte": ".3f",
+    "state_mb_per_image": ".2f",
+}  # fmt: skip
+
+
+def label(record):
+    return f"{record['config']} {record['batch']} {record['precision']} {record['sampler']}"
+
+
+def measure_config(config, args, rates, device):
+    """Records of one model: every sampler at every batch size and precision."""
+    ours, theirs = (model and model.to(device).eval() for model in measure.make_pair(
+        measure.CONFIGS[config]))  # fmt: skip
+    fast = {}
+    if device.type == "cpu" and find_compiler():
+        fast = {precision: CompiledRecurrence(ours, precision) for precision in args.precisions}
+    records = []
+    for batch in args.batches:
+        runs = {("theirs", "fp32"): loop(theirs, batch, "fp32", device)} if theirs else {}
+        for precision in args.precisions:
+            if fast:
+                runs["recurrent", precision] = in_compiled(fast[precision], batch)
+            runs["uncompiled", precision] = loop(ours, batch, precision, device)
+        counts = {name: choose_count(run, device) for name, run in runs.items()}
+        runs = {name: partial(run, counts[name]) for name, run in runs.items()}
+        seconds = measure.by_turns(runs, args.rounds, device)
+        ms = {name: 1e3 * seconds[name] / counts[name] for name in runs}
+        their_ms = ms.pop(("theirs", "fp32"), None)
+        for (sampler, precision), our_ms in ms.items():
+            limit = 1e3 * least_seconds(ours, batch, rates[precision], precision, device)
+            records.append({
+                "config": config, "batch": batch, "precision": precision, "sampler": sampler,
+                "ours_ms_per_byte": our_ms, "theirs_ms_per_byte": their_ms,
+                "ratio": their_ms and their_ms / our_ms,
+                "images_per_second": batch / ours.config.length / our_ms * 1e3,
+                "limit_fraction": limit / our_ms,
+                "compile_s": fast[precision].seconds if sampler == "recurrent" else None,
+            })  # fmt: skip
+    return [*records, measure_batched(config, ours, theirs, args.rounds, device)]
+
+
+def new_images(model, batch, device):
+    """Images to fill, their noise and the states before their first byte."""
+    length = model.config.length
+    images = torch.zeros(batch, length, dtype=torch.int64, device=device)
+    noise = image_noise(0, [0], length).expand(batch, -1, -1).contiguous()
+    return images, noise.to(device), model.empty_states(batch)
+
+
+def in_compiled(sampler, batch):
+    """A function that draws so many bytes with a `CompiledRecurrence`."""
+    images, noise, states = new_images(sampler.model, batch, torch.device("cpu"))
+    return lambda count: sampler.run(images, 0, count, noise, states)
+
+
+def loop(model, batch, precision, device):
+    """A function that draws so many bytes as `sample_recurrent` does."""
+    images, noise, states = new_images(model, batch, device)
+    position = torch.zeros(1, dtype=torch.int64, device=device)
+    step = partial(next_byte, model, images, position, noise, states, 1.0)
+    if device.type == "cuda" and model.has_constant_state:
+        with autocast(device, precision):
+            for _ in range(WARM_UP_BYTES):
+                step()
+            step = record(step)
+
+    def run(count):
+        position.zero_()
+        with autocast(device, precision):
+            for _ in range(count):
+                step()
+
+    return run
+
+
+def choose_count(run, device):
+    """How many bytes take about SECONDS."""
+    run(2)
+    return max(2, min(700, int(SECONDS / (measure.timed(partial(run, 4), device) / 4))))
+
+
+def least_seconds(model, batch, rate, precision, device):
+    """A byte's time if nothing but the products or the memory counted: its operations at the
+    measured rate, or its traffic (weights read, states read and written), the longer of both."""
+    weights = [p.numel() for p in model.transformer.parameters() if p.dim() == 2]
+    weights = sum(weights) + model.predictor.weight.numel()
+    states = 4 * sum(x.numel() for state in model.empty_states(1) for x in state) * batch
+    weight_bytes = weights * measure.DTYPES[precision].itemsize
+    memory = measure.memory_rate(weight_bytes + states, device)
+    return max(2 * weights * batch / rate, (weight_bytes + 2 * states) / memory)
+
+
+def measure_batched(config, ours, theirs, rounds, device):
+    """The batched sampler's last byte of an image, which recomputes all bytes before it."""
+    length = ours.config.length
+
+    def run(model):
+        images, noise, _ = new_images(ours, BATCHED_IMAGES, device)
+        sample_batched(model, images, length - 1, noise)
+
+    models = {"ours": ours} | ({"theirs": theirs} if theirs else {})
+    runs = {name: partial(run, model) for name, model in models.items()}
+    ms = {name: 1e3 * seconds for name, seconds in measure.by_turns(runs, rounds, device).items()}
+    return {
+        "config": config, "batch": BATCHED_IMAGES, "precision": "fp32",
+        "sampler": "batched, last byte", "ours_ms_per_byte": ms["ours"],
+        "theirs_ms_per_byte": ms.get("theirs"),
+        "ratio": ms["theirs"] / ms["ours"] if theirs else None,
+    }  # fmt: skip
+
+
+def measure_lengths(rounds, device):
+    """A byte at the end of images of 784, 3,072 and 12,288 bytes, by turns: with the sums of
+    linear attention, and with softmax's keys and values of all bytes before it."""
+    runs, sizes, counts = {}, {}, {"causal-linear": 500, "full": 20}
+    for attention in counts:
+        for length in LENGTHS:
+            sizes_of_model = {**measure.CONFIGS["mnist"], "length": length}
+            model = ImageTransformer(ModelConfig(**sizes_of_model, attention_type=attention))
+            run, states = at_the_end(model.to(device).eval(), counts[attention], device)
+            runs[attention, length] = run
+            held = [vars(state).values() if attention == "full" else state for state in states]
+            sizes[attention, length] = sum(
+                x.nbytes for state in held for x in state if torch.is_tensor(x)
+            )
+    seconds = measure.by_turns(runs, rounds, device)
+    return [
+        {
+            "attention": attention, "length": length, "batch": LENGTH_BATCH,
+            "ours_ms_per_byte": seconds[attention, length] / counts[attention] * 1e3,
+            "state_mb_per_image": sizes[attention, length] / LENGTH_BATCH / 1e6,
+        }
+        for attention, length in runs
+    ]  # fmt: skip
+
+
+def at_the_end(model, count, device):
+    """A function that draws the last `count` bytes, and the states it keeps."""
+    images, noise, states = new_images(model, LENGTH_BATCH, device)
+    first = images.shape[1] - 1 - count
+    if model.has_constant_state and device.type == "cpu" and find_compiler():
+        sampler = CompiledRecurrence(model, "fp32")
+        last = images.shape[1] - 1
+        return lambda: sampler.run(images, first, last, noise, states), states
+    position = torch.zeros(1, dtype=torch.int64, device=device)
+
+    def run():
+        position.fill_(first)
+        for state in states:
+            if not model.has_constant_state:
+                state.length = first  # as if the bytes before had been read
+        for _ in range(count):
+            next_byte(model, images, position, noise, states, 1.0)
+
+    return run, states
+
+
+def parse_arguments():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    measure.add_arguments(parser, batches=[1, 10, 64, 256])
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    main()
