@@ -12,6 +12,7 @@ from torch.nn.functional import relu
 
 import mixture
 from attention import LinearAttention, SoftmaxAttention
+from dropout import Dropout, DropoutNoise, draw_keys
 
 # Positions that go through the layers at once where no gradient is needed: bounds the memory of
 # long prefixes, and keeps every tensor small enough for the allocator to use its memory again.
@@ -89,7 +90,7 @@ class AttentionLayer(nn.Module):
 class EncoderLayer(nn.Module):
     """Attention, then a feed-forward network of width 4D; the norm follows each residual sum."""
 
-    def __init__(self, config):
+    def __init__(self, config, noise):
         super().__init__()
         D = config.d_model
         self.attention = AttentionLayer(config)
@@ -97,7 +98,7 @@ class EncoderLayer(nn.Module):
         self.linear2 = nn.Linear(4 * D, D)
         self.norm1 = nn.LayerNorm(D)
         self.norm2 = nn.LayerNorm(D)
-        self.dropout = nn.Dropout(config.dropout)
+        self.dropout = Dropout(config.dropout, noise)
 
     def forward(self, x, state):
         x = self.norm1(x + self.dropout(self.attention(x, state)))
@@ -108,9 +109,9 @@ class EncoderLayer(nn.Module):
 class Transformer(nn.Module):
     """The stack of layers and a final norm."""
 
-    def __init__(self, config):
+    def __init__(self, config, noise):
         super().__init__()
-        self.layers = nn.ModuleList(EncoderLayer(config) for _ in range(config.n_layers))
+        self.layers = nn.ModuleList(EncoderLayer(config, noise) for _ in range(config.n_layers))
         self.norm = nn.LayerNorm(config.d_model)
 
     def forward(self, x, states):
@@ -132,25 +133,29 @@ class ImageTransformer(nn.Module):
         # The last byte is predicted, never read: L - 1 positions.
         self.pos_embedding = PositionalEncoding(half, config.length - 1)
         self.value_embedding = nn.Embedding(256, half)
-        self.transformer = Transformer(config)
+        self.noise = DropoutNoise()
+        self.transformer = Transformer(config, self.noise)
         self.predictor = nn.Linear(config.d_model, 3 * config.mixtures)
 
-    def features(self, images, position=0, states=None):
+    def features(self, images, position=0, states=None, keys=None):
         """Last hidden layer (N, L, D) of bytes (N, L) that begin at `position`, an int or a tensor.
 
         With `states`, a list of one state a layer, the bytes go on where the states stopped,
-        and the states are brought up to date in place.
+        and the states are brought up to date in place. `keys` (N,), int64, decide what dropout
+        drops of each image; without them torch's generator does.
         """
+        if self.training:
+            self.noise.start(draw_keys(len(images), images.device) if keys is None else keys)
         x = self.pos_embedding(self.value_embedding(images.long()), position)
         return self.transformer(x, states or [None] * self.config.n_layers)
 
-    def forward(self, images):
+    def forward(self, images, keys=None):
         """Parameters (N, L, 3K) of the distribution of the byte after each of `images` (N, L)."""
-        return self.predictor(self.features(images))
+        return self.predictor(self.features(images, keys=keys))
 
-    def nats(self, images):
+    def nats(self, images, keys=None):
         """-log p(image | its first byte), (N,), in nats, of whole images (N, length)."""
-        return -mixture.log_prob(self(images[:, :-1]), images[:, 1:]).sum(-1)
+        return -mixture.log_prob(self(images[:, :-1], keys), images[:, 1:]).sum(-1)
 
     def predict(self, prefix):
         """Parameters (N, 3K) of the byte after `prefix` (N, P), P > 0, computed from nothing."""

@@ -13,10 +13,11 @@ from pathlib import Path
 import torch
 
 import checkpoints
-import compiled
 import datasets
 import pictures
+from compiling import is_kept
 from models import ModelConfig
+from recurrence import SOURCE, CompiledRecurrence, sizes
 from reporting import NATS_PER_BIT, SamplingProgress, say, warn
 from sampling import SAMPLERS, image_noise, sample_first_byte
 from utils import (
@@ -168,10 +169,10 @@ def compile_for_processor(model, args, steps):
         if steps > STEPS_WORTH_COMPILING:
             say("no C++ compiler: sampling without, several times slower (install g++)")
         return None
-    elif steps < STEPS_WORTH_COMPILING and not compiled.is_kept(model.config, args.precision):
+    elif steps < STEPS_WORTH_COMPILING and not is_kept(SOURCE, sizes(model.config, args.precision)):
         return None
     try:
-        sampler = compiled.CompiledRecurrence(model, args.precision)
+        sampler = CompiledRecurrence(model, args.precision)
     except UserError as error:
         if args.compile:
             raise

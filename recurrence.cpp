@@ -1,21 +1,21 @@
 // The recurrent sampler with causal linear attention as one loop over the bytes, for processors:
 // what ImageTransformer.step and mixture.sample compute, without a visit to Python.
 //
-// compiled.py compiles this file with the sizes of a model as constants: LAYERS, HEADS, SIZE (of a
+// recurrence.py compiles this file with the sizes of a model as constants: LAYERS, HEADS, SIZE (of a
 // head's queries, keys and values), MIXTURES, and BF16: with 1 the operands of the matrix products
 // are bfloat16, with 0 float32; everything else, the sums too, is float32. Loops over constant
 // sizes are left to the compiler's vectoriser; only the matrix product says how it uses registers.
 
-#include <algorithm>
 #include <atomic>
 #include <cmath>
-#include <cstdint>
-#include <cstring>
 #include <thread>
+#include <type_traits>
 #include <vector>
 #ifdef __AVX512BF16__
 #include <immintrin.h>
 #endif
+
+#include "processor.h"
 
 #if defined(__AVX512F__)
 constexpr int LANES = 16, VECTORS = 4;  // of 32 registers, ROWS * VECTORS hold sums
@@ -38,18 +38,9 @@ typedef float Vector __attribute__((vector_size(4 * LANES), aligned(4), may_alia
 typedef uint32_t Bits __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
 
 #if BF16
-typedef uint16_t Operand;
-
-// Rounds to the nearest, ties to even.
-inline Operand operand(float x) {
-    uint32_t bits;
-    memcpy(&bits, &x, 4);
-    return (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
-}
+typedef BFloat16 Operand;
 #else
 typedef float Operand;
-
-inline Operand operand(float x) { return x; }
 #endif
 
 // Weights packed for `multiply`: PANEL outputs side by side, input after input
@@ -118,11 +109,6 @@ inline void accumulate(Vector (&sums)[R][VECTORS], const Operand* a, int stride,
     }
 #endif
 }
-
-inline void store(float* target, float x) { *target = x; }
-#if BF16
-inline void store(Operand* target, float x) { *target = operand(x); }
-#endif
 
 template <int R, int INPUTS, bool RELU, class Output>
 void tile(const Operand* a, int stride, const Operand* b, const float* bias, Output* outputs,
@@ -199,46 +185,15 @@ void multiply(const Operand* inputs, int stride, Linear linear, Output* outputs,
     }
 }
 
-// exp(x) for x <= 0: 2^n e^r with |r| <= log(2) / 2 and Taylor's series of e^r.
-inline float exponential(float x) {
-    x = std::max(x, -87.f);
-    int n = int(x * 1.44269504f - 0.5f);
-    float r = x - n * 0.693359375f + n * 2.12194440e-4f;  // log(2) in two parts
-    float e = 1.f / 5040;
-    e = e * r + 1.f / 720;
-    e = e * r + 1.f / 120;
-    e = e * r + 1.f / 24;
-    e = e * r + 1.f / 6;
-    e = e * r + 0.5f;
-    e = e * r + 1.f;
-    e = e * r + 1.f;
-    int bits = (n + 127) << 23;
-    float power;
-    memcpy(&power, &bits, 4);
-    return e * power;
-}
-
-inline float feature(float x) { return x > 0 ? x + 1 : exponential(x); }
-
 // attention.linear_recurrent for one image and one head.
 inline void attend(const float* qkv, float* S, float* Z, Operand* output) {
-    float q[SIZE], k[SIZE], v[SIZE], sums[SIZE] = {}, normaliser = 1e-6f;
-    for (int e = 0; e < SIZE; e++) q[e] = feature(qkv[e]);
-    for (int e = 0; e < SIZE; e++) k[e] = feature(qkv[D + e]);
-    for (int m = 0; m < SIZE; m++) v[m] = qkv[2 * D + m];
-    for (int e = 0; e < SIZE; e++) {
-        for (int m = 0; m < SIZE; m++) {
-            float s = S[e * SIZE + m] + k[e] * v[m];
-            S[e * SIZE + m] = s;
-            sums[m] += q[e] * s;
-        }
-    }
-#pragma omp simd reduction(+ : normaliser)
-    for (int e = 0; e < SIZE; e++) {
-        Z[e] += k[e];
-        normaliser += q[e] * Z[e];
-    }
-    for (int m = 0; m < SIZE; m++) output[m] = operand(sums[m] / normaliser);
+    float q[SIZE], k[SIZE], sums[SIZE] = {};
+    features(qkv, q);
+    features(qkv + D, k);
+    update(S, k, qkv + 2 * D, q, sums);
+    for (int e = 0; e < SIZE; e++) Z[e] += k[e];
+    float scale = 1 / (dot(q, Z) + EPSILON);
+    for (int m = 0; m < SIZE; m++) store(output + m, sums[m] * scale);
 }
 
 // x = norm(x + y), and as the operand of the next product.
@@ -254,7 +209,7 @@ inline void normalise(float* x, const float* y, Norm norm, Operand* output) {
     float scale = 1 / std::sqrt(variance / D + 1e-5f);
     for (int d = 0; d < D; d++) {
         x[d] = (x[d] - mean) * scale * norm.weight[d] + norm.bias[d];
-        output[d] = operand(x[d]);
+        store(output + d, x[d]);
     }
 }
 
@@ -297,7 +252,7 @@ void work(Job& job, Team& team, Buffers& b, int member) {
             float* x = &b.x[r * D];
             memcpy(x, model.values + value * (D / 2), D / 2 * 4);
             memcpy(x + D / 2, model.positions + int64_t(position) * (D / 2), D / 2 * 4);
-            for (int d = 0; d < D; d++) b.input[r * D + d] = operand(x[d]);
+            for (int d = 0; d < D; d++) store(&b.input[r * D + d], x[d]);
         }
         team.wait();
         for (int l = 0; l < LAYERS; l++) {

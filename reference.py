@@ -120,9 +120,10 @@ class ReferenceTransformer(ImageTransformer):
             # In a tuple torch does not see it: the shared weights are listed once.
             self.recurrence = (recurrence,)
 
-    def features(self, images, position=0, states=None):
+    def features(self, images, position=0, states=None, keys=None):
         """Last hidden layer (N, L, D), as the native model's: by the parallel encoder or, with
-        `states`, by the recurrent one, position after position."""
+        `states`, by the recurrent one, position after position. The library draws its dropout
+        from torch's generator, not from `keys`."""
         x = self.pos_embedding(self.value_embedding(images.long()), position)
         if states is not None:
             return self.recur(x, states)

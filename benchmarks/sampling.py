@@ -15,7 +15,7 @@ import torch
 sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 from benchmarks import measure
-from compiled import CompiledRecurrence
+from recurrence import CompiledRecurrence
 from models import ImageTransformer, ModelConfig
 from sampling import WARM_UP_BYTES, image_noise, next_byte, record, sample_batched
 from utils import autocast, find_compiler, keep_freed_memory

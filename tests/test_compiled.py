@@ -12,7 +12,7 @@ import compiled
 import datasets
 import mixture
 import prediction
-from compiled import CompiledRecurrence
+from recurrence import CompiledRecurrence
 from models import ImageTransformer, ModelConfig
 from sampling import image_noise, sample_recurrent
 from utils import UserError, find_compiler

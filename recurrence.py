@@ -1,80 +1,24 @@
-"""The recurrent sampler compiled for this processor: recurrence.cpp, built with any C++ compiler.
-
-The library is compiled in seconds for the sizes of a model, and kept for the next run.
-"""
+"""The recurrent sampler compiled for this processor: recurrence.cpp, for one model's sizes."""
 
 import ctypes
-import hashlib
-import os
-import platform
-import subprocess
-import tempfile
-import time
-from pathlib import Path
 
 import torch
 from torch.nn.functional import pad
 
 import mixture
-from utils import UserError, find_compiler
+from compiling import load_library
+from utils import UserError
 
-SOURCE = Path(__file__).with_name("recurrence.cpp")
+SOURCE = "recurrence.cpp"
 # Bytes of images that one call of the library draws: long enough that starting its threads does
 # not count, short enough (a fifth of a second) for progress and Ctrl-C.
 BYTES_AT_ONCE = 2048
 
 
-def library_path(config, precision):
-    """Where the library for this model is kept, and the command that compiles it.
-
-    The name holds all that it was made from: the source, the flags, and the macros of the
-    compiler, which tell its version and the instructions of the processor.
-    """
-    arm = platform.machine().lower() in ("arm64", "aarch64")
-    target = "-mcpu=native" if arm else "-march=native"
+def sizes(config, precision):
+    """The constants of recurrence.cpp."""
     sizes = {"LAYERS": config.n_layers, "HEADS": config.n_heads, "SIZE": config.d_query}
-    sizes |= {"MIXTURES": config.mixtures, "BF16": int(precision == "bf16")}
-    command = [find_compiler(), "-std=c++17", "-O3", target, "-shared", "-fPIC", "-pthread"]
-    command += ["-fopenmp-simd", "-fno-math-errno", "-fno-trapping-math"]
-    command += [f"-D{name}={size}" for name, size in sizes.items()]
-    macros = subprocess.run(
-        [command[0], target, "-dM", "-E", "-x", "c++", os.devnull], capture_output=True
-    )
-    made_from = "\0".join(command).encode() + SOURCE.read_bytes() + macros.stdout
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    name = f"recurrence-{hashlib.sha256(made_from).hexdigest()[:32]}.so"
-    return cache / "image-transformers" / name, command
-
-
-def is_kept(config, precision):
-    """Whether the library for this model was compiled before."""
-    return library_path(config, precision)[0].exists()
-
-
-def compile_library(config, precision):
-    """Compile the library if it is not kept yet. Returns its path and the seconds it took.
-
-    Raises `UserError` where that fails.
-    """
-    path, command = library_path(config, precision)
-    if path.exists():
-        return path, 0.0
-    start = time.perf_counter()
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=path.parent) as folder:
-            made = Path(folder) / path.name
-            subprocess.run([*command, SOURCE, "-o", made], check=True, capture_output=True)
-            os.replace(made, path)  # two runs at once make the same file
-    except subprocess.CalledProcessError as error:
-        lines = error.stderr.decode(errors="replace").strip().splitlines() or ["no message"]
-        raise UserError(f"--compile: {command[0]} failed ({lines[0]}): use --no-compile") from None
-    except OSError as error:
-        raise UserError(
-            f"--compile: {path.parent} cannot be written ({error.strerror}): "
-            "set XDG_CACHE_HOME to a folder that can, or use --no-compile"
-        ) from None
-    return path, time.perf_counter() - start
+    return sizes | {"MIXTURES": config.mixtures, "BF16": int(precision == "bf16")}
 
 
 def pack(linears, panel, dtype):
@@ -92,8 +36,8 @@ class CompiledRecurrence:
     """A sampler, called as `sampling.sample_recurrent` is, for one causal-linear model."""
 
     def __init__(self, model, precision):
-        self.path, self.seconds = compile_library(model.config, precision)
-        self.library = ctypes.CDLL(str(self.path))
+        constants = sizes(model.config, precision)
+        self.library, self.path, self.seconds = load_library(SOURCE, constants)
         self.library.sample.restype = ctypes.c_int64
         self.model = model
         dtype = torch.bfloat16 if precision == "bf16" else torch.float32

@@ -1,0 +1,181 @@
+// Causal linear attention, its gradient, and dropout, for processors: attention.linear_quadratic
+// as the recurrence it is, and dropout.keep_mask, each in one pass over the memory.
+//
+// kernels.py compiles this file with SIZE, the size of a head's queries, keys and values. Rows are
+// float32 or bfloat16; everything between reading and writing a row is float32.
+
+#include <atomic>
+#include <thread>
+#include <vector>
+
+#include "processor.h"
+
+// Calls run(task) for every task, on so many threads.
+template <class Run>
+void in_parallel(int64_t tasks, int threads, Run run) {
+    std::atomic<int64_t> next{0};
+    auto work = [&] {
+        for (int64_t task; (task = next.fetch_add(1)) < tasks;) run(task);
+    };
+    std::vector<std::thread> workers;
+    for (int64_t t = 1; t < std::min<int64_t>(threads, tasks); t++) workers.emplace_back(work);
+    work();
+    for (auto& worker : workers) worker.join();
+}
+
+template <class T>
+inline void read(const T* x, float* row) {
+    for (int m = 0; m < SIZE; m++) row[m] = load(x[m]);
+}
+
+// The derivative of the feature map is 1 where phi > 1, and phi elsewhere.
+template <class T>
+inline void write_gradient(const float* gradient, const float* phi, T* target) {
+    for (int e = 0; e < SIZE; e++) store(target + e, gradient[e] * std::min(phi[e], 1.f));
+}
+
+struct Shape {
+    int64_t images, length, heads, row;  // `row` numbers from one position's queries to the next
+};
+
+// Outputs of one image and head; S and Z are the sums before, and after, its positions.
+template <class T>
+void attend(const T* q, const T* k, const T* v, T* out, Matrix& S, float* Z, Shape shape) {
+    int64_t width = shape.heads * SIZE;
+    float phi_q[SIZE], phi_k[SIZE], value[SIZE];
+    for (int64_t i = 0; i < shape.length; i++, out += width) {
+        features(q + i * shape.row, phi_q);
+        features(k + i * shape.row, phi_k);
+        read(v + i * shape.row, value);
+        float sums[SIZE] = {};
+        update(S[0], phi_k, value, phi_q, sums);
+        for (int e = 0; e < SIZE; e++) Z[e] += phi_k[e];
+        float scale = 1 / (dot(phi_q, Z) + EPSILON);
+        for (int m = 0; m < SIZE; m++) store(out + m, sums[m] * scale);
+    }
+}
+
+// Gradients of one image and head. With g the gradient of out = S^T q / d and d = q.Z:
+// dq = (S g - (out.g) Z) / d over the sums before a position, and dk = R v + W, dv = R^T k over
+// those after it, R the sum of q g^T / d and W the sum of -q (out.g) / d.
+template <class T>
+void attend_backward(const T* q, const T* k, const T* v, const T* g, T* dq, T* dk, T* dv,
+                     Shape shape) {
+    int64_t width = shape.heads * SIZE;
+    float phi_q[SIZE], phi_k[SIZE], value[SIZE], gradient[SIZE];
+    std::vector<float> scales(shape.length), projections(shape.length);
+    Matrix S = {}, R = {}, transposed = {};  // S here is (M, E)
+    float Z[SIZE] = {}, W[SIZE] = {};
+    for (int64_t i = 0; i < shape.length; i++) {
+        features(q + i * shape.row, phi_q);
+        features(k + i * shape.row, phi_k);
+        read(v + i * shape.row, value);
+        read(g + i * width, gradient);
+        float sums[SIZE] = {};
+        update(S[0], value, phi_k, gradient, sums);
+        for (int e = 0; e < SIZE; e++) Z[e] += phi_k[e];
+        float scale = scales[i] = 1 / (dot(phi_q, Z) + EPSILON);
+        float projection = projections[i] = dot(phi_q, sums) * scale;  // out.g
+        for (int e = 0; e < SIZE; e++) sums[e] = (sums[e] - projection * Z[e]) * scale;
+        write_gradient(sums, phi_q, dq + i * shape.row);
+    }
+    for (int64_t i = shape.length - 1; i >= 0; i--) {
+        features(q + i * shape.row, phi_q);
+        features(k + i * shape.row, phi_k);
+        read(v + i * shape.row, value);
+        read(g + i * width, gradient);
+        float keys[SIZE], values[SIZE] = {};
+        for (int e = 0; e < SIZE; e++) phi_q[e] *= scales[i];
+        for (int e = 0; e < SIZE; e++) keys[e] = W[e] -= phi_q[e] * projections[i];
+        update(transposed[0], gradient, phi_q, value, keys);
+        update(R[0], phi_q, gradient, phi_k, values);
+        write_gradient(keys, phi_k, dk + i * shape.row);
+        for (int m = 0; m < SIZE; m++) store(dv + i * shape.row + m, values[m]);
+    }
+}
+
+// All images and heads. S (N, H, E, M) and Z (N, H, E) may be null: sums from nothing.
+template <class T>
+void forward(const T* q, const T* k, const T* v, T* out, float* S, float* Z, Shape shape,
+             int threads) {
+    in_parallel(shape.images * shape.heads, threads, [&](int64_t task) {
+        int64_t n = task / shape.heads, head = task % shape.heads * SIZE;
+        int64_t from = n * shape.length * shape.row + head;
+        T* to = out + n * shape.length * shape.heads * SIZE + head;
+        Matrix matrix = {};
+        float sums[SIZE] = {};
+        if (S) memcpy(matrix, S + task * SIZE * SIZE, sizeof matrix);
+        if (Z) memcpy(sums, Z + task * SIZE, sizeof sums);
+        attend(q + from, k + from, v + from, to, matrix, sums, shape);
+        if (S) memcpy(S + task * SIZE * SIZE, matrix, sizeof matrix);
+        if (Z) memcpy(Z + task * SIZE, sums, sizeof sums);
+    });
+}
+
+template <class T>
+void backward(const T* q, const T* k, const T* v, const T* g, T* dq, T* dk, T* dv, Shape shape,
+              int threads) {
+    in_parallel(shape.images * shape.heads, threads, [&](int64_t task) {
+        int64_t n = task / shape.heads, head = task % shape.heads * SIZE;
+        int64_t at = n * shape.length * shape.row + head;
+        attend_backward(q + at, k + at, v + at, g + n * shape.length * shape.heads * SIZE + head,
+                        dq + at, dk + at, dv + at, shape);
+    });
+}
+
+// dropout.keep_mask: a hash of a number and an image's two keys decides.
+inline bool keep(uint32_t number, uint32_t first, uint32_t second, uint32_t threshold) {
+    uint32_t x = number ^ first;
+    x = (x ^ (x >> 16)) * 0x7feb352du;
+    x = (x ^ (x >> 15)) * 0x846ca68bu;
+    x = (x ^ (x >> 16)) + second;
+    x = (x ^ (x >> 16)) * 0x7feb352du;
+    x = (x ^ (x >> 15)) * 0x846ca68bu;
+    return (x ^ (x >> 16)) >= threshold;
+}
+
+struct Dropout {
+    uint32_t threshold;
+    float scale;
+};
+
+// y = x * scale where kept, else 0, from the image's number `start` on.
+template <class T>
+void drop_part(const T* __restrict x, T* __restrict y, uint32_t start, int count, uint32_t first,
+               uint32_t second, Dropout dropout) {
+    for (int i = 0; i < count; i++) {
+        float factor = keep(start + i, first, second, dropout.threshold) ? dropout.scale : 0;
+        store(y + i, load(x[i]) * factor);
+    }
+}
+
+// `size` numbers of each image, with its keys (N, 2).
+template <class T>
+void drop(const T* x, T* y, const uint32_t* keys, int64_t images, int64_t size, Dropout dropout,
+          int threads) {
+    constexpr int64_t PART = 1 << 14;
+    int64_t parts = (size + PART - 1) / PART;
+    in_parallel(images * parts, threads, [=](int64_t task) {
+        int64_t n = task / parts, start = task % parts * PART, at = n * size + start;
+        int count = std::min(PART, size - start);
+        drop_part(x + at, y + at, start, count, keys[2 * n], keys[2 * n + 1], dropout);
+    });
+}
+
+#define FOR_EACH_TYPE(T, NAME)                                                                    \
+    extern "C" void forward_##NAME(const T* q, const T* k, const T* v, T* out, float* S,          \
+                                   float* Z, int64_t images, int64_t length, int64_t heads,       \
+                                   int64_t row, int64_t threads) {                                \
+        forward(q, k, v, out, S, Z, {images, length, heads, row}, threads);                       \
+    }                                                                                             \
+    extern "C" void backward_##NAME(const T* q, const T* k, const T* v, const T* g, T* dq, T* dk, \
+                                    T* dv, int64_t images, int64_t length, int64_t heads,         \
+                                    int64_t row, int64_t threads) {                               \
+        backward(q, k, v, g, dq, dk, dv, {images, length, heads, row}, threads);                  \
+    }                                                                                             \
+    extern "C" void drop_##NAME(const T* x, T* y, const uint32_t* keys, int64_t images,           \
+                                int64_t size, int64_t threshold, int64_t threads, float scale) {  \
+        drop(x, y, keys, images, size, {uint32_t(threshold), scale}, threads);                    \
+    }
+FOR_EACH_TYPE(float, float32)
+FOR_EACH_TYPE(BFloat16, bfloat16)

@@ -1,0 +1,92 @@
+"""Attention and dropout compiled for this processor: kernels.cpp behind torch's functions."""
+
+import ctypes
+
+import torch
+
+from attention import LinearAttention
+from compiling import load_library
+from dropout import Dropout, scale
+
+SOURCE = "kernels.cpp"
+TYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
+
+
+def accelerate(model):
+    """Let the causal-linear attention and the dropouts of a model, in float32 or bfloat16, run in
+    compiled kernels; returns the seconds of compilation. Raises `UserError` where that fails."""
+    library, _, seconds = load_library(SOURCE, {"SIZE": model.config.d_query})
+    for module in model.modules():
+        if isinstance(module, LinearAttention):
+            module.parallel = lambda *inputs: linear_attention(library, *inputs)
+        elif isinstance(module, Dropout):
+            module.compute = lambda *inputs: Drop.apply(library, *inputs)
+    return seconds
+
+
+def linear_attention(library, queries, keys, values, state=None):
+    """`attention.linear_chunked`; differentiable without a state."""
+    if state is None:
+        return Attend.apply(library, queries, keys, values), None
+    state = tuple(tensor.clone() for tensor in state)
+    return forward(library, queries, keys, values, state), state
+
+
+def forward(library, queries, keys, values, state=(None, None)):
+    """Outputs (N, L, H, M); `state` is brought up to date in place."""
+    queries, keys, values = (x.contiguous() for x in (queries, keys, values))
+    outputs = torch.empty_like(values)
+    call(library, "forward", (queries, keys, values, outputs, *state), sizes(queries))
+    return outputs
+
+
+def sizes(queries):
+    N, L, H, E = queries.shape
+    return N, L, H, H * E, torch.get_num_threads()
+
+
+class Attend(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, library, *inputs):
+        inputs = [x.contiguous() for x in inputs]
+        ctx.library = library
+        ctx.save_for_backward(*inputs)
+        return forward(library, *inputs)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        inputs = ctx.saved_tensors
+        gradients = [torch.empty_like(x) for x in inputs]
+        tensors = (*inputs, gradient.contiguous(), *gradients)
+        call(ctx.library, "backward", tensors, sizes(inputs[0]))
+        return None, *gradients
+
+
+class Drop(torch.autograd.Function):
+    """The mask is computed again for the gradient, not kept."""
+
+    @staticmethod
+    def forward(ctx, library, x, keys, threshold):
+        ctx.library, ctx.threshold = library, threshold
+        ctx.save_for_backward(keys)
+        return Drop.compute(library, x, keys, threshold)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        (keys,) = ctx.saved_tensors
+        return None, Drop.compute(ctx.library, gradient, keys, ctx.threshold), None, None
+
+    @staticmethod
+    def compute(library, x, keys, threshold):
+        x = x.contiguous()
+        y = torch.empty_like(x)
+        numbers = len(x), x[0].numel(), threshold, torch.get_num_threads()
+        call(library, "drop", (x, y, keys), numbers, ctypes.c_float(scale(threshold)))
+        return y
+
+
+def call(library, name, tensors, numbers, *more):
+    """Call the function for the type of the first tensor with pointers to contiguous tensors."""
+    places = [ctypes.c_void_p(None if x is None else x.data_ptr()) for x in tensors]
+    function = getattr(library, f"{name}_{TYPES[tensors[0].dtype]}")
+    function(*places, *map(ctypes.c_int64, numbers), *more)
