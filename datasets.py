@@ -1,6 +1,7 @@
 """Every data set as one uint8 tensor of shape (images, bytes), with the shape of an image."""
 
 import os
+import warnings
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -181,8 +182,8 @@ def load_folder(folder, split):
 def load_array(path, shape=None):
     """The images of a .npy file, memory-mapped: only the pages that are used are read."""
     try:
-        # Copy-on-write, since torch wants a writable array; nothing is ever written.
-        array = np.load(path, mmap_mode="c", allow_pickle=False)
+        # Read-only: writable pages would count as memory, and a file may be larger than that.
+        array = np.load(path, mmap_mode="r", allow_pickle=False)
     except FileNotFoundError:
         raise UserError(f"{path} does not exist: put the images there as a numpy array") from None
     except (OSError, ValueError, EOFError) as error:
@@ -203,7 +204,9 @@ def load_array(path, shape=None):
         raise UserError(f"{path} has images of {array.shape[1:]}: they must be {shape}")
     if len(array) == 0 or array[0].size < 2:
         raise UserError(f"{path} has the shape {array.shape}: it holds no images")
-    return torch.from_numpy(array)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # torch has no read-only tensors
+        return torch.from_numpy(array)
 
 
 def load_image_files(folder):

@@ -10,6 +10,8 @@ import torch
 
 import checkpoints
 import datasets
+import distributed
+import kernels
 from mixture import first_byte_log_probs
 from models import ModelConfig
 from reporting import NATS_PER_BIT, Metrics, TrainingLog, progress_bar, say, warn
@@ -24,6 +26,7 @@ from utils import (
     build_model,
     check_compiler,
     check_writable,
+    find_compiler,
     model_fields,
     number,
     positive_int,
@@ -35,29 +38,40 @@ from utils import (
 def main(argv=None):
     args = parse_arguments(argv)
     device = select_device(args.device)
+    with distributed.joined(device):
+        return train(args, device)
+
+
+def train(args, device):
+    if args.batch_size % distributed.world():
+        raise UserError(
+            f"--batch_size {args.batch_size} is shared by {distributed.world()} processes: "
+            "give a multiple of that"
+        )
     checkpoint = load_checkpoint(args)
     stored = checkpoints.stored_config(checkpoint, args.continue_from, args.n_heads, args.d_query)
     fields = model_fields(args, stored)
     seed = choose("seed", args.seed, checkpoint, default=0)
     args.optimizer = choose("optimizer", args.optimizer, checkpoint, default="radam")
-    train, test = datasets.load_both(args, checkpoint)
-    config = ModelConfig(length=train.images.shape[1], **fields)
+    with distributed.first_process_first():
+        training, test = datasets.load_both(args, checkpoint)
+    config = ModelConfig(length=training.images.shape[1], **fields)
 
     order = None if args.no_shuffle else seed
 
     torch.manual_seed(seed)
     model = build_model(config, device, args)
     start = checkpoint.get("iteration", 0)
+    distributed.check_agreement("the iteration to go on from", start)
     if checkpoint:
         checkpoints.load_model_state(model, checkpoint, args.continue_from)
     optimizer = make_optimizer(model, args, checkpoint)
-    if args.compile:
-        check_compiler(device)
-        model.nats = torch.compile(model.nats)
+    compile_model(model, args, device)
+    nats = distributed.parallel(Nats(model), device, find_unused=args.attention_type == "reformer")
     counts = checkpoint.get("first_byte_counts")
-    counts = train.first_byte_counts() if counts is None else counts
+    counts = training.first_byte_counts() if counts is None else counts
     metrics = Metrics(args.metrics_file, args.log_dir)
-    describe(model, train, test, device, args)
+    describe(model, training, test, device, args)
 
     def evaluate_at(iteration, stop):
         with log.paused():
@@ -71,13 +85,14 @@ def main(argv=None):
             "optimizer_state": checkpoints.optimizer_state(optimizer),
             "iteration": iteration,
             "config": vars(config),
-            "dataset": {"name": train.name, "image_shape": list(train.image_shape)},
+            "dataset": {"name": training.name, "image_shape": list(training.image_shape)},
             "first_byte_counts": counts,
             "seed": seed,
             "optimizer": args.optimizer,
         }
         with log.paused():
-            save(state, args, last)
+            if distributed.rank() == 0:
+                save(state, args, last)
 
     log = TrainingLog(args, start, metrics)
     with StopSignals() as stop, log:
@@ -87,12 +102,13 @@ def main(argv=None):
             return stop.exit_status
         model.train()
         for iteration in range(start + 1, args.iterations + 1):
-            images = train.batch(iteration - 1, args.batch_size, order).to(device)
-            loss = train_step(model, optimizer, images, seed, iteration, args)
+            images = training.batch(iteration - 1, args.batch_size * args.accumulate, order)
+            loss = train_step(nats, optimizer, images.to(device), seed, iteration, args)
             log.step(iteration, loss)
 
             finished = iteration == args.iterations
-            stopping = not finished and (stop or iteration - start == args.yield_frequency)
+            stopping = iteration - start == args.yield_frequency or distributed.any_of(stop)
+            stopping = stopping and not finished
             if iteration % args.save_frequency == 0 or finished or stopping:
                 log.write()
                 save_at(iteration, last=finished or stopping)
@@ -104,42 +120,86 @@ def main(argv=None):
     return stop.exit_status
 
 
-def train_step(model, optimizer, images, seed, iteration, args):
+class Nats(torch.nn.Module):
+    """`model.nats` as a module, which is what DistributedDataParallel takes."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, images, keys):
+        return self.model.nats(images, keys)
+
+
+def compile_model(model, args, device):
+    """--compile: this program's kernels on a processor, torch.compile elsewhere."""
+    on_processor = device.type == "cpu" and args.backend == "native"
+    if args.compile is False or not (args.compile or (on_processor and find_compiler())):
+        return
+    check_compiler(device)
+    if not on_processor:
+        model.nats = torch.compile(model.nats)
+        return
+    try:
+        if seconds := kernels.accelerate(model):
+            say(f"compiled attention and dropout in {seconds:.1f} s")
+    except UserError as error:
+        if args.compile:
+            raise
+        warn(f"{error}; training without")
+
+
+def train_step(nats, optimizer, images, seed, iteration, args):
     """One step of the optimiser on images (N, L); returns the loss in nats per byte, detached.
 
-    The random numbers of an iteration, dropout's, depend on (seed, iteration) alone, so a
-    restart draws what the uninterrupted run would have drawn.
+    The batch goes through the model in --accumulate parts, and of each part the processes take
+    their shares. Dropout's noise depends on (seed, iteration) and the image alone: a restart, or
+    a batch otherwise divided, drops the same.
     """
-    torch.manual_seed(int(np.random.SeedSequence((seed, iteration)).generate_state(1)[0]))
-    with autocast(images.device, args.precision):
-        loss = model.nats(images).mean() / (images.shape[1] - 1)
+    noise = np.random.SeedSequence((seed, iteration))
+    torch.manual_seed(int(noise.generate_state(1)[0]))  # for the attention's dropout
+    keys = torch.from_numpy(noise.generate_state(len(images), np.uint64).view(np.int64))
+    keys = keys.to(images.device)
+    values = images[:, 1:].numel()
+    loss = torch.zeros((), device=images.device)
     optimizer.zero_grad()
-    loss.backward()
+    parts = torch.arange(len(images)).chunk(args.accumulate)
+    for n, part in enumerate(parts, 1):
+        own = part[distributed.share(len(part))]
+        with distributed.without_exchange(nats, n < len(parts)):
+            with autocast(images.device, args.precision):
+                part_loss = nats(images[own], keys[own]).sum() / values
+            (part_loss * distributed.world()).backward()  # the gradients will be averaged
+        loss += part_loss.detach()
+    distributed.add_up(loss)
     if args.clip_norm:
-        torch.nn.utils.clip_grad_norm_(model.parameters(), args.clip_norm)
+        torch.nn.utils.clip_grad_norm_(nats.parameters(), args.clip_norm)
     optimizer.step()
-    return loss.detach()
+    return loss
 
 
 @torch.no_grad()
 def evaluate(model, images, counts, args, device, stop):
     """Bits/dim of images (n, L), the mean over the L - 1 bytes after the first (the paper's
-    convention) and over all L bytes; None if a signal stopped it. Summed in float64."""
+    convention) and over all L bytes; None if a signal stopped it. Summed in float64, each
+    process over its share of the images."""
     training = model.training
     model.eval()
     total = 0.0
-    with progress_bar(total=len(images), unit="images", desc="evaluating", leave=False) as bar:
-        for batch in images.split(args.batch_size):
+    own = images[distributed.share(len(images))]
+    with progress_bar(total=len(own), unit="images", desc="evaluating", leave=False) as bar:
+        for batch in own.split(args.batch_size) if len(own) else ():
             with autocast(device, args.precision):
                 total += model.nats(batch.to(device)).cpu().double().sum().item()
             bar.update(len(batch))
             if stop:
                 break
     model.train(training)
+    total, stopped = distributed.total(total, float(bool(stop)))
     first = -first_byte_log_probs(counts)[images[:, 0].long()].sum().item()
     n, length = images.shape
     scale = n * NATS_PER_BIT
-    return None if stop else (total / (length - 1) / scale, (total + first) / length / scale)
+    return None if stopped else (total / (length - 1) / scale, (total + first) / length / scale)
 
 
 def report_test(iteration, bits, bits_all_bytes, metrics, seconds):
@@ -265,7 +325,18 @@ def parse_arguments(argv):
         help="clip the norm of the whole gradient at X, 0 for never",
     )
     group.add_argument(
-        "--batch_size", type=positive_int, default=4, metavar="N", help="images an iteration"
+        "--batch_size",
+        type=positive_int,
+        default=4,
+        metavar="N",
+        help="images at a time, shared by the processes of torchrun",
+    )
+    group.add_argument(
+        "--accumulate",
+        type=positive_int,
+        default=1,
+        metavar="N",
+        help="take N such batches an iteration: the same as a batch N times as large",
     )
     group.add_argument(
         "--no_shuffle", action="store_true", help="take the images in their order, as the original"
@@ -332,7 +403,7 @@ def parse_arguments(argv):
     group.add_argument("--metrics_file", metavar="FILE", help="append records as JSON lines")
     group.add_argument("--log_dir", metavar="FOLDER", help="write TensorBoard events")
 
-    add_machine_arguments(parser, "takes a minute or two; default: no")
+    add_machine_arguments(parser, "some seconds on a processor, and the default; else minutes")
     args = parser.parse_args(argv)
     if args.evaluate_only and not args.continue_from:
         raise UserError("--evaluate_only needs --continue_from: give the checkpoint to evaluate")

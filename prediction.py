@@ -14,6 +14,7 @@ import torch
 
 import checkpoints
 import datasets
+import distributed
 import pictures
 from compiling import is_kept
 from models import ModelConfig
@@ -48,11 +49,17 @@ STEPS_WORTH_COMPILING = 200
 def main(argv=None):
     args = parse_arguments(argv)
     device = select_device(args.device)
+    with distributed.joined(device):
+        complete(args, device)
+
+
+def complete(args, device):
     check_outputs(args)
     checkpoint = load_checkpoint(args)
     stored = checkpoints.stored_config(checkpoint, args.model, args.n_heads, args.d_query)
     fields = model_fields(args, stored)
-    given, real, shape = open_images(args, checkpoint)
+    with distributed.first_process_first():
+        given, real, shape = open_images(args, checkpoint)
     offset = choose_offset(args.offset, given.shape[1])
     config = ModelConfig(length=given.shape[1], **fields)
     model = make_model(args, checkpoint, config, device)
@@ -60,6 +67,8 @@ def main(argv=None):
     sampler = make_sampler(model, args, device, steps)
 
     completed = sample(sampler, given, offset, device, args)
+    if completed is None:
+        return  # the first process writes the images of all
     shape = args.image_shape or shape
     completions = completed.view(-1, *shape).numpy()
     originals = None if real is None else real.view(-1, *shape).numpy()
@@ -191,18 +200,21 @@ def store_as_bfloat16(model):
 
 
 def sample(sampler, given, offset, device, args):
-    """Complete the images (N, L) after `offset` bytes, --batch_size at a time: (N, L), uint8."""
-    n, length = given.shape
+    """Complete the images (N, L) after `offset` bytes, --batch_size at a time: (N, L), uint8.
+
+    Each process completes its share; the first one gets them all, the others None.
+    """
+    own, length = torch.arange(len(given))[distributed.share(len(given))], given.shape[1]
     start = max(1, offset)
-    completed = []
-    with SamplingProgress(n, length - start) as progress:
-        for numbers in torch.arange(n).split(args.batch_size):
+    completed = [given[:0]]
+    with SamplingProgress(len(own), length - start) as progress:
+        for numbers in own.split(args.batch_size) if len(own) else ():
             images = given[numbers].to(device).long()
             noise = image_noise(args.seed, numbers.tolist(), length).to(device)
             with autocast(device, args.precision):
                 sampler(images, start, noise, args.temperature, progress.advance)
             completed.append(images.to("cpu", torch.uint8))
-    return torch.cat(completed)
+    return distributed.gather(torch.cat(completed))
 
 
 def check_outputs(args):

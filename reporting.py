@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+import distributed
 from utils import UserError
 
 NATS_PER_BIT = math.log(2)
@@ -19,18 +20,21 @@ SECONDS_PER_LINE = 10
 
 def progress_bar(**kwargs):
     """A tqdm bar on a terminal; elsewhere one that is silent (`disable` tells)."""
-    return tqdm(dynamic_ncols=True, disable=not sys.stderr.isatty(), **kwargs)
+    shown = sys.stderr.isatty() and distributed.rank() == 0
+    return tqdm(dynamic_ncols=True, disable=not shown, **kwargs)
 
 
 def say(text):
-    """A line on stdout that leaves a progress bar whole."""
-    tqdm.write(text)
-    sys.stdout.flush()
+    """A line on stdout, of the first process, that leaves a progress bar whole."""
+    if distributed.rank() == 0:
+        tqdm.write(text)
+        sys.stdout.flush()
 
 
 def warn(text):
-    """A warning on stderr that leaves a progress bar whole."""
-    tqdm.write(f"warning: {text}", file=sys.stderr)
+    """A warning on stderr, of the first process, that leaves a progress bar whole."""
+    if distributed.rank() == 0:
+        tqdm.write(f"warning: {text}", file=sys.stderr)
 
 
 def clock(seconds):
@@ -43,6 +47,8 @@ class Metrics:
     """Writes records to a file of JSON lines and to TensorBoard, where they were asked for."""
 
     def __init__(self, path=None, log_dir=None):
+        if distributed.rank() > 0:
+            path = log_dir = None
         self.path, self.board = path, open_tensorboard(log_dir) if log_dir else None
         if path:
             Path(path).parent.mkdir(parents=True, exist_ok=True)
@@ -117,7 +123,8 @@ class TrainingLog:
                 f"the loss is {bits} by iteration {self.iteration}: lower --lr {self.args.lr} or "
                 "--clip_norm; the last checkpoint saved is from before"
             )
-        rate = len(self.losses) * self.args.batch_size / (self.shown - self.window)
+        images = len(self.losses) * self.args.batch_size * self.args.accumulate
+        rate = images / (self.shown - self.window)
         text = f"{bits:.4f} bits/dim, lr {self.args.lr:g}, {rate:.1f} images/s"
         return text, {"bits_per_dim": bits, "lr": self.args.lr, "images_per_second": rate}
 
@@ -126,7 +133,8 @@ class TrainingLog:
         if not self.losses:
             return
         text, values = self.summary()
-        left = (self.args.iterations - self.iteration) * self.args.batch_size
+        left = self.args.iterations - self.iteration
+        left *= self.args.batch_size * self.args.accumulate
         if self.bar.disable:
             left = clock(left / values["images_per_second"])
             say(f"iteration {self.iteration} of {self.args.iterations}: {text}, {left} left")

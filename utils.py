@@ -46,6 +46,12 @@ def run(main):
     except OSError as error:  # a disk that is full or gone in the middle of writing
         print(f"{name}: error: {error}", file=sys.stderr)
         status = 1
+    except RuntimeError as error:
+        if "WORLD_SIZE" not in os.environ:
+            raise
+        reason = str(error).strip().partition("\n")[0]
+        print(f"{name}: error: another process is gone ({reason})", file=sys.stderr)
+        status = 1
     sys.exit(status)
 
 
@@ -242,6 +248,9 @@ def select_device(name):
         name = "cuda" if torch.cuda.is_available() else "cpu"
         name = "mps" if name == "cpu" and torch.backends.mps.is_available() else name
     kind, _, index = name.partition(":")
+    if name == "cuda" and "LOCAL_RANK" in os.environ:  # of torchrun: a device for each process
+        index = os.environ["LOCAL_RANK"]
+        name = f"cuda:{index}"
     if kind not in ("cpu", "cuda", "mps") or (name != kind and not index.isdecimal()):
         raise UserError(f"--device {name} is unknown: give auto, cpu, cuda, cuda:N or mps")
     if kind == "cuda" and int(index or 0) >= torch.cuda.device_count():
@@ -313,7 +322,7 @@ class StopSignals:
 
     def note(self, number, frame):
         self.number = number
-        self.__exit__()
+        signal.signal(number, self.previous[number])
         print(f"{self.name}: saving and leaving; once more to leave at once", file=sys.stderr)
 
     def __exit__(self, *exception):

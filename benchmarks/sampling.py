@@ -15,8 +15,8 @@ import torch
 sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 from benchmarks import measure
-from recurrence import CompiledRecurrence
 from models import ImageTransformer, ModelConfig
+from recurrence import CompiledRecurrence
 from sampling import WARM_UP_BYTES, image_noise, next_byte, record, sample_batched
 from utils import autocast, find_compiler, keep_freed_memory
 

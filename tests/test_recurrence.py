@@ -8,12 +8,13 @@ import numpy as np
 import pytest
 import torch
 
-import compiled
+import compiling
 import datasets
 import mixture
 import prediction
-from recurrence import CompiledRecurrence
+import recurrence
 from models import ImageTransformer, ModelConfig
+from recurrence import CompiledRecurrence
 from sampling import image_noise, sample_recurrent
 from utils import UserError, find_compiler
 
@@ -136,15 +137,22 @@ def test_without_being_asked_it_compiles_only_where_that_pays(succeed, tmp_path,
 
 
 def test_other_sources_and_sizes_are_other_libraries(monkeypatch, tmp_path):
-    configs = [ModelConfig(LENGTH), ModelConfig(LENGTH, n_heads=2), ModelConfig(99)]
-    paths = [compiled.library_path(config, "fp32")[0] for config in configs]
-    assert paths[0] != paths[1]
-    assert paths[0] == paths[2]  # the length is no constant
-    assert paths[0] != compiled.library_path(configs[0], "bf16")[0]
-    changed = tmp_path / "recurrence.cpp"
-    changed.write_bytes(compiled.SOURCE.read_bytes() + b"\n")
-    monkeypatch.setattr(compiled, "SOURCE", changed)
-    assert paths[0] != compiled.library_path(configs[0], "fp32")[0]
+    def path(precision="fp32", **sizes):
+        config = ModelConfig(**{"length": LENGTH, **sizes})
+        return compiling.library_path(recurrence.SOURCE, recurrence.sizes(config, precision))[0]
+
+    first = path()
+    assert first != path(n_heads=2)
+    assert first != path("bf16")
+    assert first == path(length=99)  # the length is no constant
+    for name in (recurrence.SOURCE, compiling.HEADER):
+        (tmp_path / name).write_bytes((compiling.FOLDER / name).read_bytes())
+    monkeypatch.setattr(compiling, "FOLDER", tmp_path)
+    assert first == path()
+    for name in (recurrence.SOURCE, compiling.HEADER):
+        (tmp_path / name).write_bytes((tmp_path / name).read_bytes() + b"\n")
+        assert path() != first
+        first = path()
 
 
 def test_no_compiler_is_told_and_does_without(call, succeed, tiny_checkpoint, monkeypatch):

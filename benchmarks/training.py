@@ -1,0 +1,156 @@
+"""Time and memory of a training step and of an evaluation, beside pytorch-fast-transformers.
+
+python benchmarks/training.py --json training.json --plot training.png
+"""
+
+import argparse
+import multiprocessing
+import resource
+import sys
+from functools import partial
+from pathlib import Path
+
+import torch
+
+sys.path[0] = str(Path(__file__).resolve().parent.parent)
+
+import kernels
+from benchmarks import measure
+from utils import UserError, autocast, keep_freed_memory
+
+# Bytes of an image and of a whole epoch are alike: random images cost what real ones do.
+CASES = {"mnist": [4, 16], "cifar10": [4]}
+DROPOUTS = [0.1, 0.0]
+COLUMNS = {
+    "config": "", "batch": "", "precision": "", "mode": "", "dropout": "", "ours_s": ".3f",
+    "theirs_s": ".3f", "ratio": ".2f", "images_per_second": ".2f", "limit_fraction": ".0%",
+    "peak_mb": ".0f", "theirs_peak_mb": ".0f",
+}  # fmt: skip
+
+
+def main():
+    args = parse_arguments()
+    keep_freed_memory()
+    device = torch.device(args.device)
+    print(measure.describe_machine(device))
+    rates = {name: measure.matrix_rate(measure.DTYPES[name], device) for name in args.precisions}
+    for name, rate in rates.items():
+        print(f"matrix products in {name}: {rate / 1e9:.0f} GFLOP/s")
+    records = []
+    for config in args.configs:
+        for batch in args.batches or CASES[config]:
+            for dropout in DROPOUTS:
+                records += measure_case(config, batch, dropout, args, rates, device)
+    measure.table(records, COLUMNS)
+    measure.write(records, args, label, "ratio", "times as fast as the library in float32")
+
+
+def label(record):
+    words = (record[key] for key in ("config", "batch", "precision", "mode"))
+    return " ".join(map(str, words)) + f" dropout {record['dropout']}"
+
+
+def measure_case(config, batch, dropout, args, rates, device):
+    """Records of training and, without dropout, of evaluation at each precision."""
+    runs, models = {}, make_models(config, dropout, device)
+    images = make_images(models["ours"], batch, device)
+    for who, model in models.items():
+        for precision in args.precisions if who == "ours" else ["fp32"]:
+            runs[who, "train", precision] = trainer(model, images, precision, device)
+            if not dropout:
+                runs[who, "evaluate", precision] = partial(
+                    evaluate, model, images, precision, device
+                )
+    seconds = measure.by_turns(runs, args.rounds, device)
+    weights = sum(p.numel() for p in models["ours"].transformer.parameters() if p.dim() == 2)
+    records = []
+    for who, mode, precision in runs:
+        if who == "theirs":
+            continue
+        ours, theirs = seconds[who, mode, precision], seconds.get(("theirs", mode, "fp32"))
+        operations = 2 * weights * images[:, 1:].numel() * (3 if mode == "train" else 1)
+        record = {
+            "config": config, "batch": batch, "precision": precision, "mode": mode,
+            "dropout": dropout, "ours_s": ours, "theirs_s": theirs,
+            "ratio": theirs and theirs / ours, "images_per_second": batch / ours,
+            "limit_fraction": operations / rates[precision] / ours,
+        }  # fmt: skip
+        case = config, batch, dropout, mode, device
+        record["peak_mb"] = peak_mb("ours", precision, *case)
+        record["theirs_peak_mb"] = theirs and peak_mb("theirs", "fp32", *case)
+        records.append(record)
+    return records
+
+
+def make_models(config, dropout, device):
+    """Our model, with its kernels where they can be compiled, and the library's if it is there."""
+    pair = measure.make_pair({**measure.CONFIGS[config], "dropout": dropout})
+    models = {who: m.to(device) for who, m in zip(("ours", "theirs"), pair, strict=True) if m}
+    if device.type == "cpu":
+        try:
+            kernels.accelerate(models["ours"])
+        except UserError as error:
+            print(f"{error}; measuring without", file=sys.stderr)
+    else:
+        models["ours"].nats = torch.compile(models["ours"].nats)
+    return models
+
+
+def make_images(model, batch, device):
+    generator = torch.Generator().manual_seed(0)
+    shape = batch, model.config.length
+    return torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator).to(device)
+
+
+def trainer(model, images, precision, device):
+    """A function that does one training step, as main.py does it."""
+    optimizer = torch.optim.RAdam(model.parameters(), lr=1e-4, decoupled_weight_decay=True)
+
+    def step():
+        model.train()
+        with autocast(device, precision):
+            loss = model.nats(images).mean() / (images.shape[1] - 1)
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+
+    return step
+
+
+@torch.no_grad()
+def evaluate(model, images, precision, device):
+    model.eval()
+    with autocast(device, precision):
+        model.nats(images)
+
+
+def peak_mb(*case):
+    """Peak memory, MB, of a process that does one case twice and nothing else."""
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        return pool.apply(use_memory, case)
+
+
+def use_memory(who, precision, config, batch, dropout, mode, device):
+    """What the case adds to the peak of this process, or on a GPU to that of its tensors."""
+    keep_freed_memory()
+    model = make_models(config, dropout, device)[who]
+    images = make_images(model, batch, device)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    run = partial(evaluate, model, images, precision, device)
+    run = trainer(model, images, precision, device) if mode == "train" else run
+    run()
+    run()
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e6
+    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1e3
+
+
+def parse_arguments():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    measure.add_arguments(parser, batches=None)
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    main()

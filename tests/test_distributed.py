@@ -1,0 +1,126 @@
+"""torchrun on this machine: two processes give what one gives."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import imageio.v3
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, TINY
+
+DIGITS = ["--dataset", "digits", *TINY, "--lr", 1e-2, "--evaluate_images", 51]
+
+
+def start_two(script, *arguments, **kwargs):
+    """Start a script in two processes, by torchrun."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", 2]
+    command += ["--standalone", ROOT / script, *arguments]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen([str(part) for part in command], **{**pipes, **kwargs})
+
+
+def run_two(script, *arguments):
+    process = start_two(script, *arguments)
+    out, err = process.communicate(timeout=300)
+    assert process.returncode == 0, err
+    return out
+
+
+def load(path):
+    return torch.load(path, weights_only=True)
+
+
+def assert_same_weights(first, second, tolerance=1e-5):
+    first, second = (load(path)["model_state"] for path in (first, second))
+    for name, weight in first.items():
+        torch.testing.assert_close(second[name], weight, rtol=tolerance, atol=tolerance)
+
+
+def losses(out):
+    return [line.split(": ")[1].split(" bits")[0] for line in out.splitlines() if " left" in line]
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    """What one process prints and saves in 12 iterations of 8 images, with dropout."""
+    path = tmp_path_factory.mktemp("alone") / "w.pth"
+    command = [*DIGITS, "--batch_size", 8, "--iterations", 12, "--log_frequency", 3]
+    command = [sys.executable, ROOT / "main.py", *command, "--save_to", path]
+    command = [str(part) for part in command]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout, path
+
+
+@pytest.mark.parametrize("parts", [1, 2], ids=["whole", "accumulated"])
+def test_two_processes_train_what_one_trains(alone, parts):
+    """The same images in the same order, the same dropout, the same weights and bits/dim; told
+    once; and the run goes on in one process."""
+    batch = ["--batch_size", 8 // parts, "--accumulate", parts, "--log_frequency", 3]
+    train = [*DIGITS, *batch, "--save_to", "w.{}.pth", "--continue_from", "w.{}.pth"]
+    first = run_two("main.py", *train, "--iterations", 6)
+    assert first.count("iteration 6: saved") == 1
+    command = [sys.executable, ROOT / "main.py", *train, "--iterations", 12]
+    second = subprocess.run(
+        [str(part) for part in command], capture_output=True, text=True, check=True
+    ).stdout
+    assert np.allclose(
+        [float(x) for x in losses(first) + losses(second)],
+        [float(x) for x in losses(alone[0])],
+        atol=2e-4,
+    )
+    assert_same_weights(alone[1], "w.12.pth")
+    assert second.splitlines()[-1].split(": ")[1] == alone[0].splitlines()[-1].split(": ")[1]
+
+
+@pytest.mark.parametrize("sampler", ["recurrent", "batched"])
+@pytest.mark.parametrize("index", ["0-5", "3"])
+def test_two_processes_sample_what_one_samples(succeed, tiny_checkpoint, tmp_path, sampler, index):
+    """Also fewer images than processes."""
+    flags = [tiny_checkpoint, "--index", index, "--offset", 30, "--sampler", sampler]
+    run_two("prediction.py", *flags, "--save_image", "two.{}.{}.png")
+    succeed("prediction.py", *flags, "--save_image", "one.{}.{}.png")
+    files = sorted(tmp_path.glob("one.*.png"))
+    assert files
+    for file in files:
+        other = file.with_name(file.name.replace("one", "two"))
+        assert np.array_equal(imageio.v3.imread(file), imageio.v3.imread(other))
+
+
+def test_a_process_that_dies_ends_the_run():
+    """With an error, not a hang."""
+    train = [*DIGITS, "--batch_size", 2, "--iterations", 10**6, "--log_frequency", 5]
+    process = start_two("main.py", *train, stdout=open("out", "w"), stderr=open("err", "w"))  # noqa: SIM115
+    deadline = time.monotonic() + 120
+    while "iteration 5 of" not in open("out").read():  # noqa: SIM115
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
+    pids = subprocess.run(
+        ["ps", "-o", "pid=", "--ppid", str(process.pid)], capture_output=True, text=True
+    ).stdout.split()
+    os.kill(int(pids[-1]), signal.SIGKILL)
+    assert process.wait(timeout=120) != 0
+
+
+def test_a_batch_that_cannot_be_shared_is_refused():
+    process = start_two("main.py", *DIGITS, "--batch_size", 7)
+    _, err = process.communicate(timeout=120)
+    assert process.returncode != 0
+    assert "--batch_size 7 is shared by 2 processes" in err
+
+
+def test_a_signal_stops_both_after_saving():
+    train = [*DIGITS, "--batch_size", 2, "--iterations", 10**6, "--log_frequency", 5]
+    train += ["--save_to", "w.{}.pth"]
+    process = start_two("main.py", *train, stdout=open("out", "w"), stderr=open("err", "w"))  # noqa: SIM115
+    deadline = time.monotonic() + 120
+    while "iteration 5 of" not in open("out").read():  # noqa: SIM115
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
+    process.send_signal(signal.SIGTERM)
+    process.wait(timeout=120)
+    assert "saved w." in open("out").read()  # noqa: SIM115
