@@ -1,7 +1,7 @@
 # make demo       train a small model for about two minutes, sample it, write pictures to demo/
 # make test       check the style and run all tests
 # make reference  add pytorch-fast-transformers, for --backend fast-transformers and its tests
-# make benchmark-sampling   time sampling beside pytorch-fast-transformers
+# make benchmark-sampling, make benchmark-training   both beside pytorch-fast-transformers
 # make clean      forget the virtual environment and the demo
 
 PYTHON ?= python3
@@ -14,7 +14,7 @@ MORE_ITERATIONS = 1700
 MODEL = --dataset digits --n_layers 4 --n_heads 4 --optimizer adam --batch_size 16 \
         --log_frequency 50 --save_to 'demo/digits.{}.pth' --continue_from 'demo/digits.{}.pth'
 
-.PHONY: demo test reference benchmark-sampling clean
+.PHONY: demo test reference benchmark-sampling benchmark-training clean
 
 demo: .venv/installed
 	$(BIN)/python main.py $(MODEL) --lr 2e-3 --iterations $(ITERATIONS)
@@ -34,6 +34,9 @@ reference: .venv/installed-reference
 
 benchmark-sampling: reference
 	$(BIN)/python benchmarks/sampling.py
+
+benchmark-training: reference
+	$(BIN)/python benchmarks/training.py
 
 clean:
 	rm -rf .venv demo

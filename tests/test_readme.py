@@ -80,7 +80,7 @@ def test_make_demo(tmp_path):
     if not (ROOT / ".venv" / "installed").exists():
         pytest.fail("run the tests with make test")
     files = subprocess.run(
-        ["git", "ls-files", "*.py", "*.txt", "*.npz", "*.cpp", "Makefile"],
+        ["git", "ls-files", "*.py", "*.txt", "*.npz", "*.cpp", "*.h", "Makefile"],
         cwd=ROOT, capture_output=True, text=True, check=True,
     ).stdout.split()  # fmt: skip
     for name in files:
