@@ -136,14 +136,24 @@ def use_memory(who, precision, config, batch, dropout, mode, device):
     keep_freed_memory()
     model = make_models(config, dropout, device)[who]
     images = make_images(model, batch, device)
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    before = peak_kb()
     run = partial(evaluate, model, images, precision, device)
     run = trainer(model, images, precision, device) if mode == "train" else run
     run()
     run()
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e6
-    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1e3
+    return (peak_kb() - before) / 1e3
+
+
+def peak_kb():
+    """The largest resident set of this process so far. (Linux counts what getrusage tells from
+    before the process became what it is.)"""
+    status = Path("/proc/self/status")
+    if not status.exists():
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM"))
+    return int(line.split()[1])
 
 
 def parse_arguments():
