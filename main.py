@@ -25,6 +25,7 @@ from utils import (
     autocast,
     build_model,
     check_compiler,
+    check_precision,
     check_writable,
     find_compiler,
     model_fields,
@@ -38,6 +39,7 @@ from utils import (
 def main(argv=None):
     args = parse_arguments(argv)
     device = select_device(args.device)
+    check_precision(args, device)
     with distributed.joined(device):
         return train(args, device)
 
@@ -67,7 +69,8 @@ def train(args, device):
         checkpoints.load_model_state(model, checkpoint, args.continue_from)
     optimizer = make_optimizer(model, args, checkpoint)
     compile_model(model, args, device)
-    nats = distributed.parallel(Nats(model), device, find_unused=args.attention_type == "reformer")
+    # The reformer's keys are its queries: one of its projections never gets a gradient.
+    nats = distributed.parallel(Nats(model), device, config.attention_type == "reformer")
     counts = checkpoint.get("first_byte_counts")
     counts = training.first_byte_counts() if counts is None else counts
     metrics = Metrics(args.metrics_file, args.log_dir)

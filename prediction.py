@@ -29,6 +29,7 @@ from utils import (
     autocast,
     build_model,
     check_compiler,
+    check_precision,
     check_writable,
     find_compiler,
     model_fields,
@@ -49,6 +50,7 @@ STEPS_WORTH_COMPILING = 200
 def main(argv=None):
     args = parse_arguments(argv)
     device = select_device(args.device)
+    check_precision(args, device)
     with distributed.joined(device):
         complete(args, device)
 

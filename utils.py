@@ -7,6 +7,7 @@ import math
 import os
 import shutil
 import signal
+import subprocess
 import sys
 import tempfile
 from dataclasses import MISSING, fields
@@ -18,6 +19,9 @@ from models import ImageTransformer, ModelConfig
 
 # Of glibc's malloc.h.
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
+# Where Linux lists a processor's instructions, and those for bfloat16 (x86; ARM).
+CPU_FLAGS = Path("/proc/cpuinfo")
+BFLOAT16_FLAGS = {"avx512_bf16", "amx_bf16", "bf16"}
 # Exit statuses, documented in the README.
 MISUSE = 2
 YIELDED = 75  # "temporary failure, try again" in sysexits.h
@@ -224,9 +228,10 @@ def add_machine_arguments(parser, when_compiled):
     )
     group.add_argument(
         "--precision",
-        choices=["fp32", "bf16"],
+        choices=["fp32", "bf16", "bf16-emulated"],
         default="fp32",
-        help="of the matrix products; attention sums and the loss stay fp32",
+        help="of the matrix products; attention sums and the loss stay fp32; bf16-emulated also "
+        "where the device has no bfloat16 and is slow with it",
     )
     group.add_argument(
         "--backend",
@@ -259,6 +264,31 @@ def select_device(name):
     if kind == "mps" and not torch.backends.mps.is_available():
         raise UserError("--device mps: torch finds no Apple GPU here; try --device cpu")
     return torch.device(name)
+
+
+def check_precision(args, device):
+    """Refuse --precision bf16 where it would be slow; bf16-emulated is bf16 all the same."""
+    if args.precision == "bf16" and not has_bfloat16(device):
+        raise UserError(
+            f"--precision bf16: this {device.type} device has no bfloat16 and would emulate it "
+            "slowly: use fp32, or bf16-emulated to do it anyway"
+        )
+    args.precision = args.precision.removesuffix("-emulated")
+
+
+def has_bfloat16(device):
+    """Whether the device multiplies in bfloat16; on a processor as Linux or macOS tell."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_capability(device) >= (8, 0)
+    if device.type == "mps":
+        return True
+    try:
+        flags = CPU_FLAGS.read_text().split()
+    except OSError:
+        told = ["sysctl", "-n", "hw.optional.arm.FEAT_BF16"]
+        told = subprocess.run(told, capture_output=True, text=True) if shutil.which("sysctl") else 0
+        return bool(told) and told.stdout.strip() == "1"
+    return not BFLOAT16_FLAGS.isdisjoint(flags)
 
 
 def autocast(device, precision):

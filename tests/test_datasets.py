@@ -1,10 +1,14 @@
 """Every kind of data set, its order in training, and what is said of damaged ones."""
 
+import subprocess
+import sys
+
 import imageio.v3
 import numpy as np
 import pytest
 import standins
 import torch
+from conftest import ROOT
 
 import datasets
 from utils import UserError
@@ -155,3 +159,36 @@ def test_a_batch_depends_on_iteration_size_and_seed_alone(colour_folder):
 def test_without_a_seed_the_order_is_the_files(colour_folder):
     data = datasets.load(str(colour_folder), ".", True)
     assert torch.equal(data.batch(3, 5, None), data.images[[3, 4, 5, 6, 7]])
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="limits memory as Linux does")
+def test_images_larger_than_memory(tmp_path):
+    """imagenet64 stays on the disk: an epoch over a file four times as large as the memory that
+    the process may have, which reading it would need."""
+    folder = tmp_path / "imagenet-64x64"
+    folder.mkdir()
+    size = 2**30 // 12288  # one GiB
+    for split in ("train", "val"):
+        shape = (size, 64, 64, 3)
+        array = np.lib.format.open_memmap(folder / f"{split}_data.npy", "w+", np.uint8, shape)
+        array[::1000, 0, 0, 0] = 7
+        del array
+    code = f"""
+import resource, sys
+sys.path.insert(0, {str(ROOT)!r})
+import torch, datasets
+torch.set_num_threads(1)
+used = int(open("/proc/self/status").read().split("VmData:")[1].split()[0]) * 1024
+resource.setrlimit(resource.RLIMIT_DATA, (used + 2**28, used + 2**28))
+try:
+    bytearray(2**29)
+except MemoryError:
+    print("limited")
+data = datasets.load("imagenet64", {str(tmp_path)!r}, True)
+total = sum(int(data.batch(i, 1000, 0)[:, 0].sum()) for i in range(len(data) // 1000))
+peak = int(open("/proc/self/status").read().split("VmData:")[1].split()[0]) * 1024 - used
+print(len(data), data.first_byte_counts()[7].item(), peak < 2**28)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    expected = f"limited\n{size} {-(-size // 1000)} True\n"
+    assert done.stdout == expected, done.stderr

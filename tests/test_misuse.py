@@ -7,6 +7,8 @@ import pytest
 import torch
 from conftest import TINY, start
 
+import utils
+
 DIGITS = ["--dataset", "digits", *TINY, "--iterations", "2"]
 
 
@@ -214,3 +216,19 @@ def test_the_flags_of_the_original_keep_their_defaults(call):
     }.items():  # fmt: skip
         entry = out.rsplit(f" --{flag} ", 1)[1].split(" --")[0]
         assert re.search(rf"\(default: {default}[,)]", entry), entry
+
+
+@pytest.mark.parametrize("command", [["main.py"], ["prediction.py", "-"]])
+def test_bfloat16_where_it_would_be_slow(command, call, monkeypatch, tmp_path):
+    """Refused, with a way to have it anyway."""
+    flags = tmp_path / "cpuinfo"
+    flags.write_text("flags : fpu avx2 avx512f\n")
+    monkeypatch.setattr(utils, "CPU_FLAGS", flags)
+    model = [*command, *DIGITS, "--device", "cpu", "--n_layers", 1, "--n_heads", 1]
+    model += ["--iterations", 1] if command[0] == "main.py" else []
+    result = call(*model, "--precision", "bf16")
+    assert result.status == 2
+    assert "bf16-emulated" in result.err
+    assert call(*model, "--precision", "bf16-emulated").status == 0
+    flags.write_text("flags : fpu avx512f avx512_bf16\n")
+    assert call(*model, "--precision", "bf16").status == 0

@@ -124,3 +124,24 @@ def test_a_tiny_model_overfits_one_batch(attention_type):
         optimizer.step()
         schedule.step()
     assert loss.item() / math.log(2) < 1.5
+
+
+@ATTENTIONS
+def test_torch_can_compile_training_and_steps(attention_type):
+    """The graphs that --compile makes on a GPU hold the whole of both, without a break."""
+    from dropout import draw_keys
+
+    sizes = {"dropout": 0.2, "attention_dropout": 0.0}
+    model = make_model(dtype=torch.float32, attention_type=attention_type, **sizes).train()
+    images, keys = make_images(), draw_keys(3, "cpu")
+    compiled = torch.compile(model.nats, backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(compiled(images, keys), model.nats(images, keys))
+    if attention_type == "causal-linear":
+        model.eval()
+        step = torch.compile(model.step, backend="aot_eager", fullgraph=True)
+        states, own = model.empty_states(3), model.empty_states(3)
+        with torch.no_grad():
+            for i in range(4):
+                position = torch.tensor([i])
+                expected = model.step(images[:, i], position, states)
+                torch.testing.assert_close(step(images[:, i], position, own), expected)
