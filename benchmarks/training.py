@@ -7,7 +7,7 @@ import argparse
 import multiprocessing
 import resource
 import sys
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 
 import torch
@@ -125,6 +125,7 @@ def evaluate(model, images, precision, device):
         model.nats(images)
 
 
+@cache
 def peak_mb(*case):
     """Peak memory, MB, of a process that does one case twice and nothing else."""
     with multiprocessing.get_context("spawn").Pool(1) as pool:
