@@ -25,12 +25,14 @@ def library_path(source, sizes):
     arm = platform.machine().lower() in ("arm64", "aarch64")
     target = "-mcpu=native" if arm else "-march=native"
     command = [find_compiler(), "-std=c++17", "-O3", target, "-shared", "-fPIC", "-pthread"]
-    command += ["-fopenmp-simd", "-fno-math-errno", "-fno-trapping-math"]
-    command += [f"-D{name}={size}" for name, size in sizes.items()]
     macros = subprocess.run(
         [command[0], target, "-dM", "-E", "-x", "c++", os.devnull], capture_output=True
-    )
-    made_from = "\0".join(command).encode() + macros.stdout
+    ).stdout
+    # g++ comes with the OpenMP that torch uses too; clang may come with none.
+    command += ["-fopenmp-simd" if b"__clang__" in macros else "-fopenmp"]
+    command += ["-fno-math-errno", "-fno-trapping-math"]
+    command += [f"-D{name}={size}" for name, size in sizes.items()]
+    made_from = "\0".join(command).encode() + macros
     for name in (source, HEADER):
         made_from += (FOLDER / name).read_bytes()
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
