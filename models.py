@@ -102,7 +102,7 @@ class EncoderLayer(nn.Module):
 
     def forward(self, x, state):
         x = self.norm1(x + self.dropout(self.attention(x, state)))
-        y = self.dropout(relu(self.linear1(x)))
+        y = self.dropout(relu(self.linear1(x), inplace=not torch.is_grad_enabled()))
         return self.norm2(x + self.dropout(self.linear2(y)))
 
 
