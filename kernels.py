@@ -24,9 +24,14 @@ def accelerate(model):
             module.parallel = lambda *inputs: linear_attention(library, *inputs)
         elif isinstance(module, Dropout):
             module.compute = lambda *inputs: Drop.apply(library, *inputs)
-        elif isinstance(module, nn.Linear) and torch.backends.mkldnn.is_available():
+        elif isinstance(module, nn.Linear) and has_onednn():
             module.forward = partial(linear, module)
     return seconds
+
+
+def has_onednn():
+    """Whether this torch has oneDNN, and tells the type of autocast (2.2 on old Macs does not)."""
+    return torch.backends.mkldnn.is_available() and hasattr(torch, "get_autocast_dtype")
 
 
 def linear(module, x):

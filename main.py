@@ -33,6 +33,7 @@ from utils import (
     positive_int,
     run,
     select_device,
+    to_device,
 )
 
 
@@ -106,7 +107,7 @@ def train(args, device):
         model.train()
         for iteration in range(start + 1, args.iterations + 1):
             images = training.batch(iteration - 1, args.batch_size * args.accumulate, order)
-            loss = train_step(nats, optimizer, images.to(device), seed, iteration, args)
+            loss = train_step(nats, optimizer, to_device(images, device), seed, iteration, args)
             log.step(iteration, loss)
 
             finished = iteration == args.iterations

@@ -266,6 +266,13 @@ def select_device(name):
     return torch.device(name)
 
 
+def to_device(images, device):
+    """The images there; a GPU gets them while the processor goes on."""
+    if device.type == "cuda":
+        images = images.pin_memory()
+    return images.to(device, non_blocking=True)
+
+
 def check_precision(args, device):
     """Refuse --precision bf16 where it would be slow; bf16-emulated is bf16 all the same."""
     if args.precision == "bf16" and not has_bfloat16(device):

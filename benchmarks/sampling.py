@@ -163,7 +163,7 @@ def measure_batched(config, ours, theirs, rounds, device):
         "config": config, "batch": BATCHED_IMAGES, "precision": "fp32",
         "sampler": "batched, last byte", "ours_ms_per_byte": ms["ours"],
         "theirs_ms_per_byte": ms.get("theirs"),
-        "ratio": ms["theirs"] / ms["ours"] if theirs else None,
+        "ratio": ms["theirs"] / ms["ours"] if theirs else None, "limit_fraction": None,
     }  # fmt: skip
 
 
@@ -184,7 +184,9 @@ def measure_lengths(rounds, device):
     seconds = measure.by_turns(runs, rounds, device)
     return [
         {
-            "attention": attention, "length": length, "batch": LENGTH_BATCH,
+            "config": "mnist", "attention": attention, "length": length, "batch": LENGTH_BATCH,
+            "precision": "fp32", "sampler": "recurrent, last bytes", "theirs_ms_per_byte": None,
+            "ratio": None, "limit_fraction": None,
             "ours_ms_per_byte": seconds[attention, length] / counts[attention] * 1e3,
             "state_mb_per_image": sizes[attention, length] / LENGTH_BATCH / 1e6,
         }
