@@ -224,8 +224,8 @@ def test_bfloat16_where_it_would_be_slow(command, call, monkeypatch, tmp_path):
     flags = tmp_path / "cpuinfo"
     flags.write_text("flags : fpu avx2 avx512f\n")
     monkeypatch.setattr(utils, "CPU_FLAGS", flags)
-    model = [*command, *DIGITS, "--device", "cpu", "--n_layers", 1, "--n_heads", 1]
-    model += ["--iterations", 1] if command[0] == "main.py" else []
+    model = [*command, "--dataset", "digits", *TINY, "--device", "cpu"]
+    model += ["--iterations", 1, "--evaluate_images", 2] if command[0] == "main.py" else []
     result = call(*model, "--precision", "bf16")
     assert result.status == 2
     assert "bf16-emulated" in result.err
