@@ -4,15 +4,42 @@ import ctypes
 import hashlib
 import os
 import platform
+import shutil
 import subprocess
 import tempfile
 import time
 from pathlib import Path
 
-from utils import UserError, find_compiler
+from reporting import say, warn
+from utils import UserError
 
 FOLDER = Path(__file__).parent
 HEADER = "processor.h"  # included by all
+
+
+def compiled(make, wanted, purpose):
+    """What `make()`, which compiles, returns; None where it is not to (`wanted`, of --compile, is
+    False) or cannot: a line says why, or, where it was `wanted`, a `UserError`."""
+    if wanted is False:
+        return None
+    try:
+        return make()
+    except UserError as error:
+        if wanted:
+            raise
+        warn(f"{error}; {purpose} without, which is slower")
+
+
+def find_compiler():
+    """The C++ compiler: $CXX, or the first of the usual names; None where there is none."""
+    names = [os.environ.get("CXX"), "g++", "clang++", "c++"]
+    return next((path for name in names if name and (path := shutil.which(name))), None)
+
+
+def check_compiler():
+    """A `UserError` where there is no C++ compiler."""
+    if not find_compiler():
+        raise UserError("--compile: no C++ compiler is there: install g++, or give --no-compile")
 
 
 def library_path(source, sizes):
@@ -42,18 +69,21 @@ def library_path(source, sizes):
 
 def is_kept(source, sizes):
     """Whether the library was compiled before."""
-    return library_path(source, sizes)[0].exists()
+    return bool(find_compiler()) and library_path(source, sizes)[0].exists()
 
 
 def load_library(source, sizes):
-    """The library, a `ctypes.CDLL`, its path, and the seconds that compiling it took, 0 if it was
-    kept. Raises `UserError` where it cannot be compiled."""
+    """The library, a `ctypes.CDLL`, and the seconds that compiling it took, 0 if it was kept.
+    Raises `UserError` where it cannot be compiled."""
+    check_compiler()
     path, command = library_path(source, sizes)
-    start = time.perf_counter()
+    seconds = 0.0
     if not path.exists():
+        start = time.perf_counter()
         compile_to(path, [*command, FOLDER / source])
-        return ctypes.CDLL(str(path)), path, time.perf_counter() - start
-    return ctypes.CDLL(str(path)), path, 0.0
+        seconds = time.perf_counter() - start
+        say(f"compiled {source} in {seconds:.1f} s; kept in {path.parent}")
+    return ctypes.CDLL(str(path)), seconds
 
 
 def compile_to(path, command):

@@ -16,7 +16,8 @@ from utils import UserError
 
 @contextmanager
 def joined(device):
-    """Join the processes that torchrun started; leave them at the end."""
+    """Join the processes that torchrun started; leave them at the end. Raises ConnectionError
+    where one of them is lost."""
     if int(os.environ.get("WORLD_SIZE", 1)) == 1:
         yield
         return
@@ -26,6 +27,11 @@ def joined(device):
     dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
     try:
         yield
+    except RuntimeError as error:
+        if not (isinstance(error, dist.DistError) or "gloo" in str(error)):
+            raise
+        reason = str(error).strip().partition("\n")[0]
+        raise ConnectionError(f"another process is gone ({reason})") from None
     finally:
         dist.destroy_process_group()
 

@@ -15,10 +15,15 @@ SOURCE = "kernels.cpp"
 TYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
 
 
+def sizes(config):
+    """The constants of kernels.cpp."""
+    return {"SIZE": config.d_query}
+
+
 def accelerate(model):
     """Let the causal-linear attention and the dropouts of a model, in float32 or bfloat16, run in
-    compiled kernels; returns the seconds of compilation. Raises `UserError` where that fails."""
-    library, _, seconds = load_library(SOURCE, {"SIZE": model.config.d_query})
+    compiled kernels. Raises `UserError` where they cannot be compiled."""
+    library, _ = load_library(SOURCE, sizes(model.config))
     for module in model.modules():
         if isinstance(module, LinearAttention):
             module.parallel = lambda *inputs: linear_attention(library, *inputs)
@@ -26,7 +31,6 @@ def accelerate(model):
             module.compute = lambda *inputs: Drop.apply(library, *inputs)
         elif isinstance(module, nn.Linear) and has_onednn():
             module.forward = partial(linear, module)
-    return seconds
 
 
 def has_onednn():
@@ -74,11 +78,11 @@ def forward(library, queries, keys, values, state=(None, None)):
     """Outputs (N, L, H, M); `state` is brought up to date in place."""
     queries, keys, values = (x.contiguous() for x in (queries, keys, values))
     outputs = torch.empty_like(values)
-    call(library, "forward", (queries, keys, values, outputs, *state), sizes(queries))
+    call(library, "forward", (queries, keys, values, outputs, *state), shape_numbers(queries))
     return outputs
 
 
-def sizes(queries):
+def shape_numbers(queries):
     N, L, H, E = queries.shape
     return N, L, H, H * E, torch.get_num_threads()
 
@@ -87,7 +91,7 @@ class Attend(torch.autograd.Function):
     @staticmethod
     def forward(ctx, library, *inputs):
         inputs = [x.contiguous() for x in inputs]
-        ctx.library = library
+        ctx.compiled = library
         ctx.save_for_backward(*inputs)
         return forward(library, *inputs)
 
@@ -96,7 +100,7 @@ class Attend(torch.autograd.Function):
         inputs = ctx.saved_tensors
         gradients = [torch.empty_like(x) for x in inputs]
         tensors = (*inputs, gradient.contiguous(), *gradients)
-        call(ctx.library, "backward", tensors, sizes(inputs[0]))
+        call(ctx.compiled, "backward", tensors, shape_numbers(inputs[0]))
         return None, *gradients
 
 
@@ -105,14 +109,14 @@ class Drop(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, library, x, keys, threshold):
-        ctx.library, ctx.threshold = library, threshold
+        ctx.compiled, ctx.threshold = library, threshold
         ctx.save_for_backward(keys)
         return Drop.compute(library, x, keys, threshold)
 
     @staticmethod
     def backward(ctx, gradient):
         (keys,) = ctx.saved_tensors
-        return None, Drop.compute(ctx.library, gradient, keys, ctx.threshold), None, None
+        return None, Drop.compute(ctx.compiled, gradient, keys, ctx.threshold), None, None
 
     @staticmethod
     def compute(library, x, keys, threshold):

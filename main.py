@@ -5,16 +5,14 @@ python main.py --dataset mnist --n_layers 8 --n_heads 8 --save_to weights.{}.pth
 
 from pathlib import Path
 
-import numpy as np
 import torch
 
 import checkpoints
 import datasets
 import distributed
-import kernels
-from mixture import first_byte_log_probs
 from models import ModelConfig
-from reporting import NATS_PER_BIT, Metrics, TrainingLog, progress_bar, say, warn
+from reporting import Metrics, TrainingLog, say, warn
+from training import Nats, compile_model, evaluate, make_optimizer, train_step
 from utils import (
     YIELDED,
     ArgumentParser,
@@ -22,12 +20,9 @@ from utils import (
     UserError,
     add_machine_arguments,
     add_model_arguments,
-    autocast,
     build_model,
-    check_compiler,
     check_precision,
     check_writable,
-    find_compiler,
     model_fields,
     number,
     positive_int,
@@ -124,88 +119,6 @@ def train(args, device):
     return stop.exit_status
 
 
-class Nats(torch.nn.Module):
-    """`model.nats` as a module, which is what DistributedDataParallel takes."""
-
-    def __init__(self, model):
-        super().__init__()
-        self.model = model
-
-    def forward(self, images, keys):
-        return self.model.nats(images, keys)
-
-
-def compile_model(model, args, device):
-    """--compile: this program's kernels on a processor, torch.compile elsewhere."""
-    on_processor = device.type == "cpu" and args.backend == "native"
-    if args.compile is False or not (args.compile or (on_processor and find_compiler())):
-        return
-    check_compiler(device)
-    if not on_processor:
-        model.nats = torch.compile(model.nats)
-        return
-    try:
-        if seconds := kernels.accelerate(model):
-            say(f"compiled attention and dropout in {seconds:.1f} s")
-    except UserError as error:
-        if args.compile:
-            raise
-        warn(f"{error}; training without")
-
-
-def train_step(nats, optimizer, images, seed, iteration, args):
-    """One step of the optimiser on images (N, L); returns the loss in nats per byte, detached.
-
-    The batch goes through the model in --accumulate parts, and of each part the processes take
-    their shares. Dropout's noise depends on (seed, iteration) and the image alone: a restart, or
-    a batch otherwise divided, drops the same.
-    """
-    noise = np.random.SeedSequence((seed, iteration))
-    torch.manual_seed(int(noise.generate_state(1)[0]))  # for the attention's dropout
-    keys = torch.from_numpy(noise.generate_state(len(images), np.uint64).view(np.int64))
-    keys = keys.to(images.device)
-    values = images[:, 1:].numel()
-    loss = torch.zeros((), device=images.device)
-    optimizer.zero_grad()
-    parts = torch.arange(len(images)).chunk(args.accumulate)
-    for n, part in enumerate(parts, 1):
-        own = part[distributed.share(len(part))]
-        with distributed.without_exchange(nats, n < len(parts)):
-            with autocast(images.device, args.precision):
-                part_loss = nats(images[own], keys[own]).sum() / values
-            (part_loss * distributed.world()).backward()  # the gradients will be averaged
-        loss += part_loss.detach()
-    distributed.add_up(loss)
-    if args.clip_norm:
-        torch.nn.utils.clip_grad_norm_(nats.parameters(), args.clip_norm)
-    optimizer.step()
-    return loss
-
-
-@torch.no_grad()
-def evaluate(model, images, counts, args, device, stop):
-    """Bits/dim of images (n, L), the mean over the L - 1 bytes after the first (the paper's
-    convention) and over all L bytes; None if a signal stopped it. Summed in float64, each
-    process over its share of the images."""
-    training = model.training
-    model.eval()
-    total = 0.0
-    own = images[distributed.share(len(images))]
-    with progress_bar(total=len(own), unit="images", desc="evaluating", leave=False) as bar:
-        for batch in own.split(args.batch_size) if len(own) else ():
-            with autocast(device, args.precision):
-                total += model.nats(batch.to(device)).cpu().double().sum().item()
-            bar.update(len(batch))
-            if stop:
-                break
-    model.train(training)
-    total, stopped = distributed.total(total, float(bool(stop)))
-    first = -first_byte_log_probs(counts)[images[:, 0].long()].sum().item()
-    n, length = images.shape
-    scale = n * NATS_PER_BIT
-    return None if stopped else (total / (length - 1) / scale, (total + first) / length / scale)
-
-
 def report_test(iteration, bits, bits_all_bytes, metrics, seconds):
     say(f"iteration {iteration}: test {bits:.4f} bits/dim ({bits_all_bytes:.4f} over all bytes)")
     metrics.write(
@@ -241,23 +154,6 @@ def choose(flag, given, checkpoint, default):
             "leave the flag out, or start another run"
         )
     return next(value for value in (stored, given, default) if value is not None)
-
-
-def make_optimizer(model, args, checkpoint):
-    """The optimiser, with the moments of the checkpoint and the rates of the flags."""
-    rates = {"lr": args.lr, "weight_decay": args.weight_decay}
-    if args.optimizer == "radam":
-        optimizer = torch.optim.RAdam(model.parameters(), decoupled_weight_decay=True, **rates)
-    else:
-        optimizer = torch.optim.AdamW(model.parameters(), **rates)
-    if state := checkpoint.get("optimizer_state"):
-        try:
-            checkpoints.import_optimizer_state(state, optimizer)
-        except (ValueError, KeyError, TypeError) as error:
-            raise UserError(
-                f"the optimiser's state in {args.continue_from} is not this model's: {error}"
-            ) from None
-    return optimizer
 
 
 def save(state, args, last):

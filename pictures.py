@@ -2,12 +2,14 @@
 
 import math
 import os
+import string
 from pathlib import Path
 
 import imageio.v3
 import numpy as np
 
-from utils import UserError
+from reporting import say
+from utils import UserError, check_writable
 
 # Colours a grey image cannot contain.
 GIVEN_TINT = np.array([60, 120, 255])
@@ -16,6 +18,76 @@ NOT_YET = np.array([40, 20, 60], np.uint8)
 GIF_SIDE = 128
 FRAME_MS = 20  # the shortest time that browsers respect
 LAST_FRAME_MS = 2000
+# A figure has no more rows and images: each takes matplotlib some ten milliseconds.
+MAX_FIGURE_ROWS, MAX_FIGURE_IMAGES = 200, 1000
+
+
+def check_outputs(args):
+    """Refuse, before minutes of sampling, what could not be written or shown after them."""
+    if not (args.save_image or args.save_gif or args.save_grid or args.plot):
+        args.save_grid = "samples.png"
+    if args.save_image:
+        check_fields("--save_image", args.save_image, 2, "as in images/{}.{}.png")
+        path = image_path(args.save_image, "pred", 0)
+        check_writable(path, "--save_image")
+        if path.suffix != Path(args.save_image).suffix:
+            say(f"--save_image: {Path(args.save_image).suffix or 'no extension'} is no image "
+                f"format: writing {path} and so on")  # fmt: skip
+    if args.save_gif:
+        check_fields("--save_gif", args.save_gif, int(len(args.index) > 1), "as in sample.{}.gif")
+        if Path(args.save_gif).suffix.lower() != ".gif":
+            raise UserError(f"--save_gif {args.save_gif} does not end in .gif")
+        check_writable(args.save_gif.format(0), "--save_gif")
+    if args.save_grid or args.plot:
+        images, rows = len(args.index), 1 if args.offset == 0 else len(set(args.index))
+        if images > MAX_FIGURE_IMAGES or rows > MAX_FIGURE_ROWS:
+            raise UserError(
+                f"--index asks for {images} images in {rows} rows, and a figure has at most "
+                f"{MAX_FIGURE_IMAGES} in {MAX_FIGURE_ROWS}: use --save_image, or fewer images"
+            )
+    if args.save_grid:
+        check_figure_format(args.save_grid)
+        check_writable(args.save_grid, "--save_grid")
+    if args.plot:
+        check_display()
+
+
+def check_fields(flag, pattern, least, example):
+    """The pattern must have a {} for each value that is put into it."""
+    try:
+        fields = [
+            field for _, field, _, _ in string.Formatter().parse(pattern) if field is not None
+        ]
+        pattern.format("pred", 0) if least == 2 else pattern.format(0)
+    except (ValueError, KeyError, IndexError):
+        fields = ()
+    if not least <= len(fields) <= max(1, least):
+        raise UserError(f"{flag} {pattern} needs {least} {{}}, {example}")
+
+
+def write_files(args, completions, originals, offset):
+    """Write --save_image and --save_gif."""
+    written = []
+    for n, image in enumerate(completions):
+        if args.save_image:
+            kinds = {"pred": image} | ({} if originals is None else {"real": originals[n]})
+            for kind, picture in kinds.items():
+                written.append(image_path(args.save_image, kind, n))
+                save_image(written[-1], picture)
+        if args.save_gif:
+            written.append(Path(args.save_gif.format(n)))
+            save_gif(written[-1], image, offset)
+    if written:
+        say(f"wrote {written[0]}" + (f" to {written[-1]}" if len(written) > 1 else ""))
+
+
+def figure_rows(index, completions, originals):
+    """(label, completions, real image or None) of each image of the data set, in order."""
+    rows = {}
+    for n, i in enumerate(index):
+        original = None if originals is None else originals[n]
+        rows.setdefault(i, (str(i), [], original))[1].append(completions[n])
+    return list(rows.values())
 
 
 def image_path(pattern, *values):
@@ -124,6 +196,17 @@ def draw(cells, caption, titles=(), labels=()):
     return drawing
 
 
+def show_figure(args, rows, offset, caption):
+    """Write --save_grid and show --plot."""
+    drawing = figure(rows, offset, caption)
+    if args.save_grid:
+        save_figure(drawing, args.save_grid)
+        say(f"wrote {args.save_grid} ({caption})")
+    if args.plot:
+        show()
+    close(drawing)
+
+
 def save_figure(drawing, path):
     """Write a figure whole or not at all."""
     extension = Path(path).suffix[1:] or "png"
@@ -137,6 +220,12 @@ def show():
     import matplotlib.pyplot as plt
 
     plt.show()
+
+
+def close(drawing):
+    import matplotlib.pyplot as plt
+
+    plt.close(drawing)
 
 
 def check_figure_format(path):

@@ -5,21 +5,20 @@ python prediction.py weights.{}.pth --recurrent --index 0-10 --save_grid grid.pn
 
 import math
 import re
-import string
 from argparse import ArgumentTypeError
 from functools import partial
-from pathlib import Path
 
 import torch
 
 import checkpoints
 import datasets
 import distributed
-import pictures
-from compiling import is_kept
+import kernels
+import recurrence
+from compiling import compiled, is_kept
 from models import ModelConfig
-from recurrence import SOURCE, CompiledRecurrence, sizes
-from reporting import NATS_PER_BIT, SamplingProgress, say, warn
+from pictures import check_outputs, figure_rows, show_figure, write_files
+from reporting import NATS_PER_BIT, SamplingProgress, say
 from sampling import SAMPLERS, image_noise, sample_first_byte
 from utils import (
     ArgumentParser,
@@ -28,10 +27,7 @@ from utils import (
     add_model_arguments,
     autocast,
     build_model,
-    check_compiler,
     check_precision,
-    check_writable,
-    find_compiler,
     model_fields,
     number,
     positive_int,
@@ -39,9 +35,8 @@ from utils import (
     select_device,
 )
 
-# An index expression may not ask for more images than this; a figure not for more rows.
+# An index expression may not ask for more images than this.
 MAX_IMAGES = 10**6
-MAX_FIGURE_ROWS = 200
 DEFAULT_OFFSET = 300
 # Compiling takes two seconds, once, and saves some milliseconds a step.
 STEPS_WORTH_COMPILING = 200
@@ -153,45 +148,36 @@ def make_model(args, checkpoint, config, device):
 
 def make_sampler(model, args, device, steps):
     """--sampler for this model, compiled if asked for, or if that pays off in so many steps."""
-    on_processor = device.type == "cpu"
-    able = args.sampler == "recurrent" and args.backend == "native"
-    able = able and (model.has_constant_state or not on_processor)
-    if args.compile and not able:
+    sampler = partial(SAMPLERS[args.sampler], model)
+    recurrent, native = args.sampler == "recurrent", args.backend == "native"
+    on_processor = device.type == "cpu" and native
+    if on_processor and (model.has_constant_state or not recurrent):
+        sampler = compile_for_processor(model, args, steps) or sampler
+    elif args.compile and native and recurrent and device.type != "cpu":
+        model.step = torch.compile(model.step)
+    elif args.compile:
         raise UserError(
-            "--compile samples with --recurrent, --backend native and --attention_type "
-            "causal-linear only: leave it out"
+            "--compile samples with --backend native only, and --recurrent with --attention_type "
+            "causal-linear: leave it out"
         )
-    compiling = on_processor and able and args.compile is not False
-    if compiling and (sampler := compile_for_processor(model, args, steps)):
-        return sampler
     if args.precision == "bf16":
         store_as_bfloat16(model)
-    if args.compile:
-        check_compiler(device)
-        model.step = torch.compile(model.step)
-    return partial(SAMPLERS[args.sampler], model)
+    return sampler
 
 
 def compile_for_processor(model, args, steps):
-    """A `CompiledRecurrence`; without --compile, None where it cannot be had or does not pay."""
-    if args.compile:
-        check_compiler(torch.device("cpu"))
-    elif not find_compiler():
-        if steps > STEPS_WORTH_COMPILING:
-            say("no C++ compiler: sampling without, several times slower (install g++)")
+    """A `CompiledRecurrence`, or None with, for the batched sampler, kernels in the model; None
+    where that is not to be, cannot be, or does not pay."""
+    config = model.config
+    if args.sampler == "recurrent":
+        module, sizes = recurrence, recurrence.sizes(config, args.precision)
+        make = partial(recurrence.CompiledRecurrence, model, args.precision)
+    else:
+        module, sizes = kernels, kernels.sizes(config)
+        make = partial(kernels.accelerate, model)
+    if not args.compile and steps < STEPS_WORTH_COMPILING and not is_kept(module.SOURCE, sizes):
         return None
-    elif steps < STEPS_WORTH_COMPILING and not is_kept(SOURCE, sizes(model.config, args.precision)):
-        return None
-    try:
-        sampler = CompiledRecurrence(model, args.precision)
-    except UserError as error:
-        if args.compile:
-            raise
-        warn(f"{error}; sampling without")
-        return None
-    if sampler.seconds:
-        say(f"compiled the sampler in {sampler.seconds:.1f} s; kept in {sampler.path.parent}")
-    return sampler
+    return compiled(make, args.compile, "sampling")
 
 
 def store_as_bfloat16(model):
@@ -219,74 +205,6 @@ def sample(sampler, given, offset, device, args):
     return distributed.gather(torch.cat(completed))
 
 
-def check_outputs(args):
-    """Refuse, before minutes of sampling, what could not be written or shown after them."""
-    if not (args.save_image or args.save_gif or args.save_grid or args.plot):
-        args.save_grid = "samples.png"
-    if args.save_image:
-        check_fields("--save_image", args.save_image, 2, "as in images/{}.{}.png")
-        path = pictures.image_path(args.save_image, "pred", 0)
-        check_writable(path, "--save_image")
-        if path.suffix != Path(args.save_image).suffix:
-            say(f"--save_image: {Path(args.save_image).suffix or 'no extension'} is no image "
-                f"format: writing {path} and so on")  # fmt: skip
-    if args.save_gif:
-        check_fields("--save_gif", args.save_gif, int(len(args.index) > 1), "as in sample.{}.gif")
-        if Path(args.save_gif).suffix.lower() != ".gif":
-            raise UserError(f"--save_gif {args.save_gif} does not end in .gif")
-        check_writable(args.save_gif.format(0), "--save_gif")
-    if args.save_grid or args.plot:
-        rows = len(set(args.index))
-        if rows > MAX_FIGURE_ROWS and args.offset != 0:
-            raise UserError(
-                f"--index asks for {rows} rows and a figure has at most {MAX_FIGURE_ROWS}: "
-                "use --save_image, or fewer images"
-            )
-    if args.save_grid:
-        pictures.check_figure_format(args.save_grid)
-        check_writable(args.save_grid, "--save_grid")
-    if args.plot:
-        pictures.check_display()
-
-
-def check_fields(flag, pattern, least, example):
-    """The pattern must have a {} for each value that is put into it."""
-    try:
-        fields = [
-            field for _, field, _, _ in string.Formatter().parse(pattern) if field is not None
-        ]
-        pattern.format("pred", 0) if least == 2 else pattern.format(0)
-    except (ValueError, KeyError, IndexError):
-        fields = ()
-    if not least <= len(fields) <= max(1, least):
-        raise UserError(f"{flag} {pattern} needs {least} {{}}, {example}")
-
-
-def write_files(args, completions, originals, offset):
-    """Write --save_image and --save_gif."""
-    written = []
-    for n, image in enumerate(completions):
-        if args.save_image:
-            kinds = {"pred": image} | ({} if originals is None else {"real": originals[n]})
-            for kind, picture in kinds.items():
-                written.append(pictures.image_path(args.save_image, kind, n))
-                pictures.save_image(written[-1], picture)
-        if args.save_gif:
-            written.append(Path(args.save_gif.format(n)))
-            pictures.save_gif(written[-1], image, offset)
-    if written:
-        say(f"wrote {written[0]}" + (f" to {written[-1]}" if len(written) > 1 else ""))
-
-
-def figure_rows(index, completions, originals):
-    """(label, completions, real image or None) of each image of the data set, in order."""
-    rows = {}
-    for n, i in enumerate(index):
-        original = None if originals is None else originals[n]
-        rows.setdefault(i, (str(i), [], original))[1].append(completions[n])
-    return list(rows.values())
-
-
 @torch.no_grad()
 def describe_samples(args, model, completed, real, offset, device):
     """The caption of the figure: how the samples were drawn and what the model thinks of them."""
@@ -299,16 +217,6 @@ def describe_samples(args, model, completed, real, offset, device):
     text = f"seed {args.seed}, offset {offset}, temperature {args.temperature:g}; "
     text += f"samples {bits(completed):.3f} bits/dim"
     return text if real is None else f"{text}, real images {bits(real):.3f}"
-
-
-def show_figure(args, rows, offset, caption):
-    """Write --save_grid and show --plot."""
-    drawing = pictures.figure(rows, offset, caption)
-    if args.save_grid:
-        pictures.save_figure(drawing, args.save_grid)
-        say(f"wrote {args.save_grid} ({caption})")
-    if args.plot:
-        pictures.show()
 
 
 def index_list(text):

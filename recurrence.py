@@ -37,12 +37,12 @@ class CompiledRecurrence:
 
     def __init__(self, model, precision):
         constants = sizes(model.config, precision)
-        self.library, self.path, self.seconds = load_library(SOURCE, constants)
-        self.library.sample.restype = ctypes.c_int64
+        self.compiled, self.seconds = load_library(SOURCE, constants)
+        self.compiled.sample.restype = ctypes.c_int64
         self.model = model
         dtype = torch.bfloat16 if precision == "bf16" else torch.float32
         with torch.no_grad():
-            tensors = self.pack_model(self.library.panel(), dtype)
+            tensors = self.pack_model(self.compiled.panel(), dtype)
             self.tensors = [tensor.contiguous() for tensor in tensors]
 
     def pack_model(self, panel, dtype):
@@ -82,7 +82,7 @@ class CompiledRecurrence:
         sums = [tensor for state in states for tensor in state]
         for tensor in (images, noise, *sums):
             assert tensor.is_contiguous(), "recurrence.cpp reads contiguous tensors"
-        failed = self.library.sample(
+        failed = self.compiled.sample(
             *(pointers(self.tensors), pointers(sums)),
             *(ctypes.c_void_p(tensor.data_ptr()) for tensor in (images, noise, parameters)),
             *(ctypes.c_int64(number) for number in (n, length, first, last)),

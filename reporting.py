@@ -115,14 +115,9 @@ class TrainingLog:
             self.bar.set_postfix_str(self.summary()[0])
 
     def summary(self):
-        """The losses since the last record, as text and as values. Refuses non-finite ones."""
+        """The losses since the last record, as text and as values."""
         self.shown = time.perf_counter()
         bits = torch.stack(self.losses).mean().item() / NATS_PER_BIT
-        if not math.isfinite(bits):
-            raise UserError(
-                f"the loss is {bits} by iteration {self.iteration}: lower --lr {self.args.lr} or "
-                "--clip_norm; the last checkpoint saved is from before"
-            )
         images = len(self.losses) * self.args.batch_size * self.args.accumulate
         rate = images / (self.shown - self.window)
         text = f"{bits:.4f} bits/dim, lr {self.args.lr:g}, {rate:.1f} images/s"

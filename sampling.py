@@ -1,4 +1,4 @@
-"""Sampling images byte by byte, two ways that give the same images (compiled.py has a third).
+"""Sampling images byte by byte, two ways that give the same images (recurrence.py has a third).
 
 Noise belongs to an image and a position: image number n draws from (seed, n) alone, so the
 same seed gives the same pictures whatever the batch size and the sampler, up to the rounding

@@ -50,12 +50,6 @@ def run(main):
     except OSError as error:  # a disk that is full or gone in the middle of writing
         print(f"{name}: error: {error}", file=sys.stderr)
         status = 1
-    except RuntimeError as error:
-        if "WORLD_SIZE" not in os.environ:
-            raise
-        reason = str(error).strip().partition("\n")[0]
-        print(f"{name}: error: another process is gone ({reason})", file=sys.stderr)
-        status = 1
     sys.exit(status)
 
 
@@ -289,13 +283,12 @@ def has_bfloat16(device):
         return torch.cuda.get_device_capability(device) >= (8, 0)
     if device.type == "mps":
         return True
-    try:
-        flags = CPU_FLAGS.read_text().split()
-    except OSError:
-        told = ["sysctl", "-n", "hw.optional.arm.FEAT_BF16"]
-        told = subprocess.run(told, capture_output=True, text=True) if shutil.which("sysctl") else 0
-        return bool(told) and told.stdout.strip() == "1"
-    return not BFLOAT16_FLAGS.isdisjoint(flags)
+    if CPU_FLAGS.exists():
+        return not BFLOAT16_FLAGS.isdisjoint(CPU_FLAGS.read_text().split())
+    if not shutil.which("sysctl"):
+        return False
+    command = ["sysctl", "-n", "hw.optional.arm.FEAT_BF16"]
+    return subprocess.run(command, capture_output=True).stdout.strip() == b"1"
 
 
 def autocast(device, precision):
@@ -311,20 +304,6 @@ def build_model(config, device, args):
 
     reference.check(config, device, args)
     return reference.ReferenceTransformer(config).to(device)
-
-
-def find_compiler():
-    """The C++ compiler: $CXX, or the first of the usual names; None where there is none."""
-    names = [os.environ.get("CXX"), "g++", "clang++", "c++"]
-    return next((path for name in names if name and (path := shutil.which(name))), None)
-
-
-def check_compiler(device):
-    """A `UserError` where --compile cannot work."""
-    if device.type == "cpu" and not find_compiler():
-        raise UserError(
-            "--compile needs a C++ compiler and found none: install g++, or leave it out"
-        )
 
 
 def check_writable(path, flag):

@@ -15,10 +15,11 @@ import torch
 sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 from benchmarks import measure
+from compiling import find_compiler
 from models import ImageTransformer, ModelConfig
 from recurrence import CompiledRecurrence
 from sampling import WARM_UP_BYTES, image_noise, next_byte, record, sample_batched
-from utils import autocast, find_compiler, keep_freed_memory
+from utils import autocast, keep_freed_memory
 
 # Bytes of one measurement: enough for this many seconds, at least two.
 SECONDS = 0.3

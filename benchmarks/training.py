@@ -8,6 +8,7 @@ import multiprocessing
 import resource
 import sys
 from functools import cache, partial
+from itertools import count
 from pathlib import Path
 
 import torch
@@ -16,6 +17,7 @@ sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 import kernels
 from benchmarks import measure
+from training import Nats, make_optimizer, train_step
 from utils import UserError, autocast, keep_freed_memory
 
 # Bytes of an image and of a whole epoch are alike: random images cost what real ones do.
@@ -103,17 +105,15 @@ def make_images(model, batch, device):
 
 
 def trainer(model, images, precision, device):
-    """A function that does one training step, as main.py does it."""
-    optimizer = torch.optim.RAdam(model.parameters(), lr=1e-4, decoupled_weight_decay=True)
+    """A function that does one training step of main.py."""
+    args = {"optimizer": "radam", "lr": 1e-4, "weight_decay": 0.01, "clip_norm": 1.0}
+    args = argparse.Namespace(**args, accumulate=1, precision=precision)
+    nats, optimizer = Nats(model), make_optimizer(model, args, {})
+    iterations = count(1)
 
     def step():
         model.train()
-        with autocast(device, precision):
-            loss = model.nats(images).mean() / (images.shape[1] - 1)
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
+        train_step(nats, optimizer, images, 0, next(iterations), args)
 
     return step
 

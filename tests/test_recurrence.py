@@ -7,16 +7,18 @@ import stat
 import numpy as np
 import pytest
 import torch
+from imageio.v3 import imread
 
 import compiling
 import datasets
 import mixture
 import prediction
 import recurrence
+from compiling import find_compiler
 from models import ImageTransformer, ModelConfig
 from recurrence import CompiledRecurrence
 from sampling import image_noise, sample_recurrent
-from utils import UserError, find_compiler
+from utils import UserError
 
 LENGTH = 40
 RECURRENT = ["--recurrent", "--index", "0-3", "--offset", 20]
@@ -122,8 +124,19 @@ def test_compilation_is_told_and_kept(succeed, tiny_checkpoint, tmp_path, monkey
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     first = succeed("prediction.py", tiny_checkpoint, *RECURRENT, "--compile").out
     second = succeed("prediction.py", tiny_checkpoint, *RECURRENT, "--compile").out
-    assert "compiled the sampler in" in first
+    assert "compiled recurrence.cpp in" in first
     assert "compiled" not in second
+
+
+@pytest.mark.parametrize("attention_type", ["causal-linear", "full"])
+def test_the_batched_sampler_compiled_draws_the_same(succeed, tmp_path, attention_type):
+    command = ["prediction.py", "-", "--dataset", "digits", "--n_layers", 2, "--n_heads", 2]
+    command += ["--attention_type", attention_type, "--device", "cpu", "--index", "0-2"]
+    images = []
+    for name, flag in (("a", "--compile"), ("b", "--no-compile")):
+        succeed(*command, flag, "--save_image", f"{name}.{{}}.{{}}.png")
+        images.append([imread(f"{name}.pred.{n}.png") for n in range(2)])
+    assert np.array_equal(*images)
 
 
 def test_without_being_asked_it_compiles_only_where_that_pays(succeed, tmp_path, monkeypatch):
@@ -160,7 +173,7 @@ def test_no_compiler_is_told_and_does_without(call, succeed, tiny_checkpoint, mo
     monkeypatch.setattr(prediction, "STEPS_WORTH_COMPILING", 10)
     monkeypatch.setenv("PATH", "")
     monkeypatch.delenv("CXX", raising=False)
-    assert "no C++ compiler" in succeed(*command).out
+    assert "no C++ compiler" in succeed(*command).err
     result = call(*command, "--compile")
     assert result.status == 2
     assert "C++ compiler" in result.err
@@ -182,12 +195,19 @@ def test_a_compiler_that_fails_is_told_and_does_without(call, tiny_checkpoint, m
     assert "broken failed (no room)" in result.err
 
 
-@pytest.mark.parametrize(
-    "flags", [["--sampler", "batched"], ["--recurrent", "--attention_type", "full"]]
-)
-def test_what_cannot_be_compiled_is_refused(call, flags):
-    model = ["-", "--dataset", "digits", "--n_layers", 1, "--n_heads", 1]
-    result = call("prediction.py", *model, *flags, "--device", "cpu", "--compile")
+def test_what_cannot_be_compiled_is_refused(call):
+    model = [
+        "-",
+        "--dataset",
+        "digits",
+        "--n_layers",
+        1,
+        "--n_heads",
+        1,
+        "--attention_type",
+        "full",
+    ]
+    result = call("prediction.py", *model, "--recurrent", "--device", "cpu", "--compile")
     assert result.status == 2
     assert "--compile" in result.err
 
