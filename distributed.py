@@ -3,6 +3,7 @@
 Every function here does nothing, or the plain thing, in a process that runs alone.
 """
 
+import gc
 import os
 import warnings
 from contextlib import contextmanager, nullcontext
@@ -33,6 +34,7 @@ def joined(device):
         reason = str(error).strip().partition("\n")[0]
         raise ConnectionError(f"another process is gone ({reason})") from None
     finally:
+        gc.collect()  # a parallel model that outlived its group would end the process in abort()
         dist.destroy_process_group()
 
 

@@ -140,7 +140,8 @@ class TrainingLog:
 
 
 class SamplingProgress:
-    """Bytes and images per second, on a bar or in plain lines, and a line at the end."""
+    """Bytes and images per second of this process's share, on a bar or in plain lines, and a line
+    about the whole at the end."""
 
     def __init__(self, n_images, bytes_per_image):
         self.n_images, self.bytes_per_image = n_images, bytes_per_image
@@ -153,7 +154,10 @@ class SamplingProgress:
 
     def __exit__(self, failure, *details):
         self.bar.close()
-        if self.count and not failure:
+        if failure:
+            return
+        self.n_images, self.count = map(int, distributed.total(self.n_images, self.count))
+        if self.count:
             say(f"sampled {self.n_images} images, {self.count} bytes, {self.speed()}")
 
     def advance(self, n):

@@ -1,10 +1,12 @@
 """torchrun on this machine: two processes give what one gives."""
 
 import os
+import re
 import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import imageio.v3
 import numpy as np
@@ -80,7 +82,8 @@ def test_two_processes_train_what_one_trains(alone, parts):
 def test_two_processes_sample_what_one_samples(succeed, tiny_checkpoint, tmp_path, sampler, index):
     """Also fewer images than processes."""
     flags = [tiny_checkpoint, "--index", index, "--offset", 30, "--sampler", sampler]
-    run_two("prediction.py", *flags, "--save_image", "two.{}.{}.png")
+    out = run_two("prediction.py", *flags, "--save_image", "two.{}.{}.png")
+    assert f"sampled {5 if index == '0-5' else 1} images" in out
     succeed("prediction.py", *flags, "--save_image", "one.{}.{}.png")
     files = sorted(tmp_path.glob("one.*.png"))
     assert files
@@ -89,15 +92,22 @@ def test_two_processes_sample_what_one_samples(succeed, tiny_checkpoint, tmp_pat
         assert np.array_equal(imageio.v3.imread(file), imageio.v3.imread(other))
 
 
-def test_a_process_that_dies_ends_the_run():
-    """With an error, not a hang."""
-    train = [*DIGITS, "--batch_size", 2, "--iterations", 10**6, "--log_frequency", 5]
-    process = start_two("main.py", *train, stdout=open("out", "w"), stderr=open("err", "w"))  # noqa: SIM115
+def start_training(*flags):
+    """Start two processes that train for long, in a group of their own, and wait until they do."""
+    train = [*DIGITS, "--batch_size", 2, "--iterations", 10**6, "--log_frequency", 5, *flags]
+    with open("out", "w") as out, open("err", "w") as err:
+        process = start_two("main.py", *train, stdout=out, stderr=err, start_new_session=True)
     deadline = time.monotonic() + 120
-    while "iteration 5 of" not in open("out").read():  # noqa: SIM115
+    while "iteration 5 of" not in Path("out").read_text():
         assert process.poll() is None
         assert time.monotonic() < deadline
         time.sleep(0.2)
+    return process
+
+
+def test_a_process_that_dies_ends_the_run():
+    """With an error, not a hang."""
+    process = start_training()
     pids = subprocess.run(
         ["ps", "-o", "pid=", "--ppid", str(process.pid)], capture_output=True, text=True
     ).stdout.split()
@@ -112,15 +122,16 @@ def test_a_batch_that_cannot_be_shared_is_refused():
     assert "--batch_size 7 is shared by 2 processes" in err
 
 
-def test_a_signal_stops_both_after_saving():
-    train = [*DIGITS, "--batch_size", 2, "--iterations", 10**6, "--log_frequency", 5]
-    train += ["--save_to", "w.{}.pth"]
-    process = start_two("main.py", *train, stdout=open("out", "w"), stderr=open("err", "w"))  # noqa: SIM115
-    deadline = time.monotonic() + 120
-    while "iteration 5 of" not in open("out").read():  # noqa: SIM115
-        assert process.poll() is None
-        assert time.monotonic() < deadline
-        time.sleep(0.2)
-    process.send_signal(signal.SIGTERM)
-    process.wait(timeout=120)
-    assert "saved w." in open("out").read()  # noqa: SIM115
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_stops_both_after_saving(number):
+    """SIGTERM reaches torchrun alone, Ctrl-C all processes of the terminal: those get another
+    signal from torchrun then, which must not end them in the middle of saving."""
+    process = start_training("--save_to", "w.{}.pth")
+    if number == signal.SIGINT:
+        os.killpg(process.pid, number)
+    else:
+        process.send_signal(number)
+    assert process.wait(timeout=120) != 0
+    out = Path("out").read_text()
+    stopped = re.search(rf"stopped at iteration (\d+) by {number.name}", out)[1]
+    assert load(f"w.{stopped}.pth")["iteration"] == int(stopped)
