@@ -7,18 +7,22 @@ of ModelConfig), `dataset` (its name and image_shape), `first_byte_counts` (256)
 """
 
 import os
-import pickle
 import re
 import tempfile
+import time
 import warnings
 from pathlib import Path
 
 import torch
 
+from checking import CHECKS, check_sums, is_count
+from models import ModelConfig
 from reporting import warn
 from utils import UserError
 
 FORMAT_VERSION = 1
+# A temporary file not written to for so long, in seconds, was left by a run that was killed.
+ABANDONED = 3600
 
 
 def is_pattern(name):
@@ -40,38 +44,63 @@ def format_path(pattern, iteration):
 def find(pattern):
     """The files that match a pattern, as (iteration, path), newest first."""
     folder, name = Path(pattern).parent, Path(pattern).name
-    expression = re.compile(r"(\d+)".join(re.escape(p) for p in re.split(r"\{[^{}]*\}", name)))
     found = []
     if folder.is_dir():
         for path in folder.iterdir():
-            if match := expression.fullmatch(path.name):
+            if match := re.fullmatch(expression(name), path.name, re.ASCII):
                 found.append((int(match[1]), path))
     return sorted(found, reverse=True)
+
+
+def expression(name):
+    """The regular expression of the names that a pattern makes."""
+    return r"(\d{1,20})".join(re.escape(part) for part in re.split(r"\{[^{}]*\}", name))
 
 
 def save(pattern, checkpoint, keep=None):
     """Write a checkpoint for its iteration, durably: a crash leaves the old file or the new one.
 
-    With `keep`, only that many of the newest files of the pattern stay. Raises OSError.
+    With `keep`, only that many files of the pattern stay up to this iteration: later ones are of
+    another run, or damaged. Raises OSError, and then leaves what was there.
     """
-    path = format_path(pattern, checkpoint["iteration"])
+    iteration = checkpoint["iteration"]
+    path = format_path(pattern, iteration)
     path.parent.mkdir(parents=True, exist_ok=True)
+    remove_abandoned(path.parent, pattern)
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name + ".", suffix=".tmp")
     try:
         with os.fdopen(handle, "wb") as file:
-            torch.save({**checkpoint, "format_version": FORMAT_VERSION}, file)
+            write({**checkpoint, "format_version": FORMAT_VERSION}, file)
             file.flush()
             os.fsync(file.fileno())
         os.chmod(temporary, 0o666 & ~umask())  # mkstemp makes files that only their owner reads
         os.replace(temporary, path)
     except BaseException:
-        os.unlink(temporary)
+        Path(temporary).unlink(missing_ok=True)
         raise
     sync_folder(path.parent)
     if keep and is_pattern(pattern):
-        for _, old in find(pattern)[keep:]:
+        for _, old in [found for found in find(pattern) if found[0] <= iteration][keep:]:
             old.unlink(missing_ok=True)
     return path
+
+
+def write(checkpoint, file):
+    """torch.save, which hides what a disk says behind an error of its own."""
+    try:
+        torch.save(checkpoint, file)
+    except RuntimeError as error:
+        if isinstance(error.__context__, OSError):
+            raise error.__context__ from None
+        raise OSError(str(error).strip().partition("\n")[0]) from None
+
+
+def remove_abandoned(folder, pattern):
+    """Remove what runs of this pattern were writing when they were killed."""
+    name = re.compile(expression(Path(pattern).name) + r"\.\w+\.tmp")
+    for path in folder.iterdir():
+        if name.fullmatch(path.name) and time.time() - path.stat().st_mtime > ABANDONED:
+            path.unlink(missing_ok=True)
 
 
 def umask():
@@ -111,22 +140,29 @@ def load_newest(name):
 def load(path):
     """Read one checkpoint, checked to be one. Nothing in the file is executed."""
     try:
-        with warnings.catch_warnings():
+        with open(path, "rb") as file, warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch's, about foreign pickles
-            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+            check_sums(file)
+            checkpoint = torch.load(file, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise UserError(f"{path} does not exist: give a checkpoint or a pattern") from None
-    except (OSError, RuntimeError, EOFError, ValueError, KeyError, pickle.UnpicklingError) as error:
-        reason = str(error).strip().partition("\n")[0][:120] or type(error).__name__
-        raise UserError(
-            f"{path} is damaged or not a checkpoint ({reason}): delete it or give another"
-        ) from None
-    missing = {"model_state", "iteration"} - set(checkpoint if isinstance(checkpoint, dict) else ())
-    if missing:
-        raise UserError(f"{path} is not a checkpoint: it has no {' and no '.join(sorted(missing))}")
-    if checkpoint.get("format_version", 0) > FORMAT_VERSION:
+    except Exception as error:  # torch raises every kind for files that are not its own
+        raise damaged(path, str(error).strip().partition("\n")[0][:120] or type(error).__name__)
+    entries = checkpoint if isinstance(checkpoint, dict) else {}
+    version = entries.get("format_version", 0)
+    if is_count(version) and version > FORMAT_VERSION:
         raise UserError(f"{path} was written by a newer version of this program: update it")
+    needed = CHECKS if "format_version" in entries else ("model_state", "iteration")
+    if missing := [name for name in needed if name not in entries]:
+        raise UserError(f"{path} is not a checkpoint: it has no {' and no '.join(missing)}")
+    for name, is_valid in CHECKS.items():
+        if name in entries and not is_valid(entries[name]):
+            raise damaged(path, f"its {name} is none")
     return checkpoint
+
+
+def damaged(path, reason):
+    return UserError(f"{path} is damaged or not a checkpoint ({reason}): delete it or give another")
 
 
 def upgrade_layout(checkpoint, path):
@@ -160,10 +196,16 @@ def stored_config(checkpoint, path, n_heads=None, d_query=None):
     One of the original's does not know the number of heads, since 8 of 32 and 4 of 64 have
     equal tensors: --n_heads or --d_query must say it.
     """
-    if not checkpoint or "config" in checkpoint:
-        return checkpoint.get("config", {})
+    if not checkpoint:
+        return {}
     seen = config_from_tensors(checkpoint["model_state"], path)
     d_model = seen["d_model"]
+    if config := checkpoint.get("config"):
+        config = vars(ModelConfig(**config))
+        told = {**config, "d_model": config["n_heads"] * config["d_query"]}
+        if any(told[name] != size for name, size in seen.items()):
+            raise damaged(path, "its config is not that of its weights")
+        return config
     if not (n_heads or d_query):
         raise UserError(
             f"{path} does not say how many heads its {d_model} channels are: "
@@ -185,12 +227,13 @@ def config_from_tensors(state, path="the checkpoint"):
     positions, length."""
     try:
         outputs, d_model = state["predictor.weight"].shape
-    except (KeyError, ValueError, AttributeError, TypeError):
+        layers = {name.split(".")[2] for name in state if name.startswith("transformer.layers.")}
+        seen = {"n_layers": len(layers), "d_model": d_model, "mixtures": outputs // 3}
+        if "pos_embedding.pe" in state:
+            seen["length"] = state["pos_embedding.pe"].shape[1] + 1
+    except (KeyError, ValueError, IndexError):
         raise UserError(f"{path} is not a checkpoint of an image transformer") from None
-    layers = {name.split(".")[2] for name in state if name.startswith("transformer.layers.")}
-    seen = {"n_layers": len(layers), "d_model": d_model, "mixtures": outputs // 3}
-    table = state.get("pos_embedding.pe")
-    return seen if table is None else {**seen, "length": table.shape[1] + 1}
+    return seen
 
 
 def optimizer_state(optimizer):
@@ -220,6 +263,8 @@ def import_optimizer_state(state, optimizer):
         for key in ("exp_avg", "exp_avg_sq"):
             if moments[key].shape != parameter.shape:
                 raise ValueError(f"parameter {i} has another shape")
+            if not moments[key].isfinite().all():
+                raise ValueError(f"a moment of parameter {i} is not finite")
         step = torch.as_tensor(moments["step"], dtype=torch.float32)
         imported[i] = {**moments, "step": step}
     groups = optimizer.state_dict()["param_groups"]

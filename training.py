@@ -46,7 +46,7 @@ def make_optimizer(model, args, checkpoint):
     if state := checkpoint.get("optimizer_state"):
         try:
             checkpoints.import_optimizer_state(state, optimizer)
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
             raise UserError(
                 f"the optimiser's state in {args.continue_from} is not this model's: {error}"
             ) from None

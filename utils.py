@@ -138,7 +138,7 @@ def add_model_arguments(parser):
     add(
         "attention_type",
         "linear, softmax (full), or with --backend fast-transformers one of the others",
-        choices=[*NATIVE_ATTENTIONS, "reformer", "exact-topk", "local"],
+        choices=ATTENTIONS,
     )
     add("n_layers", "transformer layers", **count)
     add("n_heads", "attention heads", **count)
@@ -164,6 +164,7 @@ def add_model_arguments(parser):
 
 
 NATIVE_ATTENTIONS = ["causal-linear", "full"]
+ATTENTIONS = [*NATIVE_ATTENTIONS, "reformer", "exact-topk", "local"]
 SOFTMAX_ATTENTIONS = ["full", "reformer", "exact-topk", "local"]
 # The flags that act with some attentions only.
 ONLY_FOR = {

@@ -11,7 +11,16 @@ from utils import UserError
 
 
 def make(iteration, value=0.0):
-    return {"model_state": {"x": torch.full((100,), value)}, "iteration": iteration}
+    return {
+        "model_state": {"x": torch.full((100,), value)},
+        "optimizer_state": {"state": {}, "param_groups": []},
+        "iteration": iteration,
+        "config": {"length": 64},
+        "dataset": {"name": "digits", "image_shape": [8, 8]},
+        "first_byte_counts": torch.zeros(256, dtype=torch.int64),
+        "seed": 0,
+        "optimizer": "radam",
+    }
 
 
 def test_the_newest_of_a_pattern_is_the_largest_iteration(tmp_path):
