@@ -12,7 +12,14 @@ import datasets
 import distributed
 from models import ModelConfig
 from reporting import Metrics, TrainingLog, say, warn
-from training import Nats, compile_model, evaluate, make_optimizer, train_step
+from training import (
+    Nats,
+    compile_model,
+    evaluate,
+    make_optimizer,
+    non_finite_parameter,
+    train_step,
+)
 from utils import (
     YIELDED,
     ArgumentParser,
@@ -21,6 +28,7 @@ from utils import (
     add_machine_arguments,
     add_model_arguments,
     build_model,
+    check_memory,
     check_precision,
     check_writable,
     model_fields,
@@ -54,6 +62,7 @@ def train(args, device):
     with distributed.first_process_first():
         training, test = datasets.load_both(args, checkpoint)
     config = ModelConfig(length=training.images.shape[1], **fields)
+    check_memory(least_memory(config, args), device)
 
     order = None if args.no_shuffle else seed
 
@@ -89,6 +98,8 @@ def train(args, device):
             "seed": seed,
             "optimizer": args.optimizer,
         }
+        if name := non_finite_parameter(model):
+            raise UserError(f"iteration {iteration}: the parameter {name} is not finite: not saved")
         with log.paused():
             if distributed.rank() == 0:
                 save(state, args, last)
@@ -128,6 +139,14 @@ def report_test(iteration, bits, bits_all_bytes, metrics, seconds):
         bits_per_dim_all_bytes=bits_all_bytes,
         seconds=seconds,
     )
+
+
+def least_memory(config, args):
+    """Bytes that training takes for certain: weights, gradients and moments; ten values of two
+    bytes a channel, layer and byte of the images at a time; the images of an iteration."""
+    activations = 20 * config.n_layers * config.d_model * args.batch_size // distributed.world()
+    batch = args.batch_size * args.accumulate
+    return 16 * config.n_parameters + config.length * (activations + batch)
 
 
 def load_checkpoint(args):

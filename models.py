@@ -41,6 +41,12 @@ class ModelConfig:
     def d_model(self):
         return self.n_heads * self.d_query
 
+    @property
+    def n_parameters(self):
+        layer = 12 * self.d_model**2 + 13 * self.d_model
+        rest = 130 * self.d_model + 3 * self.mixtures * (self.d_model + 1)
+        return self.n_layers * layer + rest
+
 
 class PositionalEncoding(nn.Module):
     """Appends fixed sinusoids of the position to the embedded bytes ("Attention is all you need",

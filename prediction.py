@@ -27,6 +27,7 @@ from utils import (
     add_model_arguments,
     autocast,
     build_model,
+    check_memory,
     check_precision,
     model_fields,
     number,
@@ -59,6 +60,7 @@ def complete(args, device):
         given, real, shape = open_images(args, checkpoint)
     offset = choose_offset(args.offset, given.shape[1])
     config = ModelConfig(length=given.shape[1], **fields)
+    check_memory(least_memory(config, min(args.batch_size, len(given))), device)
     model = make_model(args, checkpoint, config, device)
     steps = math.ceil(len(given) / args.batch_size) * (config.length - offset)
     sampler = make_sampler(model, args, device, steps)
@@ -135,6 +137,13 @@ def choose_offset(offset, length):
     if offset > length:
         raise UserError(f"--offset {offset} is beyond the {length} bytes of an image: give less")
     return offset
+
+
+def least_memory(config, n_images):
+    """Bytes that sampling takes for certain: the weights, and what is kept of each image."""
+    per_channel = 2 * config.length if config.attention_type == "full" else config.d_query
+    states = n_images * config.n_layers * config.d_model * per_channel
+    return 4 * (config.n_parameters + states)
 
 
 def make_model(args, checkpoint, config, device):

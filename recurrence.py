@@ -5,8 +5,8 @@ import ctypes
 import torch
 from torch.nn.functional import pad
 
-import mixture
 from compiling import load_library
+from sampling import check_finite, draw
 from utils import UserError
 
 SOURCE = "recurrence.cpp"
@@ -65,7 +65,9 @@ class CompiledRecurrence:
         if offset == length:
             return
         parameters, states = self.model.prefill(images[:, :offset])
-        images[:, offset] = mixture.sample(parameters, noise[:, offset], temperature)
+        finite = torch.tensor(True)
+        images[:, offset] = draw(parameters, noise[:, offset], temperature, finite)
+        check_finite(finite)
         advance(n)
         block = max(1, BYTES_AT_ONCE // n)
         for first in range(offset, length - 1, block):

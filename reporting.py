@@ -2,9 +2,11 @@
 
 import json
 import math
+import os
+import signal
 import sys
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
@@ -25,16 +27,26 @@ def progress_bar(**kwargs):
 
 
 def say(text):
-    """A line on stdout, of the first process, that leaves a progress bar whole."""
-    if distributed.rank() == 0:
+    """A line on stdout, of the first process, that leaves a progress bar whole. Work outlives its
+    output: where nobody reads on, as in `| head`, SIGPIPE tells `StopSignals`."""
+    if distributed.rank() > 0:
+        return
+    try:
         tqdm.write(text)
         sys.stdout.flush()
+    except OSError as error:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if isinstance(error, BrokenPipeError):
+            signal.raise_signal(signal.SIGPIPE)
+        else:
+            warn(f"the output cannot be written ({error.strerror}); going on without")
 
 
 def warn(text):
     """A warning on stderr, of the first process, that leaves a progress bar whole."""
     if distributed.rank() == 0:
-        tqdm.write(f"warning: {text}", file=sys.stderr)
+        with suppress(OSError):
+            tqdm.write(f"warning: {text}", file=sys.stderr)
 
 
 def clock(seconds):
@@ -54,14 +66,26 @@ class Metrics:
             Path(path).parent.mkdir(parents=True, exist_ok=True)
 
     def write(self, split, iteration, **values):
-        record = {"iteration": iteration, "split": split, **values}
-        if self.path:
-            with open(self.path, "a", encoding="utf-8") as file:
-                file.write(json.dumps(record) + "\n")
+        """A record, or a warning where it cannot be written."""
+        try:
+            if self.path:
+                append_line(self.path, {"iteration": iteration, "split": split, **values})
+            self.write_to_board(split, iteration, values)
+        except OSError as error:
+            warn(f"the metrics of iteration {iteration} cannot be written ({error.strerror})")
+
+    def write_to_board(self, split, iteration, values):
         if self.board:
             for name, value in values.items():
                 self.board.add_scalar(f"{split}/{name}", value, iteration)
             self.board.flush()
+
+
+def append_line(path, record):
+    """Add a line of JSON to a file, whose last line may be cut off: its writer was killed."""
+    with open(path, "ab+") as file:
+        cut_off = file.tell() and (file.seek(-1, os.SEEK_END), file.read())[1] != b"\n"
+        file.write((b"\n" if cut_off else b"") + json.dumps(record).encode() + b"\n")
 
 
 def open_tensorboard(log_dir):

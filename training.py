@@ -93,10 +93,8 @@ def train_step(nats, optimizer, images, seed, iteration, args):
 def first_non_finite(model, images, keys):
     """What was not finite first in a step on these images: a parameter, the output of a module,
     or a gradient."""
-    parameters = dict(model.named_parameters())
-    for name, parameter in parameters.items():
-        if not parameter.isfinite().all():
-            return f"the parameter {name}"
+    if name := non_finite_parameter(model):
+        return f"the parameter {name}"
     found = []
 
     def note(name, module, inputs, output):
@@ -109,10 +107,15 @@ def first_non_finite(model, images, keys):
         type(model).nats(model, image, key)  # as it is, uncompiled
     for hook in hooks:
         hook.remove()
-    for name in reversed(parameters):  # gradients come from behind
-        if not parameters[name].grad.isfinite().all():
+    for name, parameter in reversed(list(model.named_parameters())):  # gradients come from behind
+        if not parameter.grad.isfinite().all():
             found.append(f"the gradient of {name}")
     return found[0] if found else "the loss, or the norm of the gradient,"
+
+
+def non_finite_parameter(model):
+    """The name of the first parameter that is not finite, or None."""
+    return next((name for name, p in model.named_parameters() if not p.isfinite().all()), None)
 
 
 @torch.no_grad()

@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+from contextlib import suppress
 from dataclasses import MISSING, fields
 from pathlib import Path
 
@@ -35,22 +36,53 @@ def run(main):
     """Run a script's `main()`: a `UserError` is one line on stderr and exit status 2."""
     name = Path(sys.argv[0]).name
     keep_freed_memory()
+    sys.stdout.reconfigure(errors="backslashreplace")  # a path may hold what it cannot show
     try:
         status = main()
         sys.stdout.flush()
     except UserError as error:
-        print(f"{name}: error: {error}", file=sys.stderr)
+        tell(f"{name}: error: {error}")
         status = MISUSE
     except KeyboardInterrupt:
-        print(f"{name}: interrupted", file=sys.stderr)
+        tell(f"{name}: interrupted")
         status = 128 + signal.SIGINT
     except BrokenPipeError:  # as in `| head`: nobody reads on, and Python must not try at exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         status = 128 + signal.SIGPIPE
     except OSError as error:  # a disk that is full or gone in the middle of writing
-        print(f"{name}: error: {error}", file=sys.stderr)
+        tell(f"{name}: error: {error}")
         status = 1
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        tell(f"{name}: error: out of memory: lower --batch_size, or the size of the model")
+        status = MISUSE
     sys.exit(status)
+
+
+def tell(text):
+    """A line on stderr, if anybody listens."""
+    with suppress(OSError):
+        print(text, file=sys.stderr)
+
+
+def is_out_of_memory(error):
+    """Whether Python, torch or CUDA had no memory left; torch has no type for a processor's."""
+    text = str(error)
+    return isinstance(error, MemoryError) or "out of memory" in text or "allocate memory" in text
+
+
+def check_memory(needed, device):
+    """A `UserError` where `needed` bytes, a lower bound, are more than the device has."""
+    if device.type == "cuda":
+        there = torch.cuda.get_device_properties(device).total_memory
+    else:
+        there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if needed > there:
+        raise UserError(
+            f"this model and --batch_size need {needed / 1e9:.1f} GB of memory at the very least, "
+            f"and the {device.type} device has {there / 1e9:.1f}: lower one of them"
+        )
 
 
 def keep_freed_memory():
@@ -329,18 +361,20 @@ def check_writable(path, flag):
 
 
 class StopSignals:
-    """Notes the first SIGINT or SIGTERM, so that the loop can save and leave; a second one
-    ends the program at once."""
+    """Notes the first SIGINT or SIGTERM, or that nobody reads the output any more (SIGPIPE), so
+    that the loop can save and leave; a second one ends the program at once."""
+
+    NUMBERS = signal.SIGINT, signal.SIGTERM, signal.SIGPIPE
 
     def __enter__(self):
         self.number = None
-        self.previous = {s: signal.signal(s, self.note) for s in (signal.SIGINT, signal.SIGTERM)}
+        self.previous = {s: signal.signal(s, self.note) for s in self.NUMBERS}
         return self
 
     def note(self, number, frame):
         self.number = number
         signal.signal(number, self.previous[number])
-        print(f"{self.name}: saving and leaving; once more to leave at once", file=sys.stderr)
+        tell(f"{self.name}: saving and leaving; once more to leave at once")
 
     def __exit__(self, *exception):
         for signal_number, handler in self.previous.items():

@@ -14,6 +14,7 @@ import torch
 
 sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
+import kernels
 from benchmarks import measure
 from compiling import find_compiler
 from models import ImageTransformer, ModelConfig
@@ -68,8 +69,8 @@ def label(record):
 
 def measure_config(config, args, rates, device):
     """Records of one model: every sampler at every batch size and precision."""
-    ours, theirs = (model and model.to(device).eval() for model in measure.make_pair(
-        measure.CONFIGS[config]))  # fmt: skip
+    pair = measure.make_pair(measure.CONFIGS[config])
+    ours, theirs = (model and model.to(device).eval() for model in pair)
     fast = {}
     if device.type == "cpu" and find_compiler():
         fast = {precision: CompiledRecurrence(ours, precision) for precision in args.precisions}
@@ -116,7 +117,8 @@ def loop(model, batch, precision, device):
     """A function that draws so many bytes as `sample_recurrent` does."""
     images, noise, states = new_images(model, batch, device)
     position = torch.zeros(1, dtype=torch.int64, device=device)
-    step = partial(next_byte, model, images, position, noise, states, 1.0)
+    finite = torch.ones((), dtype=torch.bool, device=device)
+    step = partial(next_byte, model, images, position, noise, states, 1.0, finite)
     if device.type == "cuda" and model.has_constant_state:
         with autocast(device, precision):
             for _ in range(WARM_UP_BYTES):
@@ -152,6 +154,8 @@ def least_seconds(model, batch, rate, precision, device):
 def measure_batched(config, ours, theirs, rounds, device):
     """The batched sampler's last byte of an image, which recomputes all bytes before it."""
     length = ours.config.length
+    if device.type == "cpu" and find_compiler():
+        kernels.accelerate(ours)
 
     def run(model):
         images, noise, _ = new_images(ours, BATCHED_IMAGES, device)
@@ -204,6 +208,7 @@ def at_the_end(model, count, device):
         last = images.shape[1] - 1
         return lambda: sampler.run(images, first, last, noise, states), states
     position = torch.zeros(1, dtype=torch.int64, device=device)
+    finite = torch.ones((), dtype=torch.bool, device=device)
 
     def run():
         position.fill_(first)
@@ -211,7 +216,7 @@ def at_the_end(model, count, device):
             if not model.has_constant_state:
                 state.length = first  # as if the bytes before had been read
         for _ in range(count):
-            next_byte(model, images, position, noise, states, 1.0)
+            next_byte(model, images, position, noise, states, 1.0, finite)
 
     return run, states
 

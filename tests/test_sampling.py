@@ -123,11 +123,11 @@ def test_a_step_can_be_recorded():
     with torch.no_grad():
         parameters, states = model.prefill(images[:, :5])
         images[:, 5] = mixture.sample(parameters, noise[:, 5])
-        position = torch.tensor([5])
+        position, finite = torch.tensor([5]), torch.tensor(True)
         places = [tensor.data_ptr() for state in states for tensor in state]
         with NoVisitsToTheHost():
             for _ in range(6, LENGTH):
-                next_byte(model, images, position, noise, states, 1.0)
+                next_byte(model, images, position, noise, states, 1.0, finite)
     assert torch.equal(images, expected)
     assert places == [tensor.data_ptr() for state in states for tensor in state]
 
