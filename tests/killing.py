@@ -1,0 +1,46 @@
+"""Runs main.py again and again, killing it (SIGKILL) at random moments, then lets it finish.
+
+python tests/killing.py KILLS SECONDS ARGUMENTS...    prints how often it was killed
+
+Each run is a fork of this process, which has loaded torch and computed nothing: it starts at once.
+"""
+
+import os
+import random
+import signal
+import sys
+import time
+from pathlib import Path
+
+sys.path[0] = str(Path(__file__).resolve().parent.parent)
+
+import torch._dynamo  # noqa: F401 - the optimisers load it, a second that would delay each start
+
+import main
+import utils
+
+
+def start(arguments):
+    child = os.fork()
+    if child == 0:
+        sys.argv = ["main.py", *arguments]
+        utils.run(main.main)
+    return child
+
+
+def kill_until_done(kills, seconds, arguments):
+    """The number of kills that met a running process, at most `kills`."""
+    moments = random.Random(0)
+    for killed in range(kills):
+        child = start(arguments)
+        time.sleep(moments.uniform(0, seconds))
+        os.kill(child, signal.SIGKILL)
+        if os.WIFEXITED(os.waitpid(child, 0)[1]):
+            return killed
+    status = os.waitpid(start(arguments), 0)[1]
+    assert status == 0, status
+    return kills
+
+
+if __name__ == "__main__":
+    print("killed", kill_until_done(int(sys.argv[1]), float(sys.argv[2]), sys.argv[3:]))
