@@ -6,6 +6,7 @@ of ModelConfig), `dataset` (its name and image_shape), `first_byte_counts` (256)
 `optimizer` (its name) and `format_version`.
 """
 
+import math
 import os
 import re
 import tempfile
@@ -200,11 +201,12 @@ def stored_config(checkpoint, path, n_heads=None, d_query=None):
         return {}
     seen = config_from_tensors(checkpoint["model_state"], path)
     d_model = seen["d_model"]
-    if config := checkpoint.get("config"):
-        config = vars(ModelConfig(**config))
+    if "format_version" in checkpoint:
+        config = vars(ModelConfig(**checkpoint["config"]))
+        seen["length"] = math.prod(checkpoint["dataset"]["image_shape"])
         told = {**config, "d_model": config["n_heads"] * config["d_query"]}
         if any(told[name] != size for name, size in seen.items()):
-            raise damaged(path, "its config is not that of its weights")
+            raise damaged(path, "its config is not that of its weights and images")
         return config
     if not (n_heads or d_query):
         raise UserError(

@@ -62,14 +62,20 @@ def library_path(source, sizes):
     made_from = "\0".join(command).encode() + macros
     for name in (source, HEADER):
         made_from += (FOLDER / name).read_bytes()
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    try:
+        cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    except RuntimeError:
+        raise UserError("--compile: you have no home folder: set XDG_CACHE_HOME, or --no-compile")
     name = f"{Path(source).stem}-{hashlib.sha256(made_from).hexdigest()[:32]}.so"
     return cache / "image-transformers" / name, command
 
 
 def is_kept(source, sizes):
     """Whether the library was compiled before."""
-    return bool(find_compiler()) and library_path(source, sizes)[0].exists()
+    try:
+        return bool(find_compiler()) and library_path(source, sizes)[0].exists()
+    except UserError:
+        return False
 
 
 def load_library(source, sizes):

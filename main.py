@@ -182,7 +182,8 @@ def save(state, args, last):
     try:
         path = checkpoints.save(args.save_to, state, args.keep_checkpoints)
     except OSError as error:
-        problem = f"{args.save_to} cannot be written at iteration {state['iteration']}: {error}"
+        problem = f"{args.save_to} cannot be written at iteration {state['iteration']}: "
+        problem += error.strerror or str(error)
         if last:
             raise UserError(f"{problem}; the previous checkpoint is whole") from None
         warn(f"{problem}; trying again in {args.save_frequency} iterations")

@@ -123,7 +123,7 @@ def open_images(args, checkpoint):
 
 def unconditional_source(args, checkpoint):
     """The shape of an image and the histogram of first bytes."""
-    if "dataset" in checkpoint:
+    if "format_version" in checkpoint:
         datasets.choose_name(args.dataset, checkpoint["dataset"]["name"])
         return tuple(checkpoint["dataset"]["image_shape"]), checkpoint["first_byte_counts"]
     training = datasets.load_for(args, checkpoint, train=True)

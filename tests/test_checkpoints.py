@@ -1,8 +1,10 @@
 """Checkpoints: whole or not at all, found by pattern, and never executed."""
 
+import copy
 import os
 import pickle
 
+import numpy as np
 import pytest
 import torch
 
@@ -116,6 +118,132 @@ def test_files_are_readable_for_others_as_the_umask_says(tmp_path):
     finally:
         os.umask(old)
     assert path.stat().st_mode & 0o777 == 0o644
+
+
+def damage(content, random):
+    """The bytes with one of the faults of disks and transfers."""
+    at, length = random.integers(len(content)), random.integers(1, 4096)
+    kind = random.integers(5)
+    if kind < 2:
+        changed = bytearray(content)
+        changed[at] ^= 1 << random.integers(8)
+        return bytes(changed)
+    if kind == 2:
+        return content[:at]
+    hole = bytes(length) if kind == 3 else random.bytes(length)
+    return content[:at] + hole + content[at + length :]
+
+
+def equal(a, b):
+    """Whether two checkpoints hold the same."""
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(equal(a[key], b[key]) for key in a)
+    return torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
+
+
+def test_four_hundred_damaged_files(tiny_checkpoint, tmp_path):
+    """Refused in one line; or the fault hit what carries nothing, and the content is the same.
+    torch itself reads flipped bits as other weights: it does not look at the sums in its files."""
+    content, random = tiny_checkpoint.read_bytes(), np.random.default_rng(0)
+    good, path, refused = checkpoints.load(tiny_checkpoint), tmp_path / "w.pth", []
+    for _ in range(400):
+        path.write_bytes(damage(content, random))
+        try:
+            loaded = checkpoints.load(path)
+        except UserError as error:
+            refused.append(str(error))
+        else:
+            assert equal(loaded, good)
+    assert len(refused) > 300
+    assert all(str(path) in line and "\n" not in line for line in refused)
+
+
+def with_changes(checkpoint, path):
+    """The checkpoint with the entry at a path, such as ("config", "n_heads"), given as keys and,
+    last, the new value; ... deletes it."""
+    *keys, last, value = path
+    changed = copy.deepcopy(checkpoint)
+    place = changed
+    for key in keys:
+        place = place[key]
+    if value is ...:
+        del place[last]
+    else:
+        place[last] = value
+    return changed
+
+
+WRONG = [
+    ("iteration", -1), ("iteration", "3"), ("iteration", True), ("iteration", 2**70),
+    ("model_state", []), ("model_state", {}), ("model_state", "predictor.weight", ...),
+    ("model_state", "predictor.weight", 3), ("model_state", "predictor.bias", torch.zeros(2)),
+    ("model_state", "predictor.bias", torch.zeros(9, dtype=torch.int64)),
+    ("model_state", "predictor.weight", torch.zeros(1, 1).expand(2**30, 2**20)),
+    ("model_state", "predictor.bias", torch.zeros(9, device="meta")),
+    ("model_state", "predictor.bias", torch.zeros(9).to_sparse()),
+    ("model_state", "predictor.bias", torch.full((9,), float("nan"))),
+    ("model_state", "transformer.layers", torch.zeros(3)),
+    ("model_state", "pos_embedding.pe", torch.zeros(3)),
+    ("model_state", "more", torch.zeros(3)),
+    ("optimizer_state", None), ("optimizer_state", "state", []),
+    ("optimizer_state", "param_groups", [1]), ("optimizer_state", "param_groups", [{}]),
+    ("optimizer_state", "param_groups", 0, "params", [[]]),
+    ("optimizer_state", "state", 0, "exp_avg", 3), ("optimizer_state", "state", 0, "step", "x"),
+    ("optimizer_state", "state", 0, "exp_avg", ...), ("optimizer_state", "state", 0, 3),
+    ("optimizer_state", "state", 0, "exp_avg", torch.zeros(2)),
+    ("config", None), ("config", {}), ("config", "n_heads", 10**12), ("config", "n_heads", "2"),
+    ("config", "n_layers", 2**62), ("config", "n_layers", 0), ("config", "length", 65),
+    ("config", "dropout", 2.0), ("config", "dropout", "x"), ("config", "softmax_temp", -1.0),
+    ("config", "attention_type", "none"), ("config", "attention_type", ["full"]),
+    ("config", "unmasked_reformer", 1), ("config", "unknown", 1),
+    ("dataset", "digits"), ("dataset", {}), ("dataset", "name", 3),
+    ("dataset", "image_shape", (8, 8)), ("dataset", "image_shape", [8, -8]),
+    ("dataset", "image_shape", [4, 4]), ("dataset", "image_shape", [2**40, 2**40]),
+    ("first_byte_counts", torch.zeros(255, dtype=torch.int64)), ("first_byte_counts", 1),
+    ("first_byte_counts", torch.full((256,), -1)), ("first_byte_counts", torch.zeros(256)),
+    ("seed", -1), ("seed", 0.5), ("optimizer", "sgd"), ("optimizer", ["radam"]),
+    ("format_version", "1"), ("format_version", None), ("format_version", 2), ("seed", ...),
+    ("config", ...), ("dataset", ...), ("first_byte_counts", ...), ("optimizer", ...),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("wrong", WRONG, ids=[".".join(map(str, w[:-1])) for w in WRONG])
+def test_entries_of_the_wrong_kind_are_refused(wrong, tiny_checkpoint, call, tmp_path):
+    """By both scripts, before anything is built from them: one line, status 2."""
+    torch.save(with_changes(checkpoints.load(tiny_checkpoint), wrong), "wrong.pth")
+    train = ["--continue_from", "wrong.pth", "--iterations", 31, "--evaluate_images", 2]
+    results = [call("main.py", *train, "--batch_size", 2)]
+    if wrong[0] != "optimizer_state" or len(wrong) == 2:  # of no interest to samples
+        results.append(call("prediction.py", "wrong.pth", "--offset", 0))
+        results.append(call("prediction.py", "wrong.pth", "--offset", 32))
+    for result in results:
+        assert result.status == 2, result
+        assert result.err.count("error: ") == 1
+        assert result.err.splitlines()[-1].partition(": ")[2].startswith("error: ")
+        assert "Traceback" not in result.err
+
+
+def test_keep_never_deletes_what_was_just_saved(tmp_path):
+    """A damaged file, or one of another run, with a later iteration was counted as the newest,
+    and the only good one was deleted."""
+    pattern = str(tmp_path / "w.{}.pth")
+    (tmp_path / "w.9000.pth").write_bytes(b"damaged")
+    for iteration in (1, 2):
+        checkpoints.save(pattern, make(iteration), keep=1)
+    assert sorted(os.listdir(tmp_path)) == ["w.2.pth", "w.9000.pth"]
+    assert checkpoints.load_newest(pattern)[0]["iteration"] == 2
+
+
+def test_what_killed_runs_were_writing_is_removed(tmp_path):
+    """After an hour; other files stay, and so does what another run writes now."""
+    for name in ("w.1.pth.abc_12.tmp", "w.2.pth.abc_13.tmp", "w.x.pth.abc_12.tmp"):
+        (tmp_path / name).write_bytes(b"half")
+        os.utime(tmp_path / name, (0, 0))
+    os.utime(tmp_path / "w.2.pth.abc_13.tmp")
+    checkpoints.save(str(tmp_path / "w.{}.pth"), make(3))
+    assert sorted(os.listdir(tmp_path)) == [
+        "w.2.pth.abc_13.tmp", "w.3.pth", "w.x.pth.abc_12.tmp",
+    ]  # fmt: skip
 
 
 def test_old_layout_is_renamed():
