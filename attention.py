@@ -97,10 +97,6 @@ def linear_recurrent(queries, keys, values, state):
 class LinearAttention(nn.Module):
     """Causal linear attention behind the interface shared with `SoftmaxAttention`."""
 
-    def __init__(self):
-        super().__init__()
-        self.parallel = linear_chunked  # or a faster one
-
     def empty_state(self, n_images, n_heads, size, length, like):
         """The sums (S, Z) before the first position; their size does not depend on `length`."""
         S = like.new_zeros(n_images, n_heads, size, size)
@@ -109,10 +105,10 @@ class LinearAttention(nn.Module):
     def forward(self, queries, keys, values, state=None):
         """Attend causally to these positions and those summed in `state`, updated in place."""
         if state is None:
-            return self.parallel(queries, keys, values)[0]
+            return linear_chunked(queries, keys, values)[0]
         if queries.shape[1] == 1:
             return linear_recurrent(queries, keys, values, state)[0]
-        outputs, final = self.parallel(queries, keys, values, state)
+        outputs, final = linear_chunked(queries, keys, values, state)
         for old, new in zip(state, final, strict=True):
             old.copy_(new)
         return outputs

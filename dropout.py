@@ -63,9 +63,10 @@ class Dropout(nn.Module):
     def __init__(self, p, noise):
         super().__init__()
         self.threshold, self.noise = round(p * 2**32), noise
-        self.compute = drop
 
     def forward(self, x):
         if not self.training or self.threshold == 0:
             return x
-        return self.compute(x, self.noise.next_keys(), self.threshold)
+        return self.drop(x, self.noise.next_keys(), self.threshold)
+
+    drop = staticmethod(drop)  # or a faster one

@@ -5,7 +5,9 @@
 // float32 or bfloat16; everything between reading and writing a row is float32.
 
 #include <atomic>
+#include <cmath>
 #include <thread>
+#include <type_traits>
 #include <vector>
 
 #include "processor.h"
@@ -44,21 +46,34 @@ struct Shape {
     int64_t images, length, heads, row;  // `row` numbers from one position's queries to the next
 };
 
+// Calls run(first, N) for groups of N positions, in order; N is a std::integral_constant.
+template <class Run>
+void in_groups(int64_t length, Run run) {
+    int64_t first = 0;
+    for (; first + TOGETHER <= length; first += TOGETHER)
+        run(first, std::integral_constant<int, TOGETHER>());
+    for (; first < length; first++) run(first, std::integral_constant<int, 1>());
+}
+
 // Outputs of one image and head; S and Z are the sums before, and after, its positions.
 template <class T>
 void attend(const T* q, const T* k, const T* v, T* out, Matrix& S, float* Z, Shape shape) {
     int64_t width = shape.heads * SIZE;
-    float phi_q[SIZE], phi_k[SIZE], value[SIZE];
-    for (int64_t i = 0; i < shape.length; i++, out += width) {
-        features(q + i * shape.row, phi_q);
-        features(k + i * shape.row, phi_k);
-        read(v + i * shape.row, value);
-        float sums[SIZE] = {};
-        update(S[0], phi_k, value, phi_q, sums);
-        for (int e = 0; e < SIZE; e++) Z[e] += phi_k[e];
-        float scale = 1 / (dot(phi_q, Z) + EPSILON);
-        for (int m = 0; m < SIZE; m++) store(out + m, sums[m] * scale);
-    }
+    in_groups(shape.length, [&](int64_t first, auto N) {
+        float phi_q[N][SIZE], phi_k[N][SIZE], value[N][SIZE], sums[N][SIZE] = {};
+        for (int n = 0; n < N; n++) {
+            int64_t at = (first + n) * shape.row;
+            features(q + at, phi_q[n]);
+            features(k + at, phi_k[n]);
+            read(v + at, value[n]);
+        }
+        update<N>(S[0], phi_k, value, phi_q, sums);
+        for (int n = 0; n < N; n++) {
+            for (int e = 0; e < SIZE; e++) Z[e] += phi_k[n][e];
+            float scale = 1 / (dot(phi_q[n], Z) + EPSILON);
+            for (int m = 0; m < SIZE; m++) store(out + (first + n) * width + m, sums[n][m] * scale);
+        }
+    });
 }
 
 // Gradients of one image and head. With g the gradient of out = S^T q / d and d = q.Z:
@@ -68,64 +83,117 @@ template <class T>
 void attend_backward(const T* q, const T* k, const T* v, const T* g, T* dq, T* dk, T* dv,
                      Shape shape) {
     int64_t width = shape.heads * SIZE;
-    float phi_q[SIZE], phi_k[SIZE], value[SIZE], gradient[SIZE];
     std::vector<float> scales(shape.length), projections(shape.length);
     Matrix S = {}, R = {}, transposed = {};  // S here is (M, E)
     float Z[SIZE] = {}, W[SIZE] = {};
-    for (int64_t i = 0; i < shape.length; i++) {
-        features(q + i * shape.row, phi_q);
-        features(k + i * shape.row, phi_k);
-        read(v + i * shape.row, value);
-        read(g + i * width, gradient);
-        float sums[SIZE] = {};
-        update(S[0], value, phi_k, gradient, sums);
-        for (int e = 0; e < SIZE; e++) Z[e] += phi_k[e];
-        float scale = scales[i] = 1 / (dot(phi_q, Z) + EPSILON);
-        float projection = projections[i] = dot(phi_q, sums) * scale;  // out.g
-        for (int e = 0; e < SIZE; e++) sums[e] = (sums[e] - projection * Z[e]) * scale;
-        write_gradient(sums, phi_q, dq + i * shape.row);
-    }
-    for (int64_t i = shape.length - 1; i >= 0; i--) {
-        features(q + i * shape.row, phi_q);
-        features(k + i * shape.row, phi_k);
-        read(v + i * shape.row, value);
-        read(g + i * width, gradient);
-        float keys[SIZE], values[SIZE] = {};
-        for (int e = 0; e < SIZE; e++) phi_q[e] *= scales[i];
-        for (int e = 0; e < SIZE; e++) keys[e] = W[e] -= phi_q[e] * projections[i];
-        update(transposed[0], gradient, phi_q, value, keys);
-        update(R[0], phi_q, gradient, phi_k, values);
-        write_gradient(keys, phi_k, dk + i * shape.row);
-        for (int m = 0; m < SIZE; m++) store(dv + i * shape.row + m, values[m]);
-    }
+    in_groups(shape.length, [&](int64_t first, auto N) {
+        float phi_q[N][SIZE], phi_k[N][SIZE], value[N][SIZE], gradient[N][SIZE];
+        float sums[N][SIZE] = {};
+        for (int n = 0; n < N; n++) {
+            int64_t i = first + n;
+            features(q + i * shape.row, phi_q[n]);
+            features(k + i * shape.row, phi_k[n]);
+            read(v + i * shape.row, value[n]);
+            read(g + i * width, gradient[n]);
+        }
+        update<N>(S[0], value, phi_k, gradient, sums);
+        for (int n = 0; n < N; n++) {
+            int64_t i = first + n;
+            for (int e = 0; e < SIZE; e++) Z[e] += phi_k[n][e];
+            float scale = scales[i] = 1 / (dot(phi_q[n], Z) + EPSILON);
+            float projection = projections[i] = dot(phi_q[n], sums[n]) * scale;  // out.g
+            for (int e = 0; e < SIZE; e++)
+                sums[n][e] = (sums[n][e] - projection * Z[e]) * scale;
+            write_gradient(sums[n], phi_q[n], dq + i * shape.row);
+        }
+    });
+    in_groups(shape.length, [&](int64_t first, auto N) {  // from the last position to the first
+        float phi_q[N][SIZE], phi_k[N][SIZE], value[N][SIZE], gradient[N][SIZE];
+        float keys[N][SIZE], values[N][SIZE] = {};
+        for (int n = 0; n < N; n++) {
+            int64_t i = shape.length - 1 - first - n;
+            features(q + i * shape.row, phi_q[n]);
+            features(k + i * shape.row, phi_k[n]);
+            read(v + i * shape.row, value[n]);
+            read(g + i * width, gradient[n]);
+            for (int e = 0; e < SIZE; e++) phi_q[n][e] *= scales[i];
+            for (int e = 0; e < SIZE; e++) keys[n][e] = W[e] -= phi_q[n][e] * projections[i];
+        }
+        update<N>(transposed[0], gradient, phi_q, value, keys);
+        update<N>(R[0], phi_q, gradient, phi_k, values);
+        for (int n = 0; n < N; n++) {
+            int64_t at = (shape.length - 1 - first - n) * shape.row;
+            write_gradient(keys[n], phi_k[n], dk + at);
+            for (int m = 0; m < SIZE; m++) store(dv + at + m, values[n][m]);
+        }
+    });
 }
 
-// All images and heads. S (N, H, E, M) and Z (N, H, E) may be null: sums from nothing.
+// All images and heads; queries, keys and values are (N, L, 3, H, E). S (N, H, E, M) and
+// Z (N, H, E) may be null: sums from nothing.
 template <class T>
-void forward(const T* q, const T* k, const T* v, T* out, float* S, float* Z, Shape shape,
-             int threads) {
+void forward(const T* together, T* out, float* S, float* Z, Shape shape, int threads) {
+    int64_t width = shape.heads * SIZE;
     in_parallel(shape.images * shape.heads, threads, [&](int64_t task) {
         int64_t n = task / shape.heads, head = task % shape.heads * SIZE;
-        int64_t from = n * shape.length * shape.row + head;
-        T* to = out + n * shape.length * shape.heads * SIZE + head;
+        const T* q = together + n * shape.length * shape.row + head;
+        T* to = out + n * shape.length * width + head;
         Matrix matrix = {};
         float sums[SIZE] = {};
         if (S) memcpy(matrix, S + task * SIZE * SIZE, sizeof matrix);
         if (Z) memcpy(sums, Z + task * SIZE, sizeof sums);
-        attend(q + from, k + from, v + from, to, matrix, sums, shape);
+        attend(q, q + width, q + 2 * width, to, matrix, sums, shape);
         if (S) memcpy(S + task * SIZE * SIZE, matrix, sizeof matrix);
         if (Z) memcpy(Z + task * SIZE, sums, sizeof sums);
     });
 }
 
 template <class T>
-void backward(const T* q, const T* k, const T* v, const T* g, T* dq, T* dk, T* dv, Shape shape,
-              int threads) {
+void backward(const T* together, const T* g, T* gradients, Shape shape, int threads) {
+    int64_t width = shape.heads * SIZE;
     in_parallel(shape.images * shape.heads, threads, [&](int64_t task) {
         int64_t n = task / shape.heads, head = task % shape.heads * SIZE;
-        int64_t at = n * shape.length * shape.row + head;
-        attend_backward(q + at, k + at, v + at, g + n * shape.length * shape.heads * SIZE + head,
-                        dq + at, dk + at, dv + at, shape);
+        const T* q = together + n * shape.length * shape.row + head;
+        T* dq = gradients + n * shape.length * shape.row + head;
+        attend_backward(q, q + width, q + 2 * width, g + n * shape.length * width + head, dq,
+                        dq + width, dq + 2 * width, shape);
+    });
+}
+
+// A row of out = norm(x + y), and what the gradient needs: the sums x + y, their mean and the
+// inverse of their deviation. `row` is room for the sums.
+template <class T>
+void norm_row(const T* __restrict x, const T* __restrict y, const float* __restrict weight,
+              const float* __restrict bias, T* __restrict sums, T* __restrict out, float* mean_out,
+              float* inverse_out, float* __restrict row, int width, float epsilon) {
+    float mean = 0, variance = 0;
+#pragma omp simd reduction(+ : mean)
+    for (int d = 0; d < width; d++) {
+        float sum = load(x[d]) + load(y[d]);
+        row[d] = sum;
+        store(sums + d, sum);
+        mean += sum;
+    }
+    mean /= width;
+#pragma omp simd reduction(+ : variance)
+    for (int d = 0; d < width; d++) variance += (row[d] - mean) * (row[d] - mean);
+    float inverse = 1 / std::sqrt(variance / width + epsilon);
+    for (int d = 0; d < width; d++) store(out + d, (row[d] - mean) * inverse * weight[d] + bias[d]);
+    *mean_out = mean;
+    *inverse_out = inverse;
+}
+
+template <class T>
+void norm(const T* x, const T* y, const float* weight, const float* bias, T* sums, T* out,
+          float* means, float* inverses, int64_t rows, int64_t width, int threads, float epsilon) {
+    constexpr int64_t PART = 64;
+    in_parallel((rows + PART - 1) / PART, threads, [=](int64_t task) {
+        std::vector<float> room(width);
+        for (int64_t i = task * PART; i < std::min(rows, (task + 1) * PART); i++) {
+            int64_t at = i * width;
+            norm_row(x + at, y + at, weight, bias, sums + at, out + at, means + i, inverses + i,
+                     room.data(), width, epsilon);
+        }
     });
 }
 
@@ -169,15 +237,18 @@ void drop(const T* x, T* y, const uint32_t* keys, int64_t images, int64_t size, 
 }
 
 #define FOR_EACH_TYPE(T, NAME)                                                                    \
-    extern "C" void forward_##NAME(const T* q, const T* k, const T* v, T* out, float* S,          \
-                                   float* Z, int64_t images, int64_t length, int64_t heads,       \
-                                   int64_t row, int64_t threads) {                                \
-        forward(q, k, v, out, S, Z, {images, length, heads, row}, threads);                       \
+    extern "C" void forward_##NAME(const T* together, T* out, float* S, float* Z, int64_t images, \
+                                   int64_t length, int64_t heads, int64_t threads) {              \
+        forward(together, out, S, Z, {images, length, heads, 3 * heads * SIZE}, threads);         \
     }                                                                                             \
-    extern "C" void backward_##NAME(const T* q, const T* k, const T* v, const T* g, T* dq, T* dk, \
-                                    T* dv, int64_t images, int64_t length, int64_t heads,         \
-                                    int64_t row, int64_t threads) {                               \
-        backward(q, k, v, g, dq, dk, dv, {images, length, heads, row}, threads);                  \
+    extern "C" void backward_##NAME(const T* together, const T* g, T* gradients, int64_t images,  \
+                                    int64_t length, int64_t heads, int64_t threads) {             \
+        backward(together, g, gradients, {images, length, heads, 3 * heads * SIZE}, threads);     \
+    }                                                                                             \
+    extern "C" void norm_##NAME(const T* x, const T* y, const float* weight, const float* bias,   \
+                                T* sums, T* out, float* means, float* inverses, int64_t rows,     \
+                                int64_t width, int64_t threads, float epsilon) {                  \
+        norm(x, y, weight, bias, sums, out, means, inverses, rows, width, threads, epsilon);      \
     }                                                                                             \
     extern "C" void drop_##NAME(const T* x, T* y, const uint32_t* keys, int64_t images,           \
                                 int64_t size, int64_t threshold, int64_t threads, float scale) {  \

@@ -1,5 +1,5 @@
-"""Training and evaluation on processors: the compiled attention and dropout of kernels.cpp, and
-oneDNN's matrix products, behind torch's functions."""
+"""Training and evaluation on processors: the compiled attention, norm and dropout of kernels.cpp,
+and oneDNN's matrix products, behind torch's functions."""
 
 import ctypes
 from functools import partial
@@ -10,6 +10,7 @@ from torch import nn
 from attention import LinearAttention
 from compiling import load_library
 from dropout import Dropout, scale
+from models import AttentionLayer, ResidualNorm
 
 SOURCE = "kernels.cpp"
 TYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
@@ -21,14 +22,19 @@ def sizes(config):
 
 
 def accelerate(model):
-    """Let the causal-linear attention and the dropouts of a model, in float32 or bfloat16, run in
-    compiled kernels. Raises `UserError` where they cannot be compiled."""
+    """Let the causal-linear attention, the dropouts, norms and products of a model, in float32 or
+    bfloat16, run in kernels. Raises `UserError` where they cannot be compiled.
+
+    With bfloat16 all activations between the products are bfloat16, the sum before a norm too.
+    """
     library, _ = load_library(SOURCE, sizes(model.config))
     for module in model.modules():
-        if isinstance(module, LinearAttention):
-            module.parallel = lambda *inputs: linear_attention(library, *inputs)
+        if isinstance(module, AttentionLayer) and isinstance(module.attend, LinearAttention):
+            module.forward = partial(attention_layer, library, module, module.forward)
+        elif isinstance(module, ResidualNorm):
+            module.forward = partial(residual_norm, library, module)
         elif isinstance(module, Dropout):
-            module.compute = lambda *inputs: Drop.apply(library, *inputs)
+            module.drop = partial(Drop.apply, library)
         elif isinstance(module, nn.Linear) and has_onednn():
             module.forward = partial(linear, module)
 
@@ -40,10 +46,16 @@ def has_onednn():
 
 def linear(module, x):
     """nn.Linear's function, under autocast too."""
+    return product(x, module.weight, module.bias)
+
+
+def product(x, weight, bias):
+    if not has_onednn():
+        return nn.functional.linear(x, weight, bias)
     dtype = x.dtype
     if torch.is_autocast_enabled("cpu"):
         dtype = torch.get_autocast_dtype("cpu")
-    return Product.apply(*(tensor.to(dtype) for tensor in (x, module.weight, module.bias)))
+    return Product.apply(*(tensor.to(dtype) for tensor in (x, weight, bias)))
 
 
 class Product(torch.autograd.Function):
@@ -66,42 +78,79 @@ class Product(torch.autograd.Function):
         return inputs, rows.t() @ x.flatten(0, -2), rows.sum(0)
 
 
-def linear_attention(library, queries, keys, values, state=None):
-    """`attention.linear_chunked`; differentiable without a state."""
+def attention_layer(library, module, plain, x, state):
+    """`AttentionLayer.forward` for more than one position, with one product for queries, keys and
+    values; `plain` is the function for one position."""
+    if x.shape[1] == 1:
+        return plain(x, state)
+    weight = torch.cat([project.weight for project in module.projections])  # (3D, D)
+    bias = torch.cat([project.bias for project in module.projections])
+    together = product(x, weight, bias).unflatten(-1, (3, module.n_heads, -1))  # (N, L, 3, H, E)
     if state is None:
-        return Attend.apply(library, queries, keys, values), None
-    state = tuple(tensor.clone() for tensor in state)
-    return forward(library, queries, keys, values, state), state
+        outputs = Attend.apply(library, together)
+    else:
+        outputs = forward(library, together, *state)
+    return module.out_projection(outputs.flatten(-2))
 
 
-def forward(library, queries, keys, values, state=(None, None)):
-    """Outputs (N, L, H, M); `state` is brought up to date in place."""
-    queries, keys, values = (x.contiguous() for x in (queries, keys, values))
-    outputs = torch.empty_like(values)
-    call(library, "forward", (queries, keys, values, outputs, *state), shape_numbers(queries))
+def forward(library, together, S=None, Z=None):
+    """Attention of queries, keys and values (N, L, 3, H, E): outputs (N, L, H, E). The state
+    `S` (N, H, E, E), `Z` (N, H, E) is brought up to date in place."""
+    outputs = torch.empty_like(together[:, :, 0], memory_format=torch.contiguous_format)
+    call(library, "forward", (together.contiguous(), outputs, S, Z), shape_numbers(together))
     return outputs
 
 
-def shape_numbers(queries):
-    N, L, H, E = queries.shape
-    return N, L, H, H * E, torch.get_num_threads()
+def shape_numbers(together):
+    N, L, _, H, _ = together.shape
+    return N, L, H, torch.get_num_threads()
 
 
 class Attend(torch.autograd.Function):
+    """`attention.linear_chunked` of queries, keys and values in one tensor (N, L, 3, H, E)."""
+
     @staticmethod
-    def forward(ctx, library, *inputs):
-        inputs = [x.contiguous() for x in inputs]
+    def forward(ctx, library, together):
         ctx.compiled = library
-        ctx.save_for_backward(*inputs)
-        return forward(library, *inputs)
+        ctx.save_for_backward(together)
+        return forward(library, together)
 
     @staticmethod
     def backward(ctx, gradient):
-        inputs = ctx.saved_tensors
-        gradients = [torch.empty_like(x) for x in inputs]
-        tensors = (*inputs, gradient.contiguous(), *gradients)
-        call(ctx.compiled, "backward", tensors, shape_numbers(inputs[0]))
-        return None, *gradients
+        (together,) = ctx.saved_tensors
+        gradients = torch.empty_like(together)
+        tensors = together, gradient.contiguous(), gradients
+        call(ctx.compiled, "backward", tensors, shape_numbers(together))
+        return None, gradients
+
+
+def residual_norm(library, module, x, y):
+    return Norm.apply(library, x.to(y.dtype), y, module.weight, module.bias, module.eps)
+
+
+class Norm(torch.autograd.Function):
+    """Layer norm of x + y (..., D), of one type; the statistics are float32."""
+
+    @staticmethod
+    def forward(ctx, library, x, y, weight, bias, epsilon):
+        x, y = x.contiguous(), y.contiguous()
+        sums, outputs = torch.empty_like(x), torch.empty_like(x)
+        rows, D = x.flatten(0, -2).shape
+        mean, inverse = (torch.empty(*x.shape[:-1], 1) for _ in range(2))  # 1 / deviation
+        tensors = x, y, weight, bias, sums, outputs, mean, inverse
+        numbers = rows, D, torch.get_num_threads()
+        call(library, "norm", tensors, numbers, ctypes.c_float(epsilon))
+        ctx.save_for_backward(sums, mean, inverse, weight, bias)
+        return outputs
+
+    @staticmethod
+    def backward(ctx, gradient):
+        sums, mean, inverse, weight, bias = ctx.saved_tensors
+        shape = sums.shape[-1:]
+        inputs, *parameters = torch.ops.aten.native_layer_norm_backward(
+            gradient.contiguous(), sums, shape, mean, inverse, weight, bias, [True] * 3
+        )
+        return None, inputs, inputs, *parameters, None
 
 
 class Drop(torch.autograd.Function):

@@ -93,6 +93,13 @@ class AttentionLayer(nn.Module):
         return self.out_projection(outputs.flatten(-2))  # (N, L, D)
 
 
+class ResidualNorm(nn.LayerNorm):
+    """Layer norm of a residual sum."""
+
+    def forward(self, x, y):
+        return super().forward(x + y)
+
+
 class EncoderLayer(nn.Module):
     """Attention, then a feed-forward network of width 4D; the norm follows each residual sum."""
 
@@ -102,14 +109,14 @@ class EncoderLayer(nn.Module):
         self.attention = AttentionLayer(config)
         self.linear1 = nn.Linear(D, 4 * D)
         self.linear2 = nn.Linear(4 * D, D)
-        self.norm1 = nn.LayerNorm(D)
-        self.norm2 = nn.LayerNorm(D)
+        self.norm1 = ResidualNorm(D)
+        self.norm2 = ResidualNorm(D)
         self.dropout = Dropout(config.dropout, noise)
 
     def forward(self, x, state):
-        x = self.norm1(x + self.dropout(self.attention(x, state)))
+        x = self.norm1(x, self.dropout(self.attention(x, state)))
         y = self.dropout(relu(self.linear1(x), inplace=not torch.is_grad_enabled()))
-        return self.norm2(x + self.dropout(self.linear2(y)))
+        return self.norm2(x, self.dropout(self.linear2(y)))
 
 
 class Transformer(nn.Module):

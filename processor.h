@@ -60,18 +60,32 @@ constexpr int WIDTH = std::min(16, SIZE & -SIZE), COUNT = SIZE / WIDTH;
 typedef float Part __attribute__((vector_size(4 * WIDTH), aligned(4), may_alias));
 typedef float Matrix[SIZE][SIZE];
 
-// matrix[a] += x[a] * row for every a, and then sums += y[a] * matrix[a].
-inline void update(float* matrix, const float* x, const float* row, const float* y, float* sums) {
-    Part rows[COUNT], total[COUNT];
+// So many positions whose rows fit into the registers go through `update` at once.
+#ifdef __AVX512F__
+constexpr int TOGETHER = std::max(1, std::min(4, 8 / COUNT));
+#else
+constexpr int TOGETHER = 1;
+#endif
+
+// Of one position after the other: matrix[a] += x[a] * row for every a, and then
+// sums += y[a] * matrix[a]. The matrix is read and written once for all N positions.
+template <int N>
+inline void update(float* matrix, const float (*x)[SIZE], const float (*row)[SIZE],
+                   const float (*y)[SIZE], float (*sums)[SIZE]) {
+    Part rows[N][COUNT], total[N][COUNT];
     memcpy(rows, row, sizeof rows);
     memcpy(total, sums, sizeof total);
     for (int a = 0; a < SIZE; a++) {
         Part* line = (Part*)(matrix + a * SIZE);
 #pragma GCC unroll 64
         for (int i = 0; i < COUNT; i++) {
-            Part changed = line[i] + x[a] * rows[i];
+            Part changed = line[i];
+#pragma GCC unroll 64
+            for (int n = 0; n < N; n++) {
+                changed += x[n][a] * rows[n][i];
+                total[n][i] += y[n][a] * changed;
+            }
             line[i] = changed;
-            total[i] += y[a] * changed;
         }
     }
     memcpy(sums, total, sizeof total);

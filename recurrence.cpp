@@ -187,13 +187,13 @@ void multiply(const Operand* inputs, int stride, Linear linear, Output* outputs,
 
 // attention.linear_recurrent for one image and one head.
 inline void attend(const float* qkv, float* S, float* Z, Operand* output) {
-    float q[SIZE], k[SIZE], sums[SIZE] = {};
-    features(qkv, q);
-    features(qkv + D, k);
-    update(S, k, qkv + 2 * D, q, sums);
-    for (int e = 0; e < SIZE; e++) Z[e] += k[e];
-    float scale = 1 / (dot(q, Z) + EPSILON);
-    for (int m = 0; m < SIZE; m++) store(output + m, sums[m] * scale);
+    float q[1][SIZE], k[1][SIZE], sums[1][SIZE] = {};
+    features(qkv, q[0]);
+    features(qkv + D, k[0]);
+    update<1>(S, k, (const float(*)[SIZE])(qkv + 2 * D), q, sums);
+    for (int e = 0; e < SIZE; e++) Z[e] += k[0][e];
+    float scale = 1 / (dot(q[0], Z) + EPSILON);
+    for (int m = 0; m < SIZE; m++) store(output + m, sums[0][m] * scale);
 }
 
 // x = norm(x + y), and as the operand of the next product.

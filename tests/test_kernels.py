@@ -1,5 +1,7 @@
 """Dropout, and the compiled kernels: equal to the slow forms in outputs, states and gradients."""
 
+import copy
+
 import pytest
 import torch
 
@@ -7,7 +9,7 @@ import dropout
 import kernels
 from attention import linear_quadratic
 from compiling import load_library
-from models import ImageTransformer, ModelConfig
+from models import ImageTransformer, ModelConfig, ResidualNorm
 
 DTYPES = pytest.mark.parametrize(
     ("dtype", "tolerance"), [(torch.float32, 2e-6), (torch.bfloat16, 1e-2)]
@@ -32,35 +34,51 @@ def distance(x, y):
 @pytest.mark.parametrize("size", [1, 6, 8, 20, 32, 64])
 @pytest.mark.parametrize("length", [1, 50, 200])
 def test_attention_and_its_gradients(dtype, tolerance, size, length):
-    inputs = [torch.randn(3, length, 2, size).to(dtype).requires_grad_() for _ in range(3)]
-    exact = [x.detach().double().requires_grad_() for x in inputs]
-    outputs = kernels.linear_attention(library(size), *inputs)[0]
-    expected = linear_quadratic(*exact)[0]
+    together = torch.randn(3, length, 3, 2, size).to(dtype).requires_grad_()
+    exact = together.detach().double().requires_grad_()
+    outputs = kernels.Attend.apply(library(size), together)
+    expected = linear_quadratic(*exact.unbind(2))[0]
     assert outputs.dtype == dtype
     assert distance(outputs, expected) < tolerance
     gradient = torch.randn_like(outputs)
     outputs.backward(gradient)
     expected.backward(gradient.double())
-    for x, y in zip(inputs, exact, strict=True):
-        assert (x.grad.double() - y.grad).abs().max() < 4 * tolerance * max(1, y.grad.abs().max())
+    for x, y in zip(together.grad.unbind(2), exact.grad.unbind(2), strict=True):
+        assert (x.double() - y).abs().max() < 4 * tolerance * max(1, y.abs().max())
 
 
 @DTYPES
 def test_states_are_handed_on(dtype, tolerance):
-    """One pass over two parts is one pass over the whole; the state that was given stays."""
-    inputs = [torch.randn(2, 30, 3, 8).to(dtype) for _ in range(3)]
-    expected, final = linear_quadratic(*(x.double() for x in inputs))
+    """One pass over two parts is one pass over the whole."""
+    together = torch.randn(2, 30, 3, 3, 8).to(dtype)
+    expected, final = linear_quadratic(*together.double().unbind(2))
     state = torch.zeros(2, 3, 8, 8), torch.zeros(2, 3, 8)
-    parts = []
-    for part in (slice(0, 11), slice(11, 30)):
-        before = state[0].clone()
-        given = state
-        outputs, state = kernels.linear_attention(library(8), *(x[:, part] for x in inputs), state)
-        assert torch.equal(given[0], before)
-        parts.append(outputs)
+    parts = [
+        kernels.forward(library(8), together[:, part], *state)
+        for part in (slice(0, 11), slice(11, 30))
+    ]
     assert distance(torch.cat(parts, 1), expected) < tolerance
     for x, y in zip(state, final, strict=True):
         assert distance(x, y) < 2e-6
+
+
+@DTYPES
+@pytest.mark.parametrize("shape", [(1, 1, 2), (3, 7, 24), (2, 300, 256)])
+def test_the_norm_of_a_sum_and_its_gradients(dtype, tolerance, shape):
+    x, y = (3 * torch.randn(shape).to(dtype) for _ in range(2))
+    module = ResidualNorm(shape[-1])
+    for parameter in module.parameters():
+        torch.nn.init.normal_(parameter)
+    plain, gradient = copy.deepcopy(module).double(), torch.randn(shape).to(dtype)
+    a, b, c, d = (z.clone().requires_grad_() for z in (x, y, x.double(), y.double()))
+    outputs, expected = kernels.residual_norm(library(8), module, a, b), plain(c, d)
+    assert outputs.dtype == dtype
+    assert distance(outputs, expected) < tolerance
+    outputs.backward(gradient)
+    expected.backward(gradient.double())
+    own = [a.grad, b.grad, *(p.grad for p in module.parameters())]
+    for p, q in zip(own, [c.grad, d.grad, *(p.grad for p in plain.parameters())], strict=True):
+        assert (p.double() - q).abs().max() < 4 * tolerance * max(1, q.abs().max())
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
