@@ -162,9 +162,9 @@ void backward(const T* together, const T* g, T* gradients, Shape shape, int thre
 
 // A row of out = norm(x + y), and what the gradient needs: the sums x + y, their mean and the
 // inverse of their deviation. `row` is room for the sums.
-template <class T>
-void norm_row(const T* __restrict x, const T* __restrict y, const float* __restrict weight,
-              const float* __restrict bias, T* __restrict sums, T* __restrict out, float* mean_out,
+template <class X, class T>
+void norm_row(const T* __restrict y, const X* __restrict x, const float* __restrict weight,
+              const float* __restrict bias, X* __restrict sums, X* __restrict out, float* mean_out,
               float* inverse_out, float* __restrict row, int width, float epsilon) {
     float mean = 0, variance = 0;
 #pragma omp simd reduction(+ : mean)
@@ -183,15 +183,15 @@ void norm_row(const T* __restrict x, const T* __restrict y, const float* __restr
     *inverse_out = inverse;
 }
 
-template <class T>
-void norm(const T* x, const T* y, const float* weight, const float* bias, T* sums, T* out,
+template <class X, class T>
+void norm(const T* y, const X* x, const float* weight, const float* bias, X* sums, X* out,
           float* means, float* inverses, int64_t rows, int64_t width, int threads, float epsilon) {
     constexpr int64_t PART = 64;
     in_parallel((rows + PART - 1) / PART, threads, [=](int64_t task) {
         std::vector<float> room(width);
         for (int64_t i = task * PART; i < std::min(rows, (task + 1) * PART); i++) {
             int64_t at = i * width;
-            norm_row(x + at, y + at, weight, bias, sums + at, out + at, means + i, inverses + i,
+            norm_row(y + at, x + at, weight, bias, sums + at, out + at, means + i, inverses + i,
                      room.data(), width, epsilon);
         }
     });
@@ -245,14 +245,18 @@ void drop(const T* x, T* y, const uint32_t* keys, int64_t images, int64_t size, 
                                     int64_t length, int64_t heads, int64_t threads) {             \
         backward(together, g, gradients, {images, length, heads, 3 * heads * SIZE}, threads);     \
     }                                                                                             \
-    extern "C" void norm_##NAME(const T* x, const T* y, const float* weight, const float* bias,   \
-                                T* sums, T* out, float* means, float* inverses, int64_t rows,     \
-                                int64_t width, int64_t threads, float epsilon) {                  \
-        norm(x, y, weight, bias, sums, out, means, inverses, rows, width, threads, epsilon);      \
-    }                                                                                             \
     extern "C" void drop_##NAME(const T* x, T* y, const uint32_t* keys, int64_t images,           \
                                 int64_t size, int64_t threshold, int64_t threads, float scale) {  \
         drop(x, y, keys, images, size, {uint32_t(threshold), scale}, threads);                    \
     }
 FOR_EACH_TYPE(float, float32)
 FOR_EACH_TYPE(BFloat16, bfloat16)
+#define FOR_EACH_PAIR_OF_TYPES(X, T, NAMES)                                                       \
+    extern "C" void norm_##NAMES(const T* y, const X* x, const float* weight, const float* bias,  \
+                                 X* sums, X* out, float* means, float* inverses, int64_t rows,    \
+                                 int64_t width, int64_t threads, float epsilon) {                 \
+        norm(y, x, weight, bias, sums, out, means, inverses, rows, width, threads, epsilon);      \
+    }
+FOR_EACH_PAIR_OF_TYPES(float, float, float32_float32)
+FOR_EACH_PAIR_OF_TYPES(float, BFloat16, float32_bfloat16)
+FOR_EACH_PAIR_OF_TYPES(BFloat16, BFloat16, bfloat16_bfloat16)

@@ -25,7 +25,8 @@ def accelerate(model):
     """Let the causal-linear attention, the dropouts, norms and products of a model, in float32 or
     bfloat16, run in kernels. Raises `UserError` where they cannot be compiled.
 
-    With bfloat16 all activations between the products are bfloat16, the sum before a norm too.
+    With bfloat16 a gradient needs the residual sums and norms in float32 (else training learns
+    less); without one all activations between the products are bfloat16.
     """
     library, _ = load_library(SOURCE, sizes(model.config))
     for module in model.modules():
@@ -125,21 +126,24 @@ class Attend(torch.autograd.Function):
 
 
 def residual_norm(library, module, x, y):
-    return Norm.apply(library, x.to(y.dtype), y, module.weight, module.bias, module.eps)
+    if not torch.is_grad_enabled():
+        x = x.to(y.dtype)
+    return Norm.apply(library, x, y, module.weight, module.bias, module.eps)
 
 
 class Norm(torch.autograd.Function):
-    """Layer norm of x + y (..., D), of one type; the statistics are float32."""
+    """Layer norm of x + y (..., D), of the type of x; the statistics are float32."""
 
     @staticmethod
     def forward(ctx, library, x, y, weight, bias, epsilon):
+        ctx.y_type = y.dtype
         x, y = x.contiguous(), y.contiguous()
         sums, outputs = torch.empty_like(x), torch.empty_like(x)
         rows, D = x.flatten(0, -2).shape
         mean, inverse = (torch.empty(*x.shape[:-1], 1) for _ in range(2))  # 1 / deviation
-        tensors = x, y, weight, bias, sums, outputs, mean, inverse
+        tensors = y, x, weight, bias, sums, outputs, mean, inverse
         numbers = rows, D, torch.get_num_threads()
-        call(library, "norm", tensors, numbers, ctypes.c_float(epsilon))
+        call(library, f"norm_{TYPES[x.dtype]}", tensors, numbers, ctypes.c_float(epsilon))
         ctx.save_for_backward(sums, mean, inverse, weight, bias)
         return outputs
 
@@ -150,7 +154,7 @@ class Norm(torch.autograd.Function):
         inputs, *parameters = torch.ops.aten.native_layer_norm_backward(
             gradient.contiguous(), sums, shape, mean, inverse, weight, bias, [True] * 3
         )
-        return None, inputs, inputs, *parameters, None
+        return None, inputs, inputs.to(ctx.y_type), *parameters, None
 
 
 class Drop(torch.autograd.Function):

@@ -64,15 +64,16 @@ def test_states_are_handed_on(dtype, tolerance):
 
 @DTYPES
 @pytest.mark.parametrize("shape", [(1, 1, 2), (3, 7, 24), (2, 300, 256)])
-def test_the_norm_of_a_sum_and_its_gradients(dtype, tolerance, shape):
-    x, y = (3 * torch.randn(shape).to(dtype) for _ in range(2))
+@pytest.mark.parametrize("x_type", [torch.float32, None], ids=["float32", "same"])
+def test_the_norm_of_a_sum_and_its_gradients(dtype, tolerance, shape, x_type):
+    x, y = (3 * torch.randn(shape).to(t) for t in (x_type or dtype, dtype))
     module = ResidualNorm(shape[-1])
     for parameter in module.parameters():
         torch.nn.init.normal_(parameter)
-    plain, gradient = copy.deepcopy(module).double(), torch.randn(shape).to(dtype)
+    plain, gradient = copy.deepcopy(module).double(), torch.randn(shape).to(x.dtype)
     a, b, c, d = (z.clone().requires_grad_() for z in (x, y, x.double(), y.double()))
     outputs, expected = kernels.residual_norm(library(8), module, a, b), plain(c, d)
-    assert outputs.dtype == dtype
+    assert outputs.dtype == x.dtype
     assert distance(outputs, expected) < tolerance
     outputs.backward(gradient)
     expected.backward(gradient.double())

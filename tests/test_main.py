@@ -242,10 +242,11 @@ def test_a_moved_folder_may_replace_the_stored_one_if_its_shape_is_the_same(
 
 
 def test_bfloat16_learns_as_float32_does(succeed, data_directory, tmp_path):
-    """300 iterations of real digits from the same seed: the same training bits/dim at the end."""
+    """300 iterations of real digits from the same seed: the same training bits/dim at the end. (With
+    larger steps the runs are chaotic: at 1e-3 two that round float32 otherwise end 0.01 apart.)"""
     command = ["main.py", "--dataset", "mnist", "--dataset_directory", data_directory]
     command += ["--n_layers", 2, "--n_heads", 4, "--d_query", 16, "--iterations", 300]
-    command += ["--batch_size", 8, "--optimizer", "adam", "--lr", 1e-3, "--evaluate_images", 8]
+    command += ["--batch_size", 8, "--optimizer", "adam", "--lr", 3e-4, "--evaluate_images", 8]
     bits = {}
     for precision in ("fp32", "bf16-emulated"):
         succeed(*command, "--precision", precision, "--metrics_file", f"{precision}.jsonl")
