@@ -183,12 +183,15 @@ def load_array(path, shape=None):
     """The images of a .npy file, memory-mapped: only the pages that are used are read."""
     try:
         # Read-only: writable pages would count as memory, and a file may be larger than that.
-        array = np.load(path, mmap_mode="r", allow_pickle=False)
+        with np.errstate(over="ignore"):  # of sizes in a damaged header
+            array = np.load(path, mmap_mode="r", allow_pickle=False)
     except FileNotFoundError:
         raise UserError(f"{path} does not exist: put the images there as a numpy array") from None
-    except (OSError, ValueError, EOFError) as error:
-        reason = " ".join(str(error).split())
+    except Exception as error:  # numpy raises every kind for a damaged header
+        reason = " ".join(str(error).split())[:200]
         raise UserError(f"{path} cannot be read as a numpy array ({reason})") from None
+    if not isinstance(array, np.ndarray):
+        raise UserError(f"{path} is an archive: save one array there with numpy.save")
     if array.dtype != np.uint8:
         raise UserError(f"{path} holds {array.dtype}: the images must be uint8 (0 to 255)")
     if shape and array.shape[1:] == (np.prod(shape),):

@@ -3,6 +3,7 @@
 import argparse
 import ctypes
 import difflib
+import errno
 import math
 import os
 import shutil
@@ -23,6 +24,9 @@ M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
 # Where Linux lists a processor's instructions, and those for bfloat16 (x86; ARM).
 CPU_FLAGS = Path("/proc/cpuinfo")
 BFLOAT16_FLAGS = {"avx512_bf16", "amx_bf16", "bf16"}
+# The system's words for a path that cannot be what it is given for.
+BAD_PATHS = {errno.ENAMETOOLONG, errno.EACCES, errno.EPERM, errno.ENOENT, errno.ENOTDIR,
+             errno.EISDIR, errno.ELOOP, errno.EINVAL}  # fmt: skip
 # Exit statuses, documented in the README.
 MISUSE = 2
 YIELDED = 75  # "temporary failure, try again" in sysexits.h
@@ -51,7 +55,7 @@ def run(main):
         status = 128 + signal.SIGPIPE
     except OSError as error:  # a disk that is full or gone in the middle of writing
         tell(f"{name}: error: {error}")
-        status = 1
+        status = MISUSE if error.errno in BAD_PATHS else 1
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
             raise
@@ -61,9 +65,9 @@ def run(main):
 
 
 def tell(text):
-    """A line on stderr, if anybody listens."""
+    """A line on stderr, if anybody listens; what a terminal would act upon is spelled out."""
     with suppress(OSError):
-        print(text, file=sys.stderr)
+        print("".join(c if c.isprintable() else repr(c)[1:-1] for c in text), file=sys.stderr)
 
 
 def is_out_of_memory(error):

@@ -1,5 +1,7 @@
 """Training through the command line: what it writes, how it stops, and how it goes on."""
 
+import argparse
+import copy
 import json
 import math
 import re
@@ -12,6 +14,9 @@ from conftest import TINY, start
 
 import checkpoints
 import datasets
+from models import ImageTransformer, ModelConfig
+from training import Nats, train_step
+from utils import UserError
 
 DIGITS = ["--dataset", "digits", *TINY, "--batch_size", 8, "--evaluate_images", 8]
 
@@ -202,6 +207,20 @@ def test_a_diverged_run_stops_and_saves_nothing(call, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+def test_a_gradient_that_is_not_finite_is_named(tmp_path):
+    """Before it changes a weight."""
+    model = ImageTransformer(ModelConfig(8, n_layers=1, n_heads=1, d_query=4))
+    model.transformer.layers[0].norm1.weight.register_hook(lambda g: g * math.inf)
+    before = copy.deepcopy(model.state_dict())
+    args = argparse.Namespace(lr=1, clip_norm=1, accumulate=2, precision="fp32")
+    optimizer = torch.optim.SGD(model.parameters(), lr=1)
+    images = torch.zeros(4, 8, dtype=torch.uint8)
+    name = "transformer.layers.0.norm1.weight"
+    with pytest.raises(UserError, match=f"iteration 3: the gradient of {name} is not finite"):
+        train_step(Nats(model), optimizer, images, 0, 3, args)
+    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+
+
 def test_without_save_to_a_warning(succeed):
     assert "without --save_to" in succeed("main.py", *DIGITS, "--iterations", 1).err
 
@@ -242,7 +261,7 @@ def test_a_moved_folder_may_replace_the_stored_one_if_its_shape_is_the_same(
 
 
 def test_bfloat16_learns_as_float32_does(succeed, data_directory, tmp_path):
-    """300 iterations of real digits from the same seed: the same training bits/dim at the end. (With
+    """300 iterations of real digits from one seed: the same training bits/dim at the end. (With
     larger steps the runs are chaotic: at 1e-3 two that round float32 otherwise end 0.01 apart.)"""
     command = ["main.py", "--dataset", "mnist", "--dataset_directory", data_directory]
     command += ["--n_layers", 2, "--n_heads", 4, "--d_query", 16, "--iterations", 300]
