@@ -134,8 +134,10 @@ def load_torchvision(name, directory, train):
                 f"{folder} cannot be read ({reason}): delete {files[train]} there "
                 "to download them again"
             ) from None
+        damaged = damaged_file(dataset_class, folder)
+        problem = f"{damaged} is damaged" if damaged else f"{name} is not complete in {directory}"
         raise UserError(
-            f"{name} is not complete in {directory} and the download failed ({reason}): fetch "
+            f"{problem} and the download failed ({reason}): fetch "
             f"{', '.join(addresses(dataset_class))} on a machine with a network and put "
             f"{'them, unpacked,' if name != 'cifar10' else 'its unpacked files'} in {folder}, "
             "or give --dataset_directory"
@@ -151,6 +153,18 @@ def dataset_is_there(dataset_class, directory):
     except Exception:
         pass
     return True
+
+
+def damaged_file(dataset_class, folder):
+    """The first file of CIFAR-10 that has another sum than torchvision knows, or None."""
+    from torchvision.datasets.utils import check_integrity
+
+    if not hasattr(dataset_class, "train_list"):
+        return None  # the sums of MNIST's are of the compressed files
+    for name, md5 in dataset_class.train_list + dataset_class.test_list:
+        if (folder / name).exists() and not check_integrity(folder / name, md5):
+            return folder / name
+    return None
 
 
 def addresses(dataset_class):

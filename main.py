@@ -63,7 +63,6 @@ def train(args, device):
         training, test = datasets.load_both(args, checkpoint)
     config = ModelConfig(length=training.images.shape[1], **fields)
     check_memory(least_memory(config, args), device)
-
     order = None if args.no_shuffle else seed
 
     torch.manual_seed(seed)
@@ -143,8 +142,10 @@ def report_test(iteration, bits, bits_all_bytes, metrics, seconds):
 
 def least_memory(config, args):
     """Bytes that training takes for certain: weights, gradients and moments; ten values of two
-    bytes a channel, layer and byte of the images at a time; the images of an iteration."""
-    activations = 20 * config.n_layers * config.d_model * args.batch_size // distributed.world()
+    bytes a channel, layer and byte of the images at a time; the images of an iteration. An
+    evaluation keeps one layer."""
+    layers = 1 if args.evaluate_only else config.n_layers
+    activations = 20 * layers * config.d_model * args.batch_size // distributed.world()
     batch = args.batch_size * args.accumulate
     return 16 * config.n_parameters + config.length * (activations + batch)
 

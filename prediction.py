@@ -290,7 +290,7 @@ def parse_arguments(argv):
     group.add_argument("--recurrent", action="store_true", help="the same as --sampler recurrent")
     group.add_argument(
         "--temperature",
-        type=number(float, 0, above=True),
+        type=number(float, 1e-3, 1e3),
         default=1.0,
         metavar="T",
         help="below 1 for safer, above for wilder images",

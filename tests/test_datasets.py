@@ -65,6 +65,18 @@ def test_damaged_mnist_files_are_named(tmp_path):
         datasets.load("mnist", tmp_path, True)
 
 
+@pytest.mark.parametrize("damage", [lambda x: x[:500], lambda x: x[:500] + b"x" + x[501:]])
+def test_damaged_files_of_cifar10_are_named(damage, server, monkeypatch, tmp_path):
+    standins.serve_cifar(*server, monkeypatch)
+    datasets.load("cifar10", tmp_path, True)
+    path = tmp_path / "cifar-10-batches-py" / "data_batch_4"
+    path.write_bytes(damage(path.read_bytes()))
+    (server[0] / "cifar-10-python.tar.gz").unlink()
+    (tmp_path / "cifar-10-python.tar.gz").unlink()
+    with pytest.raises(UserError, match="data_batch_4 is damaged"):
+        datasets.load("cifar10", tmp_path, True)
+
+
 def test_imagenet64_is_memory_mapped_in_either_shape(tmp_path):
     images = np.random.default_rng(0).integers(0, 256, (3, 64, 64, 3), np.uint8)
     (tmp_path / "imagenet-64x64").mkdir()

@@ -51,6 +51,11 @@ def test_paper_configuration_has_its_number_of_parameters():
     assert round(sum(p.numel() for p in model.parameters()) / 1e6, 2) == 6.36
 
 
+def test_the_configuration_knows_its_number_of_parameters():
+    config = ModelConfig(20, n_layers=3, n_heads=2, d_query=6, mixtures=5)
+    assert config.n_parameters == sum(p.numel() for p in ImageTransformer(config).parameters())
+
+
 def test_positions_are_sinusoids():
     table = ImageTransformer(ModelConfig(50, n_heads=2, d_query=8)).pos_embedding.pe
     for position in (0, 1, 48):
