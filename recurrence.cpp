@@ -1,10 +1,11 @@
 // The recurrent sampler with causal linear attention as one loop over the bytes, for processors:
 // what ImageTransformer.step and mixture.sample compute, without a visit to Python.
 //
-// recurrence.py compiles this file with the sizes of a model as constants: LAYERS, HEADS, SIZE (of a
-// head's queries, keys and values), MIXTURES, and BF16: with 1 the operands of the matrix products
-// are bfloat16, with 0 float32; everything else, the sums too, is float32. Loops over constant
-// sizes are left to the compiler's vectoriser; only the matrix product says how it uses registers.
+// recurrence.py compiles this file with the sizes of a model as constants: LAYERS, HEADS, SIZE (of
+// a head's queries, keys and values), MIXTURES, and BF16: with 1 the operands of the matrix
+// products are bfloat16, with 0 float32; everything else, the sums too, is float32. Loops over
+// constant sizes are left to the compiler's vectoriser; only the matrix product says how it uses
+// registers.
 
 #include <atomic>
 #include <cmath>

@@ -15,6 +15,7 @@ from sampling import (
     sample_first_byte,
     sample_recurrent,
 )
+from utils import UserError
 
 LENGTH = 30
 BOTH = pytest.mark.parametrize("sampler", SAMPLERS.values(), ids=SAMPLERS)
@@ -142,3 +143,15 @@ def test_the_recorded_step_draws_the_images_of_the_processor():
     on_gpu[:, 0] = 0
     sample_recurrent(model, on_gpu, 1, image_noise(3, range(5), LENGTH).cuda())
     assert torch.equal(images[0], on_gpu.cpu())
+
+
+@pytest.mark.parametrize("sampler", [sample_recurrent, sample_batched])
+@pytest.mark.parametrize("place", ["predictor", "transformer.layers.1.linear2"])
+def test_distributions_that_are_not_finite_are_an_error(sampler, place):
+    """Weights that are finite, and too large for what is computed from them."""
+    config = ModelConfig(LENGTH, n_layers=2, n_heads=2, d_query=8, mixtures=3)
+    model = ImageTransformer(config).eval()
+    model.get_submodule(place).weight.data.fill_(3e38)
+    images = torch.zeros(2, LENGTH, dtype=torch.int64)
+    with pytest.raises(UserError, match="not finite"):
+        sampler(model, images, 1, image_noise(0, range(2), LENGTH))
