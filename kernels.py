@@ -10,7 +10,7 @@ from torch import nn
 from attention import LinearAttention
 from compiling import load_library
 from dropout import Dropout, scale
-from models import AttentionLayer, ResidualNorm
+from models import AttentionLayer, LinearRelu, ResidualNorm
 
 SOURCE = "kernels.cpp"
 TYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
@@ -46,37 +46,42 @@ def has_onednn():
 
 
 def linear(module, x):
-    """nn.Linear's function, under autocast too."""
-    return product(x, module.weight, module.bias)
+    """The function of nn.Linear or LinearRelu, under autocast too."""
+    activation = "relu" if isinstance(module, LinearRelu) else "none"
+    return product(x, module.weight, module.bias, activation)
 
 
-def product(x, weight, bias):
+def product(x, weight, bias, activation="none"):
     if not has_onednn():
         return nn.functional.linear(x, weight, bias)
     dtype = x.dtype
     if torch.is_autocast_enabled("cpu"):
         dtype = torch.get_autocast_dtype("cpu")
-    return Product.apply(*(tensor.to(dtype) for tensor in (x, weight, bias)))
+    return Product.apply(*(tensor.to(dtype) for tensor in (x, weight, bias)), activation)
 
 
 class Product(torch.autograd.Function):
-    """Inputs (..., I), weight (O, I) and bias (O,) to outputs (..., O), all of one type.
+    """Inputs (..., I), weight (O, I) and bias (O,) to outputs (..., O), all of one type; the
+    activation is "none" or "relu".
 
     torch hands float32 to MKL, which is slow on AMD's processors, and adds the bias of bfloat16
     in a pass of its own; oneDNN does neither. Its transposed products are no faster.
     """
 
     @staticmethod
-    def forward(ctx, x, weight, bias):
-        ctx.save_for_backward(x, weight)
-        return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+    def forward(ctx, x, weight, bias, activation):
+        outputs = torch.ops.mkldnn._linear_pointwise(x, weight, bias, activation, [], "")
+        ctx.save_for_backward(x, weight, outputs if activation == "relu" else None)
+        return outputs
 
     @staticmethod
     def backward(ctx, gradient):
-        x, weight = ctx.saved_tensors
+        x, weight, outputs = ctx.saved_tensors
+        if outputs is not None:
+            gradient = torch.ops.aten.threshold_backward(gradient, outputs, 0)
         rows = gradient.flatten(0, -2)  # (positions, O)
         inputs = torch.ops.mkldnn._linear_pointwise(gradient, weight.t(), None, "none", [], "")
-        return inputs, rows.t() @ x.flatten(0, -2), rows.sum(0)
+        return inputs, rows.t() @ x.flatten(0, -2), rows.sum(0), None
 
 
 def attention_layer(library, module, plain, x, state):

@@ -100,6 +100,13 @@ class ResidualNorm(nn.LayerNorm):
         return super().forward(x + y)
 
 
+class LinearRelu(nn.Linear):
+    """max(0, Wx + b)"""
+
+    def forward(self, x):
+        return relu(super().forward(x), inplace=not torch.is_grad_enabled())
+
+
 class EncoderLayer(nn.Module):
     """Attention, then a feed-forward network of width 4D; the norm follows each residual sum."""
 
@@ -107,7 +114,7 @@ class EncoderLayer(nn.Module):
         super().__init__()
         D = config.d_model
         self.attention = AttentionLayer(config)
-        self.linear1 = nn.Linear(D, 4 * D)
+        self.linear1 = LinearRelu(D, 4 * D)
         self.linear2 = nn.Linear(4 * D, D)
         self.norm1 = ResidualNorm(D)
         self.norm2 = ResidualNorm(D)
@@ -115,7 +122,7 @@ class EncoderLayer(nn.Module):
 
     def forward(self, x, state):
         x = self.norm1(x, self.dropout(self.attention(x, state)))
-        y = self.dropout(relu(self.linear1(x), inplace=not torch.is_grad_enabled()))
+        y = self.dropout(self.linear1(x))
         return self.norm2(x, self.dropout(self.linear2(y)))
 
 

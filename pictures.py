@@ -42,8 +42,8 @@ def check_outputs(args):
         images, rows = len(args.index), 1 if args.offset == 0 else len(set(args.index))
         if images > MAX_FIGURE_IMAGES or rows > MAX_FIGURE_ROWS:
             raise UserError(
-                f"--index asks for {images} images in {rows} rows, and a figure has at most "
-                f"{MAX_FIGURE_IMAGES} in {MAX_FIGURE_ROWS}: use --save_image, or fewer images"
+                f"--index asks for {images} images, and a figure has at most {MAX_FIGURE_IMAGES} "
+                f"and {MAX_FIGURE_ROWS} different ones: use --save_image, or fewer images"
             )
     if args.save_grid:
         check_figure_format(args.save_grid)

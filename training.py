@@ -95,6 +95,8 @@ def first_non_finite(model, images, keys):
     or a gradient."""
     if name := non_finite_parameter(model):
         return f"the parameter {name}"
+    for module in model.modules():  # every one as itself, uncompiled: the run ends here
+        vars(module).pop("forward", None)
     found = []
 
     def note(name, module, inputs, output):
@@ -104,7 +106,7 @@ def first_non_finite(model, images, keys):
     leaves = [(name, m) for name, m in model.named_modules() if not any(m.children())]
     hooks = [module.register_forward_hook(partial(note, name)) for name, module in leaves]
     for image, key in zip(images.split(1), keys.split(1), strict=True):
-        type(model).nats(model, image, key)  # as it is, uncompiled
+        type(model).nats(model, image, key)
     for hook in hooks:
         hook.remove()
     for name, parameter in reversed(list(model.named_parameters())):  # gradients come from behind
