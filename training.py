@@ -77,8 +77,7 @@ def train_step(nats, optimizer, images, seed, iteration, args):
             (part_loss * distributed.world()).backward()  # the gradients will be averaged
         loss += part_loss.detach()
     distributed.add_up(loss)
-    norm = torch.nn.utils.clip_grad_norm_(nats.parameters(), args.clip_norm or math.inf)
-    if not (loss.isfinite() & norm.isfinite()):
+    if not (clip(nats.parameters(), args.clip_norm or math.inf) and loss.isfinite()):
         with autocast(images.device, args.precision):
             what = first_non_finite(getattr(nats, "module", nats).model, images, keys)
         raise UserError(
@@ -87,6 +86,17 @@ def train_step(nats, optimizer, images, seed, iteration, args):
         )
     optimizer.step()
     return loss
+
+
+def clip(parameters, max_norm):
+    """Clip the norm of the whole gradient; False, with no gradient changed, if it is not finite."""
+    try:
+        torch.nn.utils.clip_grad_norm_(parameters, max_norm, error_if_nonfinite=True)
+    except RuntimeError as error:
+        if "non-finite" not in str(error):
+            raise
+        return False
+    return True
 
 
 @torch.no_grad()
@@ -110,7 +120,7 @@ def first_non_finite(model, images, keys):
     for hook in hooks:
         hook.remove()
     for name, parameter in reversed(list(model.named_parameters())):  # gradients come from behind
-        if not parameter.grad.isfinite().all():
+        if parameter.grad is not None and not parameter.grad.isfinite().all():
             found.append(f"the gradient of {name}")
     return found[0] if found else "the loss, or the norm of the gradient,"
 

@@ -207,10 +207,11 @@ def test_a_diverged_run_stops_and_saves_nothing(call, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_a_gradient_that_is_not_finite_is_named(tmp_path):
-    """Before it changes a weight."""
+@pytest.mark.parametrize("factor", [math.inf, math.nan])
+def test_a_gradient_that_is_not_finite_is_named(factor):
+    """Before it changes a weight, or another gradient."""
     model = ImageTransformer(ModelConfig(8, n_layers=1, n_heads=1, d_query=4))
-    model.transformer.layers[0].norm1.weight.register_hook(lambda g: g * math.inf)
+    model.transformer.layers[0].norm1.weight.register_hook(lambda g: g * factor)
     before = copy.deepcopy(model.state_dict())
     args = argparse.Namespace(lr=1, clip_norm=1, accumulate=2, precision="fp32")
     optimizer = torch.optim.SGD(model.parameters(), lr=1)
