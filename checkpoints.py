@@ -12,6 +12,7 @@ import re
 import tempfile
 import time
 import warnings
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -100,8 +101,9 @@ def remove_abandoned(folder, pattern):
     """Remove what runs of this pattern were writing when they were killed."""
     name = re.compile(expression(Path(pattern).name) + r"\.\w+\.tmp")
     for path in folder.iterdir():
-        if name.fullmatch(path.name) and time.time() - path.stat().st_mtime > ABANDONED:
-            path.unlink(missing_ok=True)
+        with suppress(FileNotFoundError):  # another run's, which is in its place by now
+            if name.fullmatch(path.name) and time.time() - path.stat().st_mtime > ABANDONED:
+                path.unlink()
 
 
 def umask():
