@@ -42,7 +42,7 @@ def check_compiler():
         raise UserError("--compile: no C++ compiler is there: install g++, or give --no-compile")
 
 
-def library_path(source, sizes):
+def kept_at(source, sizes):
     """Where the library of a C++ file, with constants {name: int}, is kept, and the command that
     compiles it.
 
@@ -73,7 +73,7 @@ def library_path(source, sizes):
 def is_kept(source, sizes):
     """Whether the library was compiled before."""
     try:
-        return bool(find_compiler()) and library_path(source, sizes)[0].exists()
+        return bool(find_compiler()) and kept_at(source, sizes)[0].exists()
     except UserError:
         return False
 
@@ -82,7 +82,7 @@ def load_library(source, sizes):
     """The library, a `ctypes.CDLL`, and the seconds that compiling it took, 0 if it was kept.
     Raises `UserError` where it cannot be compiled."""
     check_compiler()
-    path, command = library_path(source, sizes)
+    path, command = kept_at(source, sizes)
     seconds = 0.0
     if not path.exists():
         start = time.perf_counter()

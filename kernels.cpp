@@ -1,5 +1,6 @@
-// Causal linear attention, its gradient, and dropout, for processors: attention.linear_quadratic
-// as the recurrence it is, and dropout.keep_mask, each in one pass over the memory.
+// Causal linear attention and its gradient, the norm of a residual sum, and dropout, for
+// processors: attention.linear_quadratic as the recurrence it is, models.ResidualNorm and
+// dropout.keep_mask, each in one pass over the memory.
 //
 // kernels.py compiles this file with SIZE, the size of a head's queries, keys and values. Rows are
 // float32 or bfloat16; everything between reading and writing a row is float32.

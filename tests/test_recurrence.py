@@ -7,6 +7,7 @@ import stat
 import numpy as np
 import pytest
 import torch
+from conftest import TINY
 from imageio.v3 import imread
 
 import compiling
@@ -152,7 +153,7 @@ def test_without_being_asked_it_compiles_only_where_that_pays(succeed, tmp_path,
 def test_other_sources_and_sizes_are_other_libraries(monkeypatch, tmp_path):
     def path(precision="fp32", **sizes):
         config = ModelConfig(**{"length": LENGTH, **sizes})
-        return compiling.library_path(recurrence.SOURCE, recurrence.sizes(config, precision))[0]
+        return compiling.kept_at(recurrence.SOURCE, recurrence.sizes(config, precision))[0]
 
     first = path()
     assert first != path(n_heads=2)
@@ -196,17 +197,7 @@ def test_a_compiler_that_fails_is_told_and_does_without(call, tiny_checkpoint, m
 
 
 def test_what_cannot_be_compiled_is_refused(call):
-    model = [
-        "-",
-        "--dataset",
-        "digits",
-        "--n_layers",
-        1,
-        "--n_heads",
-        1,
-        "--attention_type",
-        "full",
-    ]
+    model = ["-", "--dataset", "digits", *TINY, "--attention_type", "full"]
     result = call("prediction.py", *model, "--recurrent", "--device", "cpu", "--compile")
     assert result.status == 2
     assert "--compile" in result.err
