@@ -33,10 +33,10 @@ test: .venv/installed-test
 reference: .venv/installed-reference
 
 benchmark-sampling: reference
-	$(BIN)/python benchmarks/sampling.py
+	$(BIN)/python -m benchmarks.sampling
 
 benchmark-training: reference
-	$(BIN)/python benchmarks/training.py
+	$(BIN)/python -m benchmarks.training
 
 clean:
 	rm -rf .venv demo
@@ -51,6 +51,6 @@ clean:
 	$(PIP) -r requirements-test.txt
 	touch $@
 
-.venv/installed-reference: .venv/installed install-reference.sh
-	sh install-reference.sh $(BIN)/python
+.venv/installed-reference: .venv/installed reference/install.sh
+	sh reference/install.sh $(BIN)/python
 	touch $@

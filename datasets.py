@@ -1,6 +1,5 @@
 """Every data set as one uint8 tensor of shape (images, bytes), with the shape of an image."""
 
-import os
 import warnings
 from dataclasses import dataclass
 from functools import lru_cache
@@ -11,7 +10,9 @@ import torch
 
 from utils import UserError
 
-NAMES = ("mnist", "fashion-mnist", "cifar10", "imagenet64", "digits")
+NAMES = ("mnist", "fashion-mnist", "cifar10", "imagenet64", "mnist-10k", "digits")
+EMBEDDED = Path(__file__).parent / "digits"
+MNIST_10K = EMBEDDED / "mnist-10k.npz"
 
 
 @dataclass(frozen=True)
@@ -32,9 +33,9 @@ class ImageDataset:
     def batch(self, iteration, batch_size, seed):
         """The images (batch_size, bytes) of a training iteration, counted from 0.
 
-        A function of its arguments alone: batches are cut from an endless sequence of
-        permutations, one an epoch, each drawn from (seed, epoch). That is what makes a
-        restart go on exactly where the run stopped. Without a seed the order is the file's.
+        A function of its arguments alone, so a restart continues exactly where the run stopped:
+        batches are consecutive parts of an endless sequence of permutations, one per epoch, each
+        drawn from (seed, epoch). Without a seed the order is the file's.
         """
         n = len(self)
         positions = np.arange(iteration * batch_size, (iteration + 1) * batch_size)
@@ -47,7 +48,7 @@ class ImageDataset:
 
 @lru_cache(maxsize=2)
 def permutation(seed, epoch, n):
-    """The order of n images in an epoch; as they are where the seed is None."""
+    """The order of n images in an epoch; the file's order if the seed is None."""
     if seed is None:
         return np.arange(n)
     return np.random.default_rng((seed, int(epoch))).permutation(n)
@@ -56,11 +57,13 @@ def permutation(seed, epoch, n):
 def load(name, directory, train):
     """The training or test images of the data set `name`, one of NAMES or a folder's path.
 
-    Sets that torchvision knows are downloaded to `directory` where they are not there yet.
-    Raises `UserError` for what is missing, damaged or of a wrong shape, naming the file.
+    Data sets of torchvision are downloaded to `directory` if they are not there yet. Raises
+    `UserError`, naming the file, for what is missing, damaged or of a wrong shape.
     """
     if name in TORCHVISION:
         images = load_torchvision(name, directory, train)
+    elif name == "mnist-10k":
+        images = torch.from_numpy(np.load(MNIST_10K)["train" if train else "test"])
     elif name == "digits":
         images = load_digits(train)
     elif name == "imagenet64":
@@ -71,10 +74,10 @@ def load(name, directory, train):
     return ImageDataset(name, images.flatten(1), tuple(images.shape[1:]))
 
 
-def load_for(args, checkpoint, train):
-    """The training or test images that the flags and a checkpoint ({} for none) agree on."""
-    stored = checkpoint.get("dataset", {})
-    dataset = load(choose_name(args.dataset, stored.get("name")), args.dataset_directory, train)
+def load_matching(name, directory, train, stored):
+    """The training or test images of the data set `name`, which must fit what a checkpoint has
+    `stored` of its own ({} for none); by default that one, else mnist."""
+    dataset = load(choose_name(name, stored.get("name")), directory, train)
     shape = tuple(stored.get("image_shape", dataset.image_shape))
     if dataset.image_shape != shape:
         raise UserError(
@@ -84,9 +87,9 @@ def load_for(args, checkpoint, train):
     return dataset
 
 
-def load_both(args, checkpoint):
-    """The training and the test images, of one shape, that `load_for` finds."""
-    train, test = (load_for(args, checkpoint, split) for split in (True, False))
+def load_both(name, directory, stored):
+    """The training and the test images, of one shape, that `load_matching` finds."""
+    train, test = (load_matching(name, directory, split, stored) for split in (True, False))
     if train.image_shape != test.image_shape:
         raise UserError(
             f"--dataset {train.name} has training images of {describe(train.image_shape)} and "
@@ -97,7 +100,7 @@ def load_both(args, checkpoint):
 
 def choose_name(given, stored):
     """The name or, for a folder, the absolute path of the data set that was given, else of the
-    stored one, else mnist. A folder may have moved, but a name cannot change."""
+    stored one, else mnist. A folder may have moved; a name may not change."""
     if given and given not in NAMES and not Path(given).is_dir():
         raise UserError(f"--dataset {given} is neither a folder nor one of {', '.join(NAMES)}")
     if given and stored and given != stored and (given in NAMES or stored in NAMES):
@@ -120,7 +123,7 @@ TORCHVISION = {
 
 
 def load_torchvision(name, directory, train):
-    import torchvision.datasets  # takes seconds, and only these sets need it
+    import torchvision.datasets  # imports for seconds, and only these data sets need it
 
     class_name, folder, files = TORCHVISION[name]
     dataset_class = getattr(torchvision.datasets, class_name)
@@ -129,7 +132,7 @@ def load_torchvision(name, directory, train):
         return torch.as_tensor(dataset_class(directory, train=train, download=True).data)
     except Exception as error:  # torchvision raises many kinds for damaged files and downloads
         reason = " ".join(str(error).split()) or type(error).__name__
-        if dataset_is_there(dataset_class, directory):
+        if is_downloaded(dataset_class, directory):
             raise UserError(
                 f"{folder} cannot be read ({reason}): delete {files[train]} there "
                 "to download them again"
@@ -144,8 +147,8 @@ def load_torchvision(name, directory, train):
         ) from None
 
 
-def dataset_is_there(dataset_class, directory):
-    """Whether torchvision finds all files, and so would not download."""
+def is_downloaded(dataset_class, directory):
+    """Whether torchvision finds all files and so would not download them."""
     try:
         dataset_class(directory, download=False)
     except RuntimeError as error:
@@ -156,11 +159,11 @@ def dataset_is_there(dataset_class, directory):
 
 
 def damaged_file(dataset_class, folder):
-    """The first file of CIFAR-10 that has another sum than torchvision knows, or None."""
+    """The first file of CIFAR-10 whose checksum differs from torchvision's, or None."""
     from torchvision.datasets.utils import check_integrity
 
     if not hasattr(dataset_class, "train_list"):
-        return None  # the sums of MNIST's are of the compressed files
+        return None  # for MNIST, torchvision has checksums of the compressed files only
     for name, md5 in dataset_class.train_list + dataset_class.test_list:
         if (folder / name).exists() and not check_integrity(folder / name, md5):
             return folder / name
@@ -176,9 +179,14 @@ def addresses(dataset_class):
 
 def load_digits(train):
     """1,797 handwritten digits of 8x8, embedded here; every sixth is a test image."""
-    images = np.load(Path(__file__).parent / "digits" / "digits.npz")["images"]
+    images = np.load(EMBEDDED / "digits.npz")["images"]
     test = np.arange(len(images)) % 6 == 0
     return torch.from_numpy(images[~test if train else test])
+
+
+def mnist_10k_labels():
+    """The labels (10000,), int64, of the training images of mnist-10k."""
+    return torch.from_numpy(np.load(MNIST_10K)["train_labels"]).long()
 
 
 def load_folder(folder, split):
@@ -264,21 +272,3 @@ def read_image(path):
 
 def describe(shape):
     return "x".join(map(str, shape))
-
-
-def add_dataset_arguments(parser):
-    group = parser.add_argument_group("data")
-    group.add_argument(
-        "--dataset",
-        metavar="NAME|FOLDER",
-        help=f"{', '.join(NAMES)}, or a folder with train.npy and test.npy or with train/ and "
-        "test/ holding image files (default: the checkpoint's, else mnist)",
-    )
-    group.add_argument(
-        "--dataset_directory",
-        metavar="FOLDER",
-        default=os.getenv("DATASET_DIRECTORY", "./data"),
-        help="where data sets are, or are downloaded to "
-        "the variable DATASET_DIRECTORY sets the default",
-    )
-    return group

@@ -3,170 +3,213 @@
 python main.py --dataset mnist --n_layers 8 --n_heads 8 --save_to weights.{}.pth
 """
 
-from pathlib import Path
-
 import torch
 
-import checkpoints
 import datasets
-import distributed
+from cli import training_flags
+from cli.flags import model_fields
+from cli.process import YIELDED, StopSignals, run
 from models import ModelConfig
-from reporting import Metrics, TrainingLog, say, warn
-from training import (
-    Nats,
-    compile_model,
+from runs import building, checkpoints, distributed, restoring
+from runs.reporting import Metrics, TrainingLog
+from runs.training import (
+    NegativeLogLikelihood,
     evaluate,
     make_optimizer,
     non_finite_parameter,
     train_step,
 )
 from utils import (
-    YIELDED,
-    ArgumentParser,
-    StopSignals,
     UserError,
-    add_machine_arguments,
-    add_model_arguments,
-    build_model,
     check_memory,
-    check_precision,
-    check_writable,
-    model_fields,
-    number,
-    positive_int,
-    run,
+    say,
     select_device,
+    select_precision,
     to_device,
+    warn,
 )
 
 
 def main(argv=None):
-    args = parse_arguments(argv)
+    args = training_flags.parse(argv)
     device = select_device(args.device)
-    check_precision(args, device)
-    with distributed.joined(device):
+    with distributed.process_group(device):
         return train(args, device)
 
 
 def train(args, device):
-    if args.batch_size % distributed.world():
-        raise UserError(
-            f"--batch_size {args.batch_size} is shared by {distributed.world()} processes: "
-            "give a multiple of that"
-        )
-    checkpoint = load_checkpoint(args)
-    stored = checkpoints.stored_config(checkpoint, args.continue_from, args.n_heads, args.d_query)
-    fields = model_fields(args, stored)
-    seed = choose("seed", args.seed, checkpoint, default=0)
-    args.optimizer = choose("optimizer", args.optimizer, checkpoint, default="radam")
-    with distributed.first_process_first():
-        training, test = datasets.load_both(args, checkpoint)
-    config = ModelConfig(length=training.images.shape[1], **fields)
-    check_memory(least_memory(config, args), device)
-    order = None if args.no_shuffle else seed
-
-    torch.manual_seed(seed)
-    model = build_model(config, device, args)
-    start = checkpoint.get("iteration", 0)
-    distributed.check_agreement("the iteration to go on from", start)
-    if checkpoint:
-        checkpoints.load_model_state(model, checkpoint, args.continue_from)
-    optimizer = make_optimizer(model, args, checkpoint)
-    compile_model(model, args, device)
-    # The reformer's keys are its queries: one of its projections never gets a gradient.
-    nats = distributed.parallel(Nats(model), device, config.attention_type == "reformer")
-    counts = checkpoint.get("first_byte_counts")
-    counts = training.first_byte_counts() if counts is None else counts
-    metrics = Metrics(args.metrics_file, args.log_dir)
-    describe(model, training, test, device, args)
-
-    def evaluate_at(iteration, stop):
-        with log.paused():
-            bits = evaluate(model, test.images[: args.evaluate_images], counts, args, device, stop)
-        if bits:
-            report_test(iteration, *bits, metrics, log.seconds)
-
-    def save_at(iteration, last=False):
-        state = {
-            "model_state": model.state_dict(),
-            "optimizer_state": checkpoints.optimizer_state(optimizer),
-            "iteration": iteration,
-            "config": vars(config),
-            "dataset": {"name": training.name, "image_shape": list(training.image_shape)},
-            "first_byte_counts": counts,
-            "seed": seed,
-            "optimizer": args.optimizer,
-        }
-        if name := non_finite_parameter(model):
-            raise UserError(f"iteration {iteration}: the parameter {name} is not finite: not saved")
-        with log.paused():
-            if distributed.rank() == 0:
-                save(state, args, last)
-
-    log = TrainingLog(args, start, metrics)
+    """The story of a run; returns its exit status."""
+    trainer = Trainer(args, device)
+    start, log = trainer.start, trainer.log
     with StopSignals() as stop, log:
         if args.evaluate_only or start >= args.iterations:
             say(f"no more iterations to train: evaluating iteration {start}")
-            evaluate_at(start, stop)
+            trainer.evaluate(start, stop)
             return stop.exit_status
-        model.train()
         for iteration in range(start + 1, args.iterations + 1):
-            images = training.batch(iteration - 1, args.batch_size * args.accumulate, order)
-            loss = train_step(nats, optimizer, to_device(images, device), seed, iteration, args)
-            log.step(iteration, loss)
+            loss = trainer.step(iteration)
+            log.step(iteration, loss, args.lr)
 
             finished = iteration == args.iterations
             stopping = iteration - start == args.yield_frequency or distributed.any_of(stop)
             stopping = stopping and not finished
             if iteration % args.save_frequency == 0 or finished or stopping:
                 log.write()
-                save_at(iteration, last=finished or stopping)
+                trainer.save(iteration, last=finished or stopping)
             if stopping:
                 say(f"stopped at iteration {iteration} by {stop.name or '--yield_frequency'}")
                 return stop.exit_status or YIELDED
             if iteration % args.evaluate_frequency == 0 or finished:
-                evaluate_at(iteration, stop)
+                trainer.evaluate(iteration, stop)
     return stop.exit_status
 
 
-def report_test(iteration, bits, bits_all_bytes, metrics, seconds):
-    say(f"iteration {iteration}: test {bits:.4f} bits/dim ({bits_all_bytes:.4f} over all bytes)")
-    metrics.write(
-        "test",
-        iteration,
-        bits_per_dim=bits,
-        bits_per_dim_all_bytes=bits_all_bytes,
-        seconds=seconds,
-    )
+class Trainer:
+    """The data, model, optimiser and log of a run that starts or continues."""
+
+    def __init__(self, args, device):
+        self.args, self.device = args, device
+        self.precision = select_precision(args.precision, device)
+        check_batch_size(args)
+        checkpoint, path = load_checkpoint(args)
+        stored = restoring.stored_config(checkpoint, path, args.n_heads, args.d_query)
+        fields = model_fields(args, stored)
+        self.seed = choose("seed", args.seed, checkpoint, default=0)
+        self.optimizer_name = choose("optimizer", args.optimizer, checkpoint, default="radam")
+        self.start = checkpoint.get("iteration", 0)
+        distributed.check_agreement("the iteration to continue from", self.start)
+        warn_about_threads(checkpoint, device)
+
+        self.training, self.test = load_data(args, checkpoint)
+        self.counts = checkpoint.get("first_byte_counts")
+        if self.counts is None:
+            self.counts = self.training.first_byte_counts()
+        config = ModelConfig(length=self.training.images.shape[1], **fields)
+        self.model = build_model(config, args, self.precision, device, self.seed, checkpoint, path)
+        self.optimizer = make_optimizer(self.model, self.optimizer_name, args.lr, args.weight_decay)
+        restoring.load_optimizer_state(self.optimizer, checkpoint, path)
+        self.nll = parallel_nll(self.model, args, device)
+
+        self.images_per_iteration = args.batch_size * args.accumulate
+        self.metrics = Metrics(args.metrics_file, args.log_dir)
+        self.log = TrainingLog(
+            self.metrics,
+            self.start,
+            args.iterations,
+            images_per_iteration=self.images_per_iteration,
+            frequency=args.log_frequency,
+        )
+        self.describe()
+
+    def step(self, iteration):
+        """Train on the images of an iteration; returns the loss in nats per byte."""
+        self.model.train()
+        order = None if self.args.no_shuffle else self.seed
+        images = self.training.batch(iteration - 1, self.images_per_iteration, order)
+        return train_step(
+            self.nll,
+            self.optimizer,
+            to_device(images, self.device),
+            seed=self.seed,
+            iteration=iteration,
+            accumulate=self.args.accumulate,
+            precision=self.precision,
+            clip_norm=self.args.clip_norm,
+        )
+
+    def evaluate(self, iteration, stop):
+        """Report the test bits/dim, unless a signal stops it."""
+        with self.log.paused():
+            bits = evaluate(
+                self.nll,
+                self.test.images[: self.args.evaluate_images],
+                self.counts,
+                batch_size=self.args.batch_size,
+                precision=self.precision,
+                device=self.device,
+                stop=stop,
+            )
+        if bits:
+            paper, all_bytes = bits
+            say(
+                f"iteration {iteration}: test {paper:.4f} bits/dim ({all_bytes:.4f} over all bytes)"
+            )
+            values = {"bits_per_dim": paper, "bits_per_dim_all_bytes": all_bytes}
+            self.metrics.write("test", iteration, **values, seconds=self.log.seconds)
+
+    def save(self, iteration, last):
+        """Save a checkpoint if --save_to was given. A failure is a warning unless it is the
+        `last` chance."""
+        if name := non_finite_parameter(self.model):
+            raise UserError(f"iteration {iteration}: the parameter {name} is not finite: not saved")
+        if not self.args.save_to or distributed.rank() > 0:
+            return
+        with self.log.paused():
+            try:
+                path = checkpoints.save(
+                    self.args.save_to, self.state(iteration), self.args.keep_checkpoints
+                )
+            except OSError as error:
+                problem = f"{self.args.save_to} cannot be written at iteration {iteration}: "
+                problem += error.strerror or str(error)
+                if last:
+                    raise UserError(f"{problem}; the previous checkpoint is intact") from None
+                warn(f"{problem}; trying again in {self.args.save_frequency} iterations")
+            else:
+                say(f"iteration {iteration}: saved {path}")
+
+    def state(self, iteration):
+        """The entries of a checkpoint."""
+        training = self.training
+        return {
+            "model_state": self.model.state_dict(),
+            "optimizer_state": restoring.optimizer_state(self.optimizer),
+            "iteration": iteration,
+            "config": vars(self.model.config),
+            "dataset": {"name": training.name, "image_shape": list(training.image_shape)},
+            "first_byte_counts": self.counts,
+            "seed": self.seed,
+            "optimizer": self.optimizer_name,
+            "threads": torch.get_num_threads(),
+        }
+
+    def describe(self):
+        """What is about to happen, in three lines."""
+        config, training = self.model.config, self.training
+        parameters = sum(p.numel() for p in self.model.parameters()) / 1e6
+        say(
+            f"model: {config.attention_type}, {config.n_layers} layers, {config.n_heads} heads of "
+            f"{config.d_query}, {config.mixtures} mixtures, {parameters:.2f} M parameters"
+        )
+        say(
+            f"data: {training.name}, {len(training)} training and {len(self.test)} test images of "
+            f"{datasets.describe(training.image_shape)}"
+        )
+        threads = f" ({torch.get_num_threads()} threads)" if self.device.type == "cpu" else ""
+        say(f"machine: {self.device}{threads}, {self.precision}")
+        if not (self.args.save_to or self.args.evaluate_only):
+            warn("without --save_to the trained weights are not kept")
 
 
-def least_memory(config, args):
-    """Bytes that training takes for certain: weights, gradients and moments; ten values of two
-    bytes a channel, layer and byte of the images at a time; the images of an iteration. An
-    evaluation keeps one layer."""
-    layers = 1 if args.evaluate_only else config.n_layers
-    activations = 20 * layers * config.d_model * args.batch_size // distributed.world()
-    batch = args.batch_size * args.accumulate
-    return 16 * config.n_parameters + config.length * (activations + batch)
+def check_batch_size(args):
+    processes = distributed.world_size()
+    if args.batch_size % processes:
+        raise UserError(
+            f"--batch_size {args.batch_size} is shared by {processes} processes: "
+            "give a multiple of that"
+        )
 
 
 def load_checkpoint(args):
-    """The checkpoint to go on from, or {} where the run begins from scratch."""
+    """The checkpoint to continue from and its path, or ({}, None) for a run from scratch."""
     if not args.continue_from:
-        return {}
-    checkpoint, path = checkpoints.load_newest(args.continue_from)
-    if checkpoint is None and args.evaluate_only:
-        raise UserError(f"--evaluate_only: no file matches {args.continue_from}: check the path")
-    if checkpoint is None:
-        say(f"no file matches {args.continue_from}: starting from scratch")
-        return {}
-    say(f"continuing from {path}, iteration {checkpoint['iteration']}")
-    args.continue_from = path
-    return checkpoint
+        return {}, None
+    return checkpoints.load_newest(args.continue_from, or_none=not args.evaluate_only)
 
 
 def choose(flag, given, checkpoint, default):
-    """What the checkpoint's run was started with, else what was given, else the default."""
+    """The value of a flag that stays the same through a run: the checkpoint's, else what was
+    given, else the default."""
     stored = checkpoint.get(flag)
     if None not in (given, stored) and given != stored:
         raise UserError(
@@ -176,167 +219,51 @@ def choose(flag, given, checkpoint, default):
     return next(value for value in (stored, given, default) if value is not None)
 
 
-def save(state, args, last):
-    """Save if --save_to was given. A failed save is a warning while another one will follow."""
-    if not args.save_to:
-        return
-    try:
-        path = checkpoints.save(args.save_to, state, args.keep_checkpoints)
-    except OSError as error:
-        problem = f"{args.save_to} cannot be written at iteration {state['iteration']}: "
-        problem += error.strerror or str(error)
-        if last:
-            raise UserError(f"{problem}; the previous checkpoint is whole") from None
-        warn(f"{problem}; trying again in {args.save_frequency} iterations")
-    else:
-        say(f"iteration {state['iteration']}: saved {path}")
+def warn_about_threads(checkpoint, device):
+    """Another number of threads adds in another order, so results agree only up to rounding."""
+    threads = torch.get_num_threads()
+    stored = checkpoint.get("threads", threads)
+    if device.type == "cpu" and stored != threads:
+        warn(
+            f"this run used {stored} CPU threads and continues with {threads}: its numbers will "
+            "differ in the last digits from those of an uninterrupted run"
+        )
 
 
-def describe(model, train, test, device, args):
-    """What is about to happen, in three lines."""
-    config = model.config
-    parameters = sum(p.numel() for p in model.parameters()) / 1e6
-    say(
-        f"model: {config.attention_type}, {config.n_layers} layers, {config.n_heads} heads of "
-        f"{config.d_query}, {config.mixtures} mixtures, {parameters:.2f} M parameters"
-    )
-    say(
-        f"data: {train.name}, {len(train)} training and {len(test)} test images of "
-        f"{datasets.describe(train.image_shape)}"
-    )
-    say(f"machine: {device}, {args.precision}")
-    if not (args.save_to or args.evaluate_only):
-        warn("without --save_to the trained weights are not kept")
+def load_data(args, checkpoint):
+    """The training and the test images."""
+    with distributed.first_process_first():
+        return datasets.load_both(
+            args.dataset, args.dataset_directory, checkpoint.get("dataset", {})
+        )
 
 
-def parse_arguments(argv):
-    parser = ArgumentParser(
-        description="Train a transformer on the bytes of images. The same command starts a run "
-        "and, with --continue_from, goes on with it. Ctrl-C saves and leaves.",
-    )
-    datasets.add_dataset_arguments(parser).add_argument(
-        "--evaluate_images",
-        type=positive_int,
-        metavar="N",
-        help="evaluate on the first N test images only (default: all)",
-    )
-    add_model_arguments(parser)
-
-    group = parser.add_argument_group("optimisation")
-    group.add_argument(
-        "--optimizer",
-        choices=["radam", "adam"],
-        help="algorithm (default: radam, or the checkpoint's)",
-    )
-    group.add_argument(
-        "--lr", type=number(float, 0, above=True), default=1e-4, metavar="X", help="learning rate"
-    )
-    group.add_argument(
-        "--weight_decay",
-        type=number(float, 0),
-        default=0.01,
-        metavar="X",
-        help="decoupled from the gradient",
-    )
-    group.add_argument(
-        "--clip_norm",
-        type=number(float, 0),
-        default=1.0,
-        metavar="X",
-        help="clip the norm of the whole gradient at X, 0 for never",
-    )
-    group.add_argument(
-        "--batch_size",
-        type=positive_int,
-        default=4,
-        metavar="N",
-        help="images at a time, shared by the processes of torchrun",
-    )
-    group.add_argument(
-        "--accumulate",
-        type=positive_int,
-        default=1,
-        metavar="N",
-        help="take N such batches an iteration: the same as a batch N times as large",
-    )
-    group.add_argument(
-        "--no_shuffle", action="store_true", help="take the images in their order, as the original"
-    )
-    group.add_argument(
-        "--iterations", type=positive_int, default=100, metavar="N", help="of the whole run"
-    )
-    group.add_argument(
-        "--seed",
-        type=number(int, 0, 2**63 - 1),
-        metavar="N",
-        help="of the initial weights, the order of images and dropout (default: 0, or the "
-        "checkpoint's)",
+def build_model(config, args, precision, device, seed, checkpoint, path):
+    """The model to train, with the checkpoint's weights if there is one."""
+    needed = building.training_memory(config, args.batch_size, args.accumulate, args.evaluate_only)
+    check_memory(needed, device)
+    building.check_backend(args.backend, config, device, precision, args.compile)
+    ops = None
+    if args.backend == "native":
+        ops = building.choose_ops(config, device, args.compile, "training")
+    return building.build_model(
+        config,
+        device,
+        backend=args.backend,
+        ops=ops,
+        seed=seed,
+        checkpoint=checkpoint,
+        path=path,
     )
 
-    group = parser.add_argument_group("checkpoints and evaluation")
-    group.add_argument(
-        "--save_to",
-        metavar="PATTERN",
-        help="where to save; {} becomes the iteration, as in weights.{}.pth",
-    )
-    group.add_argument(
-        "--continue_from",
-        metavar="PATTERN",
-        help="go on from a checkpoint, or from the newest of a pattern; from scratch where "
-        "none matches the pattern",
-    )
-    frequency = {"type": positive_int, "metavar": "N"}
-    group.add_argument(
-        "--save_frequency",
-        default=3000,
-        help="save every N iterations, and at the end",
-        **frequency,
-    )
-    group.add_argument(
-        "--keep_checkpoints", help="keep only the newest N of --save_to (default: all)", **frequency
-    )
-    group.add_argument(
-        "--evaluate_frequency",
-        default=3000,
-        help="evaluate on the test images every N iterations, and at the end",
-        **frequency,
-    )
-    group.add_argument(
-        "--yield_frequency",
-        default=10**9,
-        help=f"save and leave with status {YIELDED} after N iterations, for a queue that starts "
-        "the job again",
-        **frequency,
-    )
-    group.add_argument(
-        "--evaluate_only",
-        action="store_true",
-        help="print the test bits/dim of --continue_from and leave",
-    )
 
-    group = parser.add_argument_group("logging")
-    group.add_argument(
-        "--log_frequency",
-        default=100,
-        help="a line or a record every N iterations, their mean",
-        **frequency,
-    )
-    group.add_argument("--metrics_file", metavar="FILE", help="append records as JSON lines")
-    group.add_argument("--log_dir", metavar="FOLDER", help="write TensorBoard events")
-
-    add_machine_arguments(parser, "some seconds on a processor, and the default; else minutes")
-    args = parser.parse_args(argv)
-    if args.evaluate_only and not args.continue_from:
-        raise UserError("--evaluate_only needs --continue_from: give the checkpoint to evaluate")
-    if args.save_to:
-        check_writable(checkpoints.format_path(args.save_to, 0), "--save_to")
-    if args.metrics_file:
-        check_writable(args.metrics_file, "--metrics_file")
-    if args.log_dir:
-        check_writable(Path(args.log_dir) / "events", "--log_dir")
-    if args.keep_checkpoints and not checkpoints.is_pattern(args.save_to or ""):
-        raise UserError("--keep_checkpoints needs a --save_to with {}, as in weights.{}.pth")
-    return args
+def parallel_nll(model, args, device):
+    """The loss, compiled by torch.compile if asked for on a GPU, over all processes."""
+    nll = NegativeLogLikelihood(model)
+    if args.compile and device.type != "cpu":
+        nll.compile()
+    # The reformer's keys are its queries: one of its projections never gets a gradient.
+    return distributed.parallel(nll, device, model.config.attention_type == "reformer")
 
 
 if __name__ == "__main__":

@@ -1,27 +1,30 @@
 """The image transformer: bytes in, a mixture of logistics over the next byte out.
 
-Sizes: N images, L positions (the bytes of an image, at most), H heads, D = H * d_query the
-model size, K mixture components.
+Sizes: N images, L positions (the bytes of an image, at most), H heads, D = H * d_query channels,
+K mixture components.
 """
 
 from dataclasses import dataclass
 
 import torch
 from torch import nn
-from torch.nn.functional import relu
 
-import mixture
-from attention import LinearAttention, SoftmaxAttention
-from dropout import Dropout, DropoutNoise, draw_keys
+from layers import mixture
+from layers.attention import LinearAttention, SoftmaxAttention
+from layers.dropout import Dropout, DropoutNoise, draw_keys
+from layers.ops import PlainOps
 
-# Positions that go through the layers at once where no gradient is needed: bounds the memory of
-# long prefixes, and keeps every tensor small enough for the allocator to use its memory again.
+# How many positions go through the layers at once where no gradient is needed: this bounds the
+# memory of long prefixes and keeps every tensor small enough for its memory to be reused.
 POSITIONS_AT_ONCE = 2**12
+NATIVE_ATTENTIONS = ["causal-linear", "full"]
+# The others are those of pytorch-fast-transformers, in reference/.
+ATTENTIONS = [*NATIVE_ATTENTIONS, "reformer", "exact-topk", "local"]
 
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """All that defines the model; stored in every checkpoint. The defaults live here alone."""
+    """Everything that defines the model; stored in every checkpoint. The defaults are only here."""
 
     length: int  # bytes of an image
     attention_type: str = "causal-linear"
@@ -49,37 +52,37 @@ class ModelConfig:
 
 
 class PositionalEncoding(nn.Module):
-    """Appends fixed sinusoids of the position to the embedded bytes ("Attention is all you need",
-    section 3.5; here concatenated, not added)."""
+    """Concatenates fixed sinusoids of the position to the embedded bytes ("Attention is all you
+    need", section 3.5, adds them instead)."""
 
     def __init__(self, size, length):
         super().__init__()
         position = torch.arange(length, dtype=torch.float64)[:, None]
         frequency = 10000 ** (-torch.arange(0, size, 2, dtype=torch.float64) / size)
         angles = position * frequency  # (L, size / 2)
-        # Sine on the even, cosine on the odd channels.
+        # Sine on the even channels, cosine on the odd ones.
         table = torch.stack([angles.sin(), angles.cos()], dim=-1).view(length, size)
         self.register_buffer("pe", table.float()[None])
 
     def forward(self, x, position):
-        """(N, L, D/2) whose first byte is number `position` of the image -> (N, L, D)."""
+        """(N, L, D/2), whose first byte is at `position` of the image -> (N, L, D)."""
         rows = self.pe[:, position + torch.arange(x.shape[1], device=x.device)]
         return torch.cat([x, rows.expand_as(x)], dim=-1)
 
 
 class AttentionLayer(nn.Module):
-    """Projections to H heads, causal attention, and back."""
+    """Multi-head causal attention with its projections."""
 
-    def __init__(self, config):
+    def __init__(self, config, ops):
         super().__init__()
         D = config.d_model
-        self.n_heads = config.n_heads
+        self.ops, self.n_heads = ops, config.n_heads
         self.query_projection = nn.Linear(D, D)
         self.key_projection = nn.Linear(D, D)
         self.value_projection = nn.Linear(D, D)
         self.out_projection = nn.Linear(D, D)
         if config.attention_type == "causal-linear":
-            self.attend = LinearAttention()
+            self.attend = LinearAttention(ops)
         else:
             self.attend = SoftmaxAttention(config.softmax_temp, config.attention_dropout)
 
@@ -88,50 +91,39 @@ class AttentionLayer(nn.Module):
         return self.query_projection, self.key_projection, self.value_projection
 
     def forward(self, x, state):
-        heads = [project(x).unflatten(-1, (self.n_heads, -1)) for project in self.projections]
-        outputs = self.attend(*heads, state)  # queries, keys, values (N, L, H, E)
-        return self.out_projection(outputs.flatten(-2))  # (N, L, D)
-
-
-class ResidualNorm(nn.LayerNorm):
-    """Layer norm of a residual sum."""
-
-    def forward(self, x, y):
-        return super().forward(x + y)
-
-
-class LinearRelu(nn.Linear):
-    """max(0, Wx + b)"""
-
-    def forward(self, x):
-        return relu(super().forward(x), inplace=not torch.is_grad_enabled())
+        qkv = self.ops.linear(x, *self.projections)  # (N, L, 3D)
+        outputs = self.attend(qkv.unflatten(-1, (3, self.n_heads, -1)), state)  # (N, L, H, E)
+        return self.ops.linear(outputs.flatten(-2), self.out_projection)  # (N, L, D)
 
 
 class EncoderLayer(nn.Module):
-    """Attention, then a feed-forward network of width 4D; the norm follows each residual sum."""
+    """Attention, then a feed-forward network of width 4D, each followed by a residual sum and a
+    layer norm."""
 
-    def __init__(self, config, noise):
+    def __init__(self, config, noise, ops):
         super().__init__()
         D = config.d_model
-        self.attention = AttentionLayer(config)
-        self.linear1 = LinearRelu(D, 4 * D)
+        self.ops = ops
+        self.attention = AttentionLayer(config, ops)
+        self.linear1 = nn.Linear(D, 4 * D)
         self.linear2 = nn.Linear(4 * D, D)
-        self.norm1 = ResidualNorm(D)
-        self.norm2 = ResidualNorm(D)
-        self.dropout = Dropout(config.dropout, noise)
+        self.norm1 = nn.LayerNorm(D)
+        self.norm2 = nn.LayerNorm(D)
+        self.dropout = Dropout(config.dropout, noise, ops)
 
     def forward(self, x, state):
-        x = self.norm1(x, self.dropout(self.attention(x, state)))
-        y = self.dropout(self.linear1(x))
-        return self.norm2(x, self.dropout(self.linear2(y)))
+        x = self.ops.add_norm(x, self.dropout(self.attention(x, state)), self.norm1)
+        y = self.dropout(self.ops.linear(x, self.linear1, activation="relu"))  # (N, L, 4D)
+        return self.ops.add_norm(x, self.dropout(self.ops.linear(y, self.linear2)), self.norm2)
 
 
 class Transformer(nn.Module):
     """The stack of layers and a final norm."""
 
-    def __init__(self, config, noise):
+    def __init__(self, config, noise, ops):
         super().__init__()
-        self.layers = nn.ModuleList(EncoderLayer(config, noise) for _ in range(config.n_layers))
+        layers = (EncoderLayer(config, noise, ops) for _ in range(config.n_layers))
+        self.layers = nn.ModuleList(layers)
         self.norm = nn.LayerNorm(config.d_model)
 
     def forward(self, x, states):
@@ -143,69 +135,74 @@ class Transformer(nn.Module):
 class ImageTransformer(nn.Module):
     """Predicts every byte of an image from the bytes before it.
 
-    The parameters carry the names of the original experiment's checkpoints.
+    The parameters have the names of the original experiment's checkpoints. `ops` computes the
+    layers: `PlainOps`, or the compiled operations of cpu/ops.py.
     """
 
-    def __init__(self, config):
+    def __init__(self, config, ops=None):
         super().__init__()
-        self.config = config
+        self.config, self.ops = config, ops or PlainOps()
         half = config.d_model // 2
-        # The last byte is predicted, never read: L - 1 positions.
+        # The last byte is predicted but never read, hence L - 1 positions.
         self.pos_embedding = PositionalEncoding(half, config.length - 1)
         self.value_embedding = nn.Embedding(256, half)
         self.noise = DropoutNoise()
-        self.transformer = Transformer(config, self.noise)
+        self.transformer = Transformer(config, self.noise, self.ops)
         self.predictor = nn.Linear(config.d_model, 3 * config.mixtures)
 
     def features(self, images, position=0, states=None, keys=None):
         """Last hidden layer (N, L, D) of bytes (N, L) that begin at `position`, an int or a tensor.
 
-        With `states`, a list of one state a layer, the bytes go on where the states stopped,
-        and the states are brought up to date in place. `keys` (N,), int64, decide what dropout
-        drops of each image; without them torch's generator does.
+        With `states`, a list with one state per layer, the bytes continue where the states
+        ended, and the states are updated in place. `keys` (N,), int64, determine what dropout
+        drops of each image; by default they come from torch's generator.
         """
         if self.training:
             self.noise.start(draw_keys(len(images), images.device) if keys is None else keys)
         x = self.pos_embedding(self.value_embedding(images.long()), position)
         return self.transformer(x, states or [None] * self.config.n_layers)
 
+    def predict(self, hidden):
+        """Distribution parameters (..., 3K) from the last hidden layer (..., D)."""
+        return self.ops.linear(hidden, self.predictor)
+
     def forward(self, images, keys=None):
         """Parameters (N, L, 3K) of the distribution of the byte after each of `images` (N, L)."""
-        return self.predictor(self.features(images, keys=keys))
+        return self.predict(self.features(images, keys=keys))
 
-    def nats(self, images, keys=None):
+    def nll(self, images, keys=None):
         """-log p(image | its first byte), (N,), in nats, of whole images (N, length)."""
         return -mixture.log_prob(self(images[:, :-1], keys), images[:, 1:]).sum(-1)
 
-    def predict(self, prefix):
-        """Parameters (N, 3K) of the byte after `prefix` (N, P), P > 0, computed from nothing."""
+    def predict_next(self, prefix):
+        """Parameters (N, 3K) of the byte after `prefix` (N, P), P > 0, without any state."""
         parts = prefix.split(max(1, POSITIONS_AT_ONCE // prefix.shape[1]))
-        return torch.cat([self.predictor(self.features(part)[:, -1]) for part in parts])
+        return torch.cat([self.predict(self.features(part)[:, -1]) for part in parts])
 
     def prefill(self, prefix):
-        """As `predict`, and the states after the prefix, for `step`."""
+        """As `predict_next`, and the states after the prefix, for `step`."""
         states = self.empty_states(len(prefix))
         position = 0
         for part in prefix.split(max(1, POSITIONS_AT_ONCE // len(prefix)), dim=1):
             hidden = self.features(part, position, states)
             position += part.shape[1]
-        return self.predictor(hidden[:, -1]), states
+        return self.predict(hidden[:, -1]), states
 
     def step(self, values, position, states):
-        """Read one more byte of each image, (N,), number `position`; updates `states` in place.
+        """Read one more byte of each image, (N,), at `position`; updates `states` in place.
 
-        Returns the parameters (N, 3K) of the byte after it. With `position` a tensor (1,), no
-        number visits the host.
+        Returns the parameters (N, 3K) of the byte after it. With `position` a tensor (1,) there
+        is no device synchronisation.
         """
-        return self.predictor(self.features(values[:, None], position, states)[:, 0])
+        return self.predict(self.features(values[:, None], position, states)[:, 0])
 
     @property
     def has_constant_state(self):
-        """Whether the states are tensors that stay where they are and never grow."""
+        """Whether the states are tensors that keep their addresses and never grow."""
         return self.config.attention_type == "causal-linear"
 
     def empty_states(self, n_images):
-        """One state a layer, of `n_images` images of which nothing was read."""
+        """One state per layer, for `n_images` images of which nothing has been read."""
         config = self.config
         sizes = n_images, config.n_heads, config.d_query, config.length - 1
         return [

@@ -1,4 +1,4 @@
-"""What the benchmarks share: times by turns, the machine's own limits, tables and files."""
+"""What the benchmarks share: interleaved timing, the machine's own limits, tables and files."""
 
 import json
 import platform
@@ -10,8 +10,9 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-import utils
-from models import ImageTransformer, ModelConfig
+from cpu.ops import CompiledOps
+from models import ImageTransformer
+from utils import UserError
 
 # The models of the paper.
 CONFIGS = {
@@ -32,22 +33,30 @@ def add_arguments(parser, batches):
     parser.add_argument("--plot", metavar="FILE", help="write a bar chart")
 
 
-def make_pair(config):
+def make_pair(config, ops=None):
     """Our model and the library's with the same weights, or None where it is not installed."""
     torch.manual_seed(0)
-    ours = ImageTransformer(ModelConfig(**config))
+    ours = ImageTransformer(config, ops)
     try:
-        from reference import ReferenceTransformer
-    except utils.UserError as error:
+        from reference.model import ReferenceTransformer
+    except UserError as error:
         tqdm.write(f"{error}; measuring without it", file=sys.stderr)
         return ours, None
-    theirs = ReferenceTransformer(ours.config)
+    theirs = ReferenceTransformer(config)
     theirs.load_state_dict(ours.state_dict())
     return ours, theirs
 
 
+def compiled_ops(config):
+    """The compiled operations, or None, with a line that says why, where they cannot be built."""
+    try:
+        return CompiledOps(config)
+    except UserError as error:
+        print(f"{error}; measuring without", file=sys.stderr)
+
+
 def timed(run, device):
-    """Seconds of one call, the device's work included."""
+    """Seconds of one call, including the device's work."""
     synchronize(device)
     start = time.perf_counter()
     run()
@@ -60,9 +69,9 @@ def synchronize(device):
         torch.cuda.synchronize(device)
 
 
-def by_turns(candidates, rounds, device):
-    """Median seconds of each of `candidates`, {name: function}, called in turns after a warm-up:
-    what slows the machine down for a while slows all of them down."""
+def interleaved(candidates, rounds, device):
+    """Median seconds of each of `candidates`, {name: function}, called alternately after a
+    warm-up, so that whatever slows the machine for a while slows all of them."""
     for run in candidates.values():
         run()
     times = {name: [] for name in candidates}
@@ -73,7 +82,7 @@ def by_turns(candidates, rounds, device):
 
 
 def matrix_rate(dtype, device):
-    """Floating-point operations a second in a large matrix product, the best of ten."""
+    """Floating-point operations per second of a large matrix product, the best of ten."""
     n = 8192 if device.type == "cuda" else 2048
     a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
     torch.mm(a, b)
@@ -81,15 +90,15 @@ def matrix_rate(dtype, device):
 
 
 def memory_rate(size, device):
-    """Bytes a second, read and written, where `size` bytes are changed in place; what fits into a
-    cache is as fast as the cache."""
+    """Bytes per second, read plus written, when `size` bytes are changed in place; for sizes that
+    fit into a cache, the rate of the cache."""
     x = torch.zeros(max(1, size // 4), device=device)
     x.add_(1)
     return 2 * size / min(timed(lambda: x.add_(1), device) for _ in range(10))
 
 
 def describe_machine(device):
-    """One line: processor or GPU, threads, torch."""
+    """One line: CPU or GPU, threads, torch."""
     name = platform.processor() or platform.machine()
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)

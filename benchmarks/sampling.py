@@ -1,26 +1,28 @@
 """Time of a sampled byte, beside pytorch-fast-transformers and beside what the machine can do.
 
-python benchmarks/sampling.py --json sampling.json --plot sampling.png
+python -m benchmarks.sampling --json sampling.json --plot sampling.png
 """
 
 import argparse
 import os
-import sys
 import tempfile
 from functools import partial
-from pathlib import Path
 
 import torch
 
-sys.path[0] = str(Path(__file__).resolve().parent.parent)
-
-import kernels
 from benchmarks import measure
-from compiling import find_compiler
+from cli.process import keep_freed_memory
+from cpu.build import find_compiler
+from cpu.sampler import CompiledDecoder
 from models import ImageTransformer, ModelConfig
-from recurrence import CompiledRecurrence
-from sampling import WARM_UP_BYTES, image_noise, next_byte, record, sample_batched
-from utils import autocast, keep_freed_memory
+from runs.sampling import (
+    Batch,
+    EagerDecoder,
+    GraphDecoder,
+    image_noise,
+    sample_batched,
+)
+from utils import autocast
 
 # Bytes of one measurement: enough for this many seconds, at least two.
 SECONDS = 0.3
@@ -33,7 +35,7 @@ BATCHED_IMAGES = 4
 def main():
     args = parse_arguments()
     keep_freed_memory()
-    os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp()  # compile anew
+    os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp()  # so that compilation is measured
     device = torch.device(args.device)
     print(measure.describe_machine(device))
     rates = {name: measure.matrix_rate(measure.DTYPES[name], device) for name in args.precisions}
@@ -69,67 +71,70 @@ def label(record):
 
 def measure_config(config, args, rates, device):
     """Records of one model: every sampler at every batch size and precision."""
-    pair = measure.make_pair(measure.CONFIGS[config])
+    pair = measure.make_pair(ModelConfig(**measure.CONFIGS[config]))
     ours, theirs = (model and model.to(device).eval() for model in pair)
-    fast = {}
+    compiled = {}
     if device.type == "cpu" and find_compiler():
-        fast = {precision: CompiledRecurrence(ours, precision) for precision in args.precisions}
+        compiled = {precision: CompiledDecoder(ours, precision) for precision in args.precisions}
     records = []
     for batch in args.batches:
-        runs = {("theirs", "fp32"): loop(theirs, batch, "fp32", device)} if theirs else {}
+        runs = {}
+        if theirs:
+            runs["theirs", "fp32"] = loop(theirs, EagerDecoder(theirs), batch, "fp32", device)
         for precision in args.precisions:
-            if fast:
-                runs["recurrent", precision] = in_compiled(fast[precision], batch)
-            runs["uncompiled", precision] = loop(ours, batch, precision, device)
-        counts = {name: choose_count(run, device) for name, run in runs.items()}
-        runs = {name: partial(run, counts[name]) for name, run in runs.items()}
-        seconds = measure.by_turns(runs, args.rounds, device)
-        ms = {name: 1e3 * seconds[name] / counts[name] for name in runs}
+            if compiled:
+                decoder = compiled[precision]
+                runs["recurrent", precision] = loop(ours, decoder, batch, precision, device)
+            decoder = uncompiled_decoder(ours, device)
+            runs["uncompiled", precision] = loop(ours, decoder, batch, precision, device)
+        ms = milliseconds_per_byte(runs, args.rounds, device)
         their_ms = ms.pop(("theirs", "fp32"), None)
         for (sampler, precision), our_ms in ms.items():
             limit = 1e3 * least_seconds(ours, batch, rates[precision], precision, device)
+            is_compiled = sampler == "recurrent"
             records.append({
                 "config": config, "batch": batch, "precision": precision, "sampler": sampler,
                 "ours_ms_per_byte": our_ms, "theirs_ms_per_byte": their_ms,
                 "ratio": their_ms and their_ms / our_ms,
                 "images_per_second": batch / ours.config.length / our_ms * 1e3,
                 "limit_fraction": limit / our_ms,
-                "compile_s": fast[precision].seconds if sampler == "recurrent" else None,
+                "compile_s": compiled[precision].compile_seconds if is_compiled else None,
             })  # fmt: skip
     return [*records, measure_batched(config, ours, theirs, args.rounds, device)]
 
 
-def new_images(model, batch, device):
-    """Images to fill, their noise and the states before their first byte."""
+def milliseconds_per_byte(runs, rounds, device):
+    """Medians of {name: function that draws so many bytes}, interleaved."""
+    counts = {name: choose_count(run, device) for name, run in runs.items()}
+    runs = {name: partial(run, counts[name]) for name, run in runs.items()}
+    seconds = measure.interleaved(runs, rounds, device)
+    return {name: 1e3 * seconds[name] / counts[name] for name in runs}
+
+
+def new_batch(model, n, device):
+    """Images to fill, from their first byte on."""
     length = model.config.length
-    images = torch.zeros(batch, length, dtype=torch.int64, device=device)
-    noise = image_noise(0, [0], length).expand(batch, -1, -1).contiguous()
-    return images, noise.to(device), model.empty_states(batch)
-
-
-def in_compiled(sampler, batch):
-    """A function that draws so many bytes with a `CompiledRecurrence`."""
-    images, noise, states = new_images(sampler.model, batch, torch.device("cpu"))
-    return lambda count: sampler.run(images, 0, count, noise, states)
-
-
-def loop(model, batch, precision, device):
-    """A function that draws so many bytes as `sample_recurrent` does."""
-    images, noise, states = new_images(model, batch, device)
+    images = torch.zeros(n, length, dtype=torch.int64, device=device)
+    noise = image_noise(0, [0], length).expand(n, -1, -1).contiguous().to(device)
     position = torch.zeros(1, dtype=torch.int64, device=device)
     finite = torch.ones((), dtype=torch.bool, device=device)
-    step = partial(next_byte, model, images, position, noise, states, 1.0, finite)
-    if device.type == "cuda" and model.has_constant_state:
-        with autocast(device, precision):
-            for _ in range(WARM_UP_BYTES):
-                step()
-            step = record(step)
+    return Batch(images, noise, 1.0, position, model.empty_states(n), finite)
+
+
+def uncompiled_decoder(model, device):
+    """What draws the bytes in plain PyTorch."""
+    graph = device.type == "cuda" and model.has_constant_state
+    return (GraphDecoder if graph else EagerDecoder)(model)
+
+
+def loop(model, decoder, n, precision, device):
+    """A function that draws so many bytes of n images from their beginning."""
+    batch = new_batch(model, n, device)
 
     def run(count):
-        position.zero_()
+        batch.position.zero_()
         with autocast(device, precision):
-            for _ in range(count):
-                step()
+            decoder(batch, count)
 
     return run
 
@@ -141,8 +146,8 @@ def choose_count(run, device):
 
 
 def least_seconds(model, batch, rate, precision, device):
-    """A byte's time if nothing but the products or the memory counted: its operations at the
-    measured rate, or its traffic (weights read, states read and written), the longer of both."""
+    """A lower bound of a byte's time: its operations at the measured rate, or its memory traffic
+    (weights read, states read and written), whichever takes longer."""
     weights = [p.numel() for p in model.transformer.parameters() if p.dim() == 2]
     weights = sum(weights) + model.predictor.weight.numel()
     states = 4 * sum(x.numel() for state in model.empty_states(1) for x in state) * batch
@@ -154,16 +159,19 @@ def least_seconds(model, batch, rate, precision, device):
 def measure_batched(config, ours, theirs, rounds, device):
     """The batched sampler's last byte of an image, which recomputes all bytes before it."""
     length = ours.config.length
-    if device.type == "cpu" and find_compiler():
-        kernels.accelerate(ours)
+    if device.type == "cpu":
+        weights = ours.state_dict()
+        ours = ImageTransformer(ours.config, measure.compiled_ops(ours.config)).eval()
+        ours.load_state_dict(weights)
 
     def run(model):
-        images, noise, _ = new_images(ours, BATCHED_IMAGES, device)
-        sample_batched(model, images, length - 1, noise)
+        batch = new_batch(ours, BATCHED_IMAGES, device)
+        sample_batched(model, batch.images, length - 1, batch.noise)
 
     models = {"ours": ours} | ({"theirs": theirs} if theirs else {})
     runs = {name: partial(run, model) for name, model in models.items()}
-    ms = {name: 1e3 * seconds for name, seconds in measure.by_turns(runs, rounds, device).items()}
+    seconds = measure.interleaved(runs, rounds, device)
+    ms = {name: 1e3 * seconds[name] for name in runs}
     return {
         "config": config, "batch": BATCHED_IMAGES, "precision": "fp32",
         "sampler": "batched, last byte", "ours_ms_per_byte": ms["ours"],
@@ -173,7 +181,7 @@ def measure_batched(config, ours, theirs, rounds, device):
 
 
 def measure_lengths(rounds, device):
-    """A byte at the end of images of 784, 3,072 and 12,288 bytes, by turns: with the sums of
+    """A byte at the end of images of 784, 3,072 and 12,288 bytes, interleaved: with the sums of
     linear attention, and with softmax's keys and values of all bytes before it."""
     runs, sizes, counts = {}, {}, {"causal-linear": 500, "full": 20}
     for attention in counts:
@@ -186,7 +194,7 @@ def measure_lengths(rounds, device):
             sizes[attention, length] = sum(
                 x.nbytes for state in held for x in state if torch.is_tensor(x)
             )
-    seconds = measure.by_turns(runs, rounds, device)
+    seconds = measure.interleaved(runs, rounds, device)
     return [
         {
             "config": "mnist", "attention": attention, "length": length, "batch": LENGTH_BATCH,
@@ -200,25 +208,23 @@ def measure_lengths(rounds, device):
 
 
 def at_the_end(model, count, device):
-    """A function that draws the last `count` bytes, and the states it keeps."""
-    images, noise, states = new_images(model, LENGTH_BATCH, device)
-    first = images.shape[1] - 1 - count
-    if model.has_constant_state and device.type == "cpu" and find_compiler():
-        sampler = CompiledRecurrence(model, "fp32")
-        last = images.shape[1] - 1
-        return lambda: sampler.run(images, first, last, noise, states), states
-    position = torch.zeros(1, dtype=torch.int64, device=device)
-    finite = torch.ones((), dtype=torch.bool, device=device)
+    """A function that draws the last `count` bytes of images, and the states it keeps."""
+    batch = new_batch(model, LENGTH_BATCH, device)
+    first = batch.images.shape[1] - 1 - count
+    constant = model.has_constant_state
+    if constant and device.type == "cpu" and find_compiler():
+        decoder = CompiledDecoder(model, "fp32")
+    else:
+        decoder = uncompiled_decoder(model, device)
 
     def run():
-        position.fill_(first)
-        for state in states:
-            if not model.has_constant_state:
-                state.length = first  # as if the bytes before had been read
-        for _ in range(count):
-            next_byte(model, images, position, noise, states, 1.0, finite)
+        batch.position.fill_(first)
+        if not constant:
+            for cache in batch.states:
+                cache.length = first  # as if the bytes before had been read
+        decoder(batch, count)
 
-    return run, states
+    return run, batch.states
 
 
 def parse_arguments():

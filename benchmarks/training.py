@@ -1,26 +1,24 @@
 """Time and memory of a training step and of an evaluation, beside pytorch-fast-transformers.
 
-python benchmarks/training.py --json training.json --plot training.png
+python -m benchmarks.training --json training.json --plot training.png
 """
 
 import argparse
 import multiprocessing
 import resource
-import sys
 from functools import cache, partial
 from itertools import count
 from pathlib import Path
 
 import torch
 
-sys.path[0] = str(Path(__file__).resolve().parent.parent)
-
-import kernels
 from benchmarks import measure
-from training import Nats, make_optimizer, train_step
-from utils import UserError, autocast, keep_freed_memory
+from cli.process import keep_freed_memory
+from models import ModelConfig
+from runs.training import NegativeLogLikelihood, make_optimizer, train_step
+from utils import autocast
 
-# Bytes of an image and of a whole epoch are alike: random images cost what real ones do.
+# Random images cost what real ones do.
 CASES = {"mnist": [4, 16], "cifar10": [4]}
 DROPOUTS = [0.1, 0.0]
 COLUMNS = {
@@ -55,16 +53,15 @@ def label(record):
 def measure_case(config, batch, dropout, args, rates, device):
     """Records of training and, without dropout, of evaluation at each precision."""
     runs, models = {}, make_models(config, dropout, device)
-    images = make_images(models["ours"], batch, device)
-    for who, model in models.items():
+    images = make_images(models["ours"].model, batch, device)
+    for who, nll in models.items():
         for precision in args.precisions if who == "ours" else ["fp32"]:
-            runs[who, "train", precision] = trainer(model, images, precision, device)
+            runs[who, "train", precision] = trainer(nll, images, precision)
             if not dropout:
-                runs[who, "evaluate", precision] = partial(
-                    evaluate, model, images, precision, device
-                )
-    seconds = measure.by_turns(runs, args.rounds, device)
-    weights = sum(p.numel() for p in models["ours"].transformer.parameters() if p.dim() == 2)
+                runs[who, "evaluate", precision] = partial(evaluate, nll, images, precision, device)
+    seconds = measure.interleaved(runs, args.rounds, device)
+    transformer = models["ours"].model.transformer
+    weights = sum(p.numel() for p in transformer.parameters() if p.dim() == 2)
     records = []
     for who, mode, precision in runs:
         if who == "theirs":
@@ -85,17 +82,14 @@ def measure_case(config, batch, dropout, args, rates, device):
 
 
 def make_models(config, dropout, device):
-    """Our model, with its kernels where they can be compiled, and the library's if it is there."""
-    pair = measure.make_pair({**measure.CONFIGS[config], "dropout": dropout})
-    models = {who: m.to(device) for who, m in zip(("ours", "theirs"), pair, strict=True) if m}
-    if device.type == "cpu":
-        try:
-            kernels.accelerate(models["ours"])
-        except UserError as error:
-            print(f"{error}; measuring without", file=sys.stderr)
-    else:
-        models["ours"].nats = torch.compile(models["ours"].nats)
-    return models
+    """{"ours": our loss, compiled where possible, "theirs": the library's if it is installed}."""
+    config = ModelConfig(**measure.CONFIGS[config], dropout=dropout)
+    ops = measure.compiled_ops(config) if device.type == "cpu" else None
+    pair = measure.make_pair(config, ops)
+    losses = [model and NegativeLogLikelihood(model.to(device)) for model in pair]
+    if device.type != "cpu":
+        losses[0].compile()
+    return {who: nll for who, nll in zip(("ours", "theirs"), losses, strict=True) if nll}
 
 
 def make_images(model, batch, device):
@@ -104,30 +98,29 @@ def make_images(model, batch, device):
     return torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator).to(device)
 
 
-def trainer(model, images, precision, device):
+def trainer(nll, images, precision):
     """A function that does one training step of main.py."""
-    args = {"optimizer": "radam", "lr": 1e-4, "weight_decay": 0.01, "clip_norm": 1.0}
-    args = argparse.Namespace(**args, accumulate=1, precision=precision)
-    nats, optimizer = Nats(model), make_optimizer(model, args, {})
+    optimizer = make_optimizer(nll.model, "radam", lr=1e-4, weight_decay=0.01)
+    options = {"seed": 0, "accumulate": 1, "precision": precision, "clip_norm": 1.0}
     iterations = count(1)
 
     def step():
-        model.train()
-        train_step(nats, optimizer, images, 0, next(iterations), args)
+        nll.train()
+        train_step(nll, optimizer, images, iteration=next(iterations), **options)
 
     return step
 
 
 @torch.no_grad()
-def evaluate(model, images, precision, device):
-    model.eval()
+def evaluate(nll, images, precision, device):
+    nll.eval()
     with autocast(device, precision):
-        model.nats(images)
+        nll(images)
 
 
 @cache
 def peak_mb(*case):
-    """Peak memory, MB, of a process that does one case twice and nothing else."""
+    """Peak memory, MB, of a process that runs one case twice and does nothing else."""
     with multiprocessing.get_context("spawn").Pool(1) as pool:
         return pool.apply(use_memory, case)
 
@@ -135,11 +128,11 @@ def peak_mb(*case):
 def use_memory(who, precision, config, batch, dropout, mode, device):
     """What the case adds to the peak of this process, or on a GPU to that of its tensors."""
     keep_freed_memory()
-    model = make_models(config, dropout, device)[who]
-    images = make_images(model, batch, device)
+    nll = make_models(config, dropout, device)[who]
+    images = make_images(nll.model, batch, device)
     before = peak_kb()
-    run = partial(evaluate, model, images, precision, device)
-    run = trainer(model, images, precision, device) if mode == "train" else run
+    run = partial(evaluate, nll, images, precision, device)
+    run = trainer(nll, images, precision) if mode == "train" else run
     run()
     run()
     if device.type == "cuda":
@@ -148,8 +141,8 @@ def use_memory(who, precision, config, batch, dropout, mode, device):
 
 
 def peak_kb():
-    """The largest resident set of this process so far. (Linux counts what getrusage tells from
-    before the process became what it is.)"""
+    """The largest resident set of this process so far, kB. (On Linux, getrusage includes the time
+    before exec.)"""
     status = Path("/proc/self/status")
     if not status.exists():
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

@@ -1,4 +1,4 @@
-"""Shared by the tests: the scripts as a user calls them, small data sets and checkpoints."""
+"""What the tests share: calling the scripts, small data sets and checkpoints."""
 
 import functools
 import http.server
@@ -16,7 +16,7 @@ import torch
 
 import main
 import prediction
-import utils
+from cli import process
 
 ROOT = Path(__file__).parent.parent
 SCRIPTS = {"main.py": main.main, "prediction.py": prediction.main}
@@ -41,7 +41,7 @@ def call(capsys, monkeypatch):
         monkeypatch.setattr(sys, "argv", [script, *arguments])
         capsys.readouterr()
         with pytest.raises(SystemExit) as exit:
-            utils.run(lambda: SCRIPTS[script](arguments))
+            process.run(lambda: SCRIPTS[script](arguments))
         return Result(exit.value.code or 0, *capsys.readouterr())
 
     return run
@@ -123,7 +123,7 @@ def server(tmp_path):
 
 @pytest.fixture(scope="session", autouse=True)
 def own_cache(tmp_path_factory):
-    """Compiled samplers are made anew, and none is left with the user."""
+    """Compiled libraries are cached in a temporary folder, not in the user's."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
         yield
@@ -131,7 +131,7 @@ def own_cache(tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def in_temporary_folder(tmp_path, monkeypatch):
-    """Nothing a test writes without a path lands in the project."""
+    """What a test writes under a relative path does not end up in the project."""
     monkeypatch.chdir(tmp_path)
 
 

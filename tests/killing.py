@@ -17,19 +17,19 @@ sys.path[0] = str(Path(__file__).resolve().parent.parent)
 import torch._dynamo  # noqa: F401 - the optimisers load it, a second that would delay each start
 
 import main
-import utils
+from cli.process import run
 
 
 def start(arguments):
     child = os.fork()
     if child == 0:
         sys.argv = ["main.py", *arguments]
-        utils.run(main.main)
+        run(main.main)
     return child
 
 
 def kill_until_done(kills, seconds, arguments):
-    """The number of kills that met a running process, at most `kills`."""
+    """How many times a running process was killed, at most `kills`; then the run has finished."""
     moments = random.Random(0)
     for killed in range(kills):
         child = start(arguments)

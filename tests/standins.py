@@ -36,7 +36,7 @@ def mnist_files():
 
 
 def write_mnist(directory):
-    """MNIST under `directory`, as after a download; returns the directory."""
+    """Write MNIST's files into `directory`, as after a download; returns the directory."""
     raw = directory / "MNIST" / "raw"
     raw.mkdir(parents=True)
     for name, content in mnist_files().items():

@@ -1,0 +1,74 @@
+"""Bits/dim over images and over minutes, from the metrics files of runs.
+
+python -m benchmarks.curves paper.jsonl fast.jsonl --plot curves.png
+"""
+
+import argparse
+import json
+from pathlib import Path
+
+
+def main():
+    args = parse_arguments()
+    curves = {Path(name).stem: read_curve(name, args.split) for name in args.files}
+    for name, points in curves.items():
+        last = points[-1]
+        print(f"{name}: {last['bits_per_dim']:.4f} bits/dim after {last['images']:,} images, "
+              f"{last['seconds'] / 60:.1f} minutes")  # fmt: skip
+    if args.plot:
+        plot(curves, args)
+
+
+def read_curve(name, split):
+    """The records of one split of a metrics file, with the images and seconds since its start.
+
+    A run that was continued writes seconds since its own start, and iterations since the last
+    checkpoint twice: the seconds are added up and the repeated records replaced.
+    """
+    points, before, last = {}, 0.0, 0.0
+    for line in Path(name).read_text().splitlines():
+        record = json.loads(line)
+        if record["seconds"] < last:  # the next start
+            before += last
+        last = record["seconds"]
+        if record["split"] == split:
+            points[record["iteration"]] = {**record, "seconds": before + last}
+    if not points:
+        raise SystemExit(f"{name} has no {split} records")
+    return [points[iteration] for iteration in sorted(points)]
+
+
+def plot(curves, args):
+    """Two panels: bits/dim over images, and over minutes."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, panels = plt.subplots(1, 2, figsize=(9, 3.6), sharey=True, layout="constrained")
+    for name, points in curves.items():
+        bits = [point["bits_per_dim"] for point in points]
+        panels[0].plot([point["images"] for point in points], bits, label=name)
+        panels[1].plot([point["seconds"] / 60 for point in points], bits, label=name)
+    panels[0].set_xlabel("training images seen")
+    panels[1].set_xlabel("minutes")
+    panels[0].set_ylabel(f"{args.split} bits/dim")
+    for panel in panels:
+        panel.grid(alpha=0.3)
+        if args.log:
+            panel.set_xscale("log")
+    panels[1].legend()
+    figure.savefig(args.plot, dpi=150)
+
+
+def parse_arguments():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("files", nargs="+", metavar="FILE", help="--metrics_file of main.py")
+    parser.add_argument("--split", choices=["train", "test"], default="test")
+    parser.add_argument("--log", action="store_true", help="logarithmic images and minutes")
+    parser.add_argument("--plot", metavar="FILE", help="draw the curves")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,117 @@
+"""What prediction.py writes and shows: its output flags, checked before sampling and acted on
+after it."""
+
+import string
+from pathlib import Path
+
+from cli import figures
+from utils import UserError, check_writable, say
+
+# Limits of a figure: each row and image takes matplotlib some ten milliseconds.
+MAX_FIGURE_ROWS, MAX_FIGURE_IMAGES = 200, 1000
+
+
+def check_outputs(args):
+    """Raise a `UserError`, before minutes of sampling, for what could not be written or shown
+    after them."""
+    if args.save_image:
+        check_fields("--save_image", args.save_image, 2, "as in images/{}.{}.png")
+        path = figures.image_path(args.save_image, "pred", 0)
+        check_writable(path, "--save_image")
+        if path.suffix != Path(args.save_image).suffix:
+            extension = Path(args.save_image).suffix or "no extension"
+            say(f"--save_image: {extension} is not an image format: writing {path} and so on")
+    if args.save_gif:
+        check_fields("--save_gif", args.save_gif, int(len(args.index) > 1), "as in sample.{}.gif")
+        if Path(args.save_gif).suffix.lower() != ".gif":
+            raise UserError(f"--save_gif {args.save_gif} does not end in .gif")
+        check_writable(args.save_gif.format(0), "--save_gif")
+    if args.save_grid or args.plot:
+        check_figure_size(args)
+    if args.save_grid:
+        check_figure_format(args.save_grid)
+        check_writable(args.save_grid, "--save_grid")
+    if args.plot:
+        check_display()
+
+
+def check_fields(flag, pattern, least, example):
+    """Raise a `UserError` where a pattern does not have a {} for each value put into it."""
+    try:
+        fields = [
+            field for _, field, _, _ in string.Formatter().parse(pattern) if field is not None
+        ]
+        pattern.format("pred", 0) if least == 2 else pattern.format(0)
+    except (ValueError, KeyError, IndexError):
+        fields = ()
+    if not least <= len(fields) <= max(1, least):
+        raise UserError(f"{flag} {pattern} needs {least} {{}}, {example}")
+
+
+def check_figure_size(args):
+    """Raise a `UserError` where a figure would have too many images."""
+    images, rows = len(args.index), 1 if args.offset == 0 else len(set(args.index))
+    if images > MAX_FIGURE_IMAGES or rows > MAX_FIGURE_ROWS:
+        raise UserError(
+            f"--index asks for {images} images, and a figure has at most {MAX_FIGURE_IMAGES} "
+            f"and {MAX_FIGURE_ROWS} different ones: use --save_image, or fewer images"
+        )
+
+
+def check_figure_format(path):
+    """Raise a `UserError` where matplotlib does not write files with this extension."""
+    from matplotlib.backend_bases import FigureCanvasBase
+
+    extension = Path(path).suffix.lower()[1:] or "png"
+    known = FigureCanvasBase.get_supported_filetypes()
+    if extension not in known:
+        raise UserError(f"--save_grid {path}: .{extension} is none of {', '.join(sorted(known))}")
+
+
+def check_display():
+    """Raise a `UserError` where matplotlib cannot open a window."""
+    import matplotlib.pyplot as plt
+    from matplotlib.backends import BackendFilter, backend_registry
+
+    interactive = backend_registry.list_builtin(BackendFilter.INTERACTIVE)
+    if plt.get_backend().lower() not in [name.lower() for name in interactive]:
+        raise UserError(
+            f"--plot finds no display (matplotlib's backend is {plt.get_backend()}): "
+            "use --save_grid FILE, or a desktop session"
+        )
+
+
+def write_files(args, completions, originals, offset):
+    """Write --save_image and --save_gif for images (N, H, W) or (N, H, W, 3), uint8."""
+    written = []
+    for n, image in enumerate(completions):
+        if args.save_image:
+            kinds = {"pred": image} | ({} if originals is None else {"real": originals[n]})
+            for kind, picture in kinds.items():
+                written.append(figures.image_path(args.save_image, kind, n))
+                figures.save_image(written[-1], picture)
+        if args.save_gif:
+            written.append(Path(args.save_gif.format(n)))
+            figures.save_gif(written[-1], image, offset, args.gif_seconds)
+    if written:
+        say(f"wrote {written[0]}" + (f" to {written[-1]}" if len(written) > 1 else ""))
+
+
+def show_figure(args, completions, originals, offset, caption):
+    """Write --save_grid and show --plot."""
+    drawing = figures.figure(figure_rows(args.index, completions, originals), offset, caption)
+    if args.save_grid:
+        figures.save_figure(drawing, args.save_grid)
+        say(f"wrote {args.save_grid} ({caption})")
+    if args.plot:
+        figures.show()
+    figures.close(drawing)
+
+
+def figure_rows(index, completions, originals):
+    """(label, completions, real image or None) of each image of the data set, in order."""
+    rows = {}
+    for n, i in enumerate(index):
+        original = None if originals is None else originals[n]
+        rows.setdefault(i, (str(i), [], original))[1].append(completions[n])
+    return list(rows.values())

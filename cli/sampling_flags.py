@@ -1,0 +1,157 @@
+"""The command line of prediction.py."""
+
+import re
+from argparse import ArgumentTypeError
+
+from cli.flags import (
+    COUNT,
+    DATA,
+    SEED,
+    ArgumentParser,
+    add_flags,
+    add_machine_flags,
+    add_model_flags,
+    number,
+    refuse_given,
+)
+from utils import UserError
+
+# An index expression may not ask for more images than this.
+MAX_IMAGES = 10**6
+GIF_SECONDS = 6
+DEFAULT_OFFSET = 300
+
+
+def index_list(text):
+    """An argparse type: "0-3,7*2" is [0, 1, 2, 7, 7]. Ranges end before their second number."""
+    indices = []
+    for part in text.split(","):
+        match = re.fullmatch(r"(\d+)(?:-(\d+)|\*(\d+))?", part.strip(), re.ASCII)
+        if not match:
+            raise ArgumentTypeError(f"{part!r} in {text!r} is not an index: write 3, 0-10 or 7*4")
+        first, stop, times = (int(group or 0) for group in match.groups())
+        many = stop - first if match[2] else times if match[3] else 1
+        if many < 1:
+            raise ArgumentTypeError(f"{part!r} in {text!r} is empty: a range is FIRST-AFTER_LAST")
+        if len(indices) + many > MAX_IMAGES:
+            raise ArgumentTypeError(f"{text!r} asks for more than {MAX_IMAGES} images at once")
+        indices += range(first, stop) if match[2] else [first] * many
+    return indices
+
+
+def shape_list(text):
+    """An argparse type: "28,28" is (28, 28), "32,32,3" a colour image."""
+    try:
+        shape = tuple(int(part) for part in text.split(","))
+    except ValueError:
+        shape = ()
+    if len(shape) not in (2, 3) or min(shape) < 1 or shape[2:] not in ((), (3,)):
+        raise ArgumentTypeError(f"{text!r} is not an image shape: write 28,28 or 32,32,3")
+    return shape
+
+
+SAMPLING = {
+    "index": {
+        "type": index_list,
+        "default": "0",
+        "metavar": "I",
+        "help": "which images: 0-10 is 0 to 9; 3,5; 7*4 is 7 four times",
+    },
+    "offset": {
+        "type": number(int, 0),
+        "metavar": "BYTES",
+        "help": "given bytes of each image: 0 is unconditional, 1 the original's unconditional "
+        f"(default: {DEFAULT_OFFSET}, or half of a smaller image)",
+    },
+    "sampler": {
+        "choices": ["batched", "recurrent"],
+        "help": "batched recomputes the prefix for every byte (default), recurrent keeps a state",
+    },
+    "recurrent": {"action": "store_true", "help": "the same as --sampler recurrent"},
+    "temperature": {
+        "type": number(float, 1e-3, 1e3),
+        "default": 1.0,
+        "metavar": "T",
+        "help": "below 1 for more likely, above for more varied images",
+    },
+    "seed": {**SEED, "default": 0, "help": "random seed of the samples"},
+    "batch_size": {**COUNT, "default": 64, "help": "images at a time; changes speed only"},
+}
+
+TRAINING_SET = {"action": "store_true", "help": "complete training images instead of test images"}
+
+OUTPUT = {
+    "save_image": {
+        "metavar": "PATTERN",
+        "help": "an image file each: the first {} becomes pred or real, the second a number",
+    },
+    "save_gif": {
+        "metavar": "PATTERN",
+        "help": "an animation of each image appearing byte by byte, the given part in blue; {} "
+        "becomes a number",
+    },
+    "gif_seconds": {
+        "type": number(float, 0.1, 600),  # a frame of a GIF lasts 655 seconds at most
+        "metavar": "X",
+        "default": GIF_SECONDS,
+        "help": "how long an animation lasts",
+    },
+    "save_grid": {
+        "metavar": "FILE",
+        "help": "a figure: given part, completions, real image",
+    },
+    "plot": {"action": "store_true", "help": "show that figure in a window"},
+    "image_shape": {
+        "type": shape_list,
+        "metavar": "H,W[,3]",
+        "help": "reshape the images (default: as in the data set)",
+    },
+}
+
+LOAD_PYTORCH = {
+    "action": "store_true",
+    "help": "the checkpoint has the original's older layout (self_attn.in_proj_weight)",
+}
+FORCE_CPU = {"action": "store_true", "help": "the same as --device cpu"}
+
+
+def parse(argv=None):
+    """The arguments of prediction.py, checked as far as the command line alone allows."""
+    parser = ArgumentParser(
+        description="Sample images from a trained model: the first --offset bytes of real images "
+        "are given, the model draws the rest. The same seed gives the same images."
+    )
+    parser.add_argument(
+        "model",
+        help="a checkpoint, a pattern such as weights.{}.pth for the newest, or - for "
+        "random weights",
+    )
+    add_flags(parser, SAMPLING, "sampling")
+    add_flags(parser, {**DATA, "training_set": TRAINING_SET}, "data")
+    add_flags(parser, OUTPUT, "output", "Without any of these: --save_grid samples.png")
+    add_model_flags(parser, {"load_pytorch": LOAD_PYTORCH})
+    compile_help = (
+        "compile first, which takes seconds; changes speed only (default: if it is faster)"
+    )
+    add_machine_flags(parser, compile_help, {"force_cpu": FORCE_CPU})
+    args = parser.parse_args(argv)
+    check(args)
+    args.sampler = "recurrent" if args.recurrent else args.sampler or "batched"
+    args.device = "cpu" if args.force_cpu else args.device
+    if not (args.save_image or args.save_gif or args.save_grid or args.plot):
+        args.save_grid = "samples.png"
+    return args
+
+
+def check(args):
+    """Raise a `UserError` for flags that contradict each other or have no effect."""
+    if args.recurrent and args.sampler == "batched":
+        raise UserError("--recurrent contradicts --sampler batched: give one of them")
+    if args.force_cpu and args.device not in ("auto", "cpu"):
+        raise UserError(f"--force_cpu contradicts --device {args.device}: give one of them")
+    if args.model == "-":
+        refuse_given(args, ["load_pytorch"], "with random weights")
+    if args.offset == 0:
+        refuse_given(args, ["training_set"], "with --offset 0")
+    if not args.save_gif:
+        refuse_given(args, ["gif_seconds"], "without --save_gif")

@@ -1,0 +1,151 @@
+"""The command line of main.py."""
+
+from pathlib import Path
+
+from cli.flags import (
+    COUNT,
+    DATA,
+    NOT_NEGATIVE,
+    POSITIVE,
+    SEED,
+    ArgumentParser,
+    add_flags,
+    add_machine_flags,
+    add_model_flags,
+    refuse_given,
+)
+from cli.process import YIELDED
+from runs import checkpoints
+from runs.training import OPTIMIZERS
+from utils import UserError, check_writable
+
+EVALUATED = {
+    "evaluate_images": {
+        **COUNT,
+        "help": "evaluate on the first N test images only (default: all)",
+    },
+}
+
+OPTIMISATION = {
+    "optimizer": {
+        "choices": OPTIMIZERS,
+        "help": "algorithm (default: radam, or the checkpoint's)",
+    },
+    "lr": {**POSITIVE, "default": 1e-4, "help": "learning rate"},
+    "weight_decay": {**NOT_NEGATIVE, "default": 0.01, "help": "decoupled from the gradient"},
+    "clip_norm": {
+        **NOT_NEGATIVE,
+        "default": 1.0,
+        "help": "clip the norm of the whole gradient at X, 0 for never",
+    },
+    "batch_size": {
+        **COUNT,
+        "default": 4,
+        "help": "images at a time, shared by the processes of torchrun",
+    },
+    "accumulate": {
+        **COUNT,
+        "default": 1,
+        "help": "accumulate the gradients of N batches per iteration: the same as a batch N times "
+        "as large",
+    },
+    "no_shuffle": {
+        "action": "store_true",
+        "help": "take the images in their order, as the original does",
+    },
+    "iterations": {**COUNT, "default": 100, "help": "total number of iterations"},
+    "seed": {
+        **SEED,
+        "help": "random seed of the initial weights, the order of images and dropout (default: "
+        "0, or the checkpoint's)",
+    },
+}
+
+SAVING = {
+    "save_to": {
+        "metavar": "PATTERN",
+        "help": "where to save; {} becomes the iteration, as in weights.{}.pth",
+    },
+    "continue_from": {
+        "metavar": "PATTERN",
+        "help": "continue from a checkpoint, or from the newest of a pattern; where no file "
+        "matches the pattern, start from scratch",
+    },
+    "save_frequency": {
+        **COUNT,
+        "default": 3000,
+        "help": "save every N iterations, and at the end",
+    },
+    "keep_checkpoints": {**COUNT, "help": "keep only the newest N of --save_to (default: all)"},
+    "evaluate_frequency": {
+        **COUNT,
+        "default": 3000,
+        "help": "evaluate on the test images every N iterations, and at the end",
+    },
+    "yield_frequency": {
+        **COUNT,
+        "default": 10**9,
+        "help": f"save and exit with status {YIELDED} after N iterations, for a queue that starts "
+        "the job again",
+    },
+    "evaluate_only": {
+        "action": "store_true",
+        "help": "print the test bits/dim of --continue_from and exit",
+    },
+}
+
+LOGGING = {
+    "log_frequency": {
+        **COUNT,
+        "default": 100,
+        "help": "print a line and write a record every N iterations, their mean",
+    },
+    "metrics_file": {"metavar": "FILE", "help": "append records as JSON lines"},
+    "log_dir": {"metavar": "FOLDER", "help": "write TensorBoard events"},
+}
+
+
+def parse(argv=None):
+    """The arguments of main.py, checked as far as the command line alone allows."""
+    parser = ArgumentParser(
+        description="Train a transformer on the bytes of images. The same command starts a run "
+        "and, with --continue_from, continues it. Ctrl-C saves and exits.",
+    )
+    add_flags(parser, {**DATA, **EVALUATED}, "data")
+    add_model_flags(parser)
+    add_flags(parser, OPTIMISATION, "optimisation")
+    add_flags(parser, SAVING, "checkpoints and evaluation")
+    add_flags(parser, LOGGING, "logging")
+    add_machine_flags(
+        parser,
+        "compile first; changes speed only (default on CPUs, where it takes seconds; on GPUs it "
+        "takes minutes and is off)",
+    )
+    args = parser.parse_args(argv)
+    check(args)
+    return args
+
+
+def check(args):
+    """Raise a `UserError` for flags that contradict each other or have no effect."""
+    if args.evaluate_only:
+        if not args.continue_from:
+            raise UserError("--evaluate_only needs --continue_from: give the checkpoint")
+        without_effect = set(OPTIMISATION) | set(SAVING) | {"log_frequency"}
+        without_effect -= {"batch_size", "continue_from", "evaluate_only"}
+        refuse_given(args, sorted(without_effect), "with --evaluate_only")
+    if args.save_to:
+        check_writable(checkpoints.format_path(args.save_to, 0), "--save_to")
+    else:
+        refuse_given(args, ["save_frequency"], "without --save_to")
+        if "yield_frequency" in args.given:
+            raise UserError(
+                "--yield_frequency needs --save_to, or each start would begin at iteration 0: "
+                "give --save_to and --continue_from"
+            )
+    if args.keep_checkpoints and not checkpoints.is_pattern(args.save_to or ""):
+        raise UserError("--keep_checkpoints needs a --save_to with {}, as in weights.{}.pth")
+    if args.metrics_file:
+        check_writable(args.metrics_file, "--metrics_file")
+    if args.log_dir:
+        check_writable(Path(args.log_dir) / "events", "--log_dir")

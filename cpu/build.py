@@ -1,0 +1,126 @@
+"""Compiles this program's C++ files for this CPU, which takes seconds, and caches the libraries."""
+
+import ctypes
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+import time
+from pathlib import Path
+
+from layers import attention, mixture
+from utils import UserError, one_line, say, warn
+
+FOLDER = Path(__file__).parent
+HEADER = "common.h"  # included by every source
+# The eps of torch.nn.LayerNorm.
+NORM_EPSILON = 1e-5
+CONSTANTS = {
+    "ATTENTION_EPSILON": attention.EPSILON,
+    "MIN_LOG_SCALE": mixture.MIN_LOG_SCALE,
+    "NORM_EPSILON": NORM_EPSILON,
+}
+
+
+def try_compile(build, required, purpose):
+    """The result of `build()`, which compiles, or None where plain PyTorch is to be used: a line
+    says why. `required` is --compile: True makes a failure a `UserError`, False compiles nothing.
+    """
+    if required is False:
+        say(f"--no-compile: {purpose} in plain PyTorch, which is slower")
+        return None
+    try:
+        return build()
+    except UserError as error:
+        if required:
+            raise
+        warn(f"{error}; {purpose} in plain PyTorch, which is slower")
+
+
+def find_compiler():
+    """The path of the C++ compiler: $CXX, or the first of the usual names; None without one."""
+    names = [os.environ.get("CXX"), "g++", "clang++", "c++"]
+    return next((path for name in names if name and (path := shutil.which(name))), None)
+
+
+def check_compiler():
+    """Raise a `UserError` where there is no C++ compiler."""
+    if not find_compiler():
+        raise UserError("--compile: no C++ compiler found: install g++, or give --no-compile")
+
+
+def cache_path(source, sizes):
+    """Where the library of a C++ file, compiled for sizes {macro: int}, is cached, and the command
+    that compiles it.
+
+    The name is a hash of everything that determines the library: the sources, the flags, and the
+    compiler's predefined macros, which include its version and the CPU's instruction sets.
+    """
+    arm = platform.machine().lower() in ("arm64", "aarch64")
+    target = "-mcpu=native" if arm else "-march=native"
+    command = [find_compiler(), "-std=c++17", "-O3", target, "-shared", "-fPIC", "-pthread"]
+    macros = subprocess.run(
+        [command[0], target, "-dM", "-E", "-x", "c++", os.devnull], capture_output=True
+    ).stdout
+    # g++ brings the OpenMP runtime that torch uses too; clang may have none.
+    command += ["-fopenmp-simd" if b"__clang__" in macros else "-fopenmp"]
+    command += ["-fno-math-errno", "-fno-trapping-math"]
+    command += [f"-D{name}={value}" for name, value in (CONSTANTS | sizes).items()]
+    content = "\0".join(command).encode() + macros
+    for name in (source, HEADER):
+        content += (FOLDER / name).read_bytes()
+    try:
+        cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    except RuntimeError:
+        raise UserError("--compile: you have no home folder: set XDG_CACHE_HOME, or --no-compile")
+    name = f"{Path(source).stem}-{hashlib.sha256(content).hexdigest()[:32]}.so"
+    return cache / "image-transformers" / name, command
+
+
+def is_cached(source, sizes):
+    """Whether the library has been compiled before."""
+    try:
+        return bool(find_compiler()) and cache_path(source, sizes)[0].exists()
+    except UserError:
+        return False
+
+
+def load_library(source, sizes):
+    """The library as a `ctypes.CDLL`, and the seconds its compilation took, 0 if it was cached.
+
+    Raises `UserError` where it cannot be compiled or loaded.
+    """
+    check_compiler()
+    path, command = cache_path(source, sizes)
+    seconds = 0.0
+    if not path.exists():
+        start = time.perf_counter()
+        compile_to(path, [*command, FOLDER / source])
+        seconds = time.perf_counter() - start
+        say(f"compiled {source} in {seconds:.1f} s; cached in {path.parent}")
+    try:
+        return ctypes.CDLL(str(path)), seconds
+    except OSError as error:  # a cache folder mounted noexec, a damaged file, a missing runtime
+        raise UserError(
+            f"--compile: {path} cannot be loaded ({one_line(error)}): set XDG_CACHE_HOME to "
+            "another folder, or use --no-compile"
+        ) from None
+
+
+def compile_to(path, command):
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+            library = Path(folder) / path.name
+            subprocess.run([*command, "-o", library], check=True, capture_output=True)
+            os.replace(library, path)  # two runs at once build the same file
+    except subprocess.CalledProcessError as error:
+        lines = error.stderr.decode(errors="replace").strip().splitlines() or ["no message"]
+        raise UserError(f"--compile: {command[0]} failed ({lines[0]}): use --no-compile") from None
+    except OSError as error:
+        raise UserError(
+            f"--compile: {path.parent} cannot be written ({error.strerror}): "
+            "set XDG_CACHE_HOME to a writable folder, or use --no-compile"
+        ) from None

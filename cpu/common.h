@@ -1,0 +1,171 @@
+// What ops.cpp and sampler.cpp share: bfloat16, the layer norm, the step of linear attention, and
+// threads.
+//
+// Constants of the compilation, from Python: SIZE, of a head's queries, keys and values, and
+// ATTENTION_EPSILON and NORM_EPSILON, which keep two divisions finite.
+
+#pragma once
+
+#include <algorithm>
+#include <atomic>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <thread>
+#include <vector>
+
+struct BFloat16 {
+    uint16_t bits;
+};
+
+inline float load(float x) { return x; }
+inline float load(BFloat16 x) {
+    uint32_t bits = uint32_t(x.bits) << 16;
+    float value;
+    memcpy(&value, &bits, 4);
+    return value;
+}
+inline void store(float* target, float x) { *target = x; }
+inline void store(BFloat16* target, float x) {  // to the nearest, ties to even
+    uint32_t bits;
+    memcpy(&bits, &x, 4);
+    target->bits = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+}
+
+// Calls run(0), ..., run(n - 1), each in a thread of its own, the first in the calling thread. All
+// run at the same time, so they may wait for each other.
+template <class Run>
+void run_threads(int n, const Run& run) {
+    std::vector<std::thread> threads;
+    for (int i = 1; i < n; i++) threads.emplace_back([&run, i] { run(i); });
+    run(0);
+    for (auto& thread : threads) thread.join();
+}
+
+// Calls run(task) for every task, in any order, on so many threads. With OpenMP they are those of
+// torch's own operations: after one, they spin for a while, and would slow down any others.
+template <class Run>
+void run_tasks(int64_t tasks, int threads, const Run& run) {
+#ifdef _OPENMP
+#pragma omp parallel for schedule(dynamic) num_threads(threads)
+    for (int64_t task = 0; task < tasks; task++) run(task);
+#else
+    std::atomic<int64_t> next{0};
+    run_threads(std::min<int64_t>(threads, tasks), [&](int) {
+        for (int64_t task; (task = next.fetch_add(1)) < tasks;) run(task);
+    });
+#endif
+}
+
+struct Moments {
+    float mean, inverse;  // 1 / the standard deviation
+};
+
+// The layer norm of the row read(0), ..., read(width - 1): calls write(d, value) for every d. `row`
+// is room for the row, so that `read` is called once for every d. Both functions are passed by
+// value: through a reference the compiler would load what they captured again for every d.
+template <class Read, class Write>
+inline Moments normalise(Read read, float* __restrict row, const float* __restrict weight,
+                         const float* __restrict bias, int width, Write write) {
+    float sum = 0, squares = 0;
+#pragma omp simd reduction(+ : sum)
+    for (int d = 0; d < width; d++) sum += row[d] = read(d);
+    float mean = sum / width;
+#pragma omp simd reduction(+ : squares)
+    for (int d = 0; d < width; d++) squares += (row[d] - mean) * (row[d] - mean);
+    float inverse = 1 / std::sqrt(squares / width + float(NORM_EPSILON));
+    for (int d = 0; d < width; d++) write(d, (row[d] - mean) * inverse * weight[d] + bias[d]);
+    return {mean, inverse};
+}
+
+// exp(x) for x <= 0: 2^n e^r with |r| <= log(2) / 2, and the Taylor series of e^r.
+inline float exponential(float x) {
+    x = x > -87 ? x : -87;  // std::max would keep the loops from being vectorised
+    int n = int(x * 1.44269504f - 0.5f);
+    float r = x - n * 0.693359375f + n * 2.12194440e-4f;  // log(2) in two parts
+    float e = 1.f / 5040;
+    e = e * r + 1.f / 720;
+    e = e * r + 1.f / 120;
+    e = e * r + 1.f / 24;
+    e = e * r + 1.f / 6;
+    e = e * r + 0.5f;
+    e = e * r + 1.f;
+    e = e * r + 1.f;
+    int bits = (n + 127) << 23;
+    float power;
+    memcpy(&power, &bits, 4);
+    return e * power;
+}
+
+// phi(x) = elu(x) + 1 of a row, without a branch: exp(min(x, 0)) + max(x, 0).
+template <class T>
+inline void features(const T* x, float* phi) {
+    for (int e = 0; e < SIZE; e++) {
+        float value = load(x[e]);
+        phi[e] = exponential(value < 0 ? value : 0) + (value > 0 ? value : 0);
+    }
+}
+
+template <class T>
+inline void load_row(const T* x, float* row) {
+    for (int m = 0; m < SIZE; m++) row[m] = load(x[m]);
+}
+
+inline float dot(const float* a, const float* b) {
+    float sum = 0;
+#pragma omp simd reduction(+ : sum)
+    for (int e = 0; e < SIZE; e++) sum += a[e] * b[e];
+    return sum;
+}
+
+// A row of SIZE numbers is COUNT vectors, the widest that fill it.
+constexpr int WIDTH = std::min(16, SIZE & -SIZE), COUNT = SIZE / WIDTH;
+typedef float RowVector __attribute__((vector_size(4 * WIDTH), aligned(4), may_alias));
+
+// For N positions, one after the other: adds the outer product of x and row to the matrix
+// (SIZE, SIZE), and then y * matrix to sums. The matrix is read and written once for all of them.
+template <int N>
+inline void update(float* __restrict matrix, const float (*x)[SIZE], const float (*row)[SIZE],
+                   const float (*y)[SIZE], float (*sums)[SIZE]) {
+    RowVector rows[N][COUNT], totals[N][COUNT];
+    memcpy(rows, row, sizeof rows);
+    memcpy(totals, sums, sizeof totals);
+    for (int a = 0; a < SIZE; a++) {
+        RowVector* line = (RowVector*)(matrix + a * SIZE);
+#pragma GCC unroll 64
+        for (int i = 0; i < COUNT; i++) {
+            RowVector changed = line[i];
+#pragma GCC unroll 64
+            for (int n = 0; n < N; n++) {
+                changed += x[n][a] * rows[n][i];
+                totals[n][i] += y[n][a] * changed;
+            }
+            line[i] = changed;
+        }
+    }
+    memcpy(sums, totals, sizeof totals);
+}
+
+// Adds a position's features of the key to Z, and returns 1 / the denominator of its output.
+inline float normalizer(const float* phi_q, const float* phi_k, float* Z) {
+    for (int e = 0; e < SIZE; e++) Z[e] += phi_k[e];
+    return 1 / (dot(phi_q, Z) + float(ATTENTION_EPSILON));
+}
+
+// linear_recurrent of layers/attention.py for one head and N positions, one after the other, with the state
+// S (E, M) and Z (E) brought up to date. The strides lead from one position to the next.
+template <int N, class T, class Output>
+inline void attend(const T* q, const T* k, const T* v, int64_t stride, float* S, float* Z,
+                   Output* out, int64_t out_stride) {
+    float phi_q[N][SIZE], phi_k[N][SIZE], value[N][SIZE], sums[N][SIZE] = {};
+    for (int n = 0; n < N; n++) {
+        features(q + n * stride, phi_q[n]);
+        features(k + n * stride, phi_k[n]);
+        load_row(v + n * stride, value[n]);
+    }
+    update<N>(S, phi_k, value, phi_q, sums);
+    for (int n = 0; n < N; n++) {
+        float scale = normalizer(phi_q[n], phi_k[n], Z);
+        for (int m = 0; m < SIZE; m++) store(out + n * out_stride + m, sums[n][m] * scale);
+    }
+}

@@ -1,0 +1,250 @@
+// Operations of training and evaluation on CPUs: causal linear attention and its gradient
+// (linear_quadratic of layers/attention.py, computed as a recurrence), the layer norm of a residual
+// sum (add_norm of layers/ops.py), and dropout (keep_mask of layers/dropout.py).
+//
+// Tensors are float32 or bfloat16; everything between reading and writing a row is float32. The
+// constants of the compilation are those of common.h.
+
+#include <type_traits>
+
+#include "common.h"
+
+// Positions that go through `update` at once: as many as have their rows in registers.
+#ifdef __AVX512F__
+constexpr int GROUP = std::max(1, std::min(4, 8 / COUNT));
+#else
+constexpr int GROUP = 1;
+#endif
+
+struct Shape {
+    int64_t images, length, heads;
+
+    int64_t width() const { return heads * SIZE; }  // of a position's output
+    int64_t stride() const { return 3 * width(); }  // from a position's queries to the next one's
+};
+
+// The queries, keys and values of one image and one head, or their gradients.
+template <class T>
+struct Head {
+    T *q, *k, *v;
+
+    // Head number `task` in qkv (N, L, 3, H, E).
+    Head(T* qkv, int64_t task, Shape shape)
+        : q(qkv + task / shape.heads * shape.length * shape.stride() + task % shape.heads * SIZE),
+          k(q + shape.width()), v(k + shape.width()) {}
+};
+
+// The output of head number `task` in out (N, L, H, E).
+template <class T>
+T* output(T* out, int64_t task, Shape shape) {
+    return out + task / shape.heads * shape.length * shape.width() + task % shape.heads * SIZE;
+}
+
+// Calls run(first, N) for groups of N positions, from `first` on; N is a std::integral_constant.
+template <class Run>
+void in_groups(int64_t length, const Run& run) {
+    int64_t first = 0;
+    for (; first + GROUP <= length; first += GROUP)
+        run(first, std::integral_constant<int, GROUP>());
+    for (; first < length; first++) run(first, std::integral_constant<int, 1>());
+}
+
+// S (N, H, E, M) and Z (N, H, E) are brought up to date; null: the images begin here.
+template <class T>
+void forward(const T* qkv, T* out, float* S, float* Z, Shape shape, int threads) {
+    run_tasks(shape.images * shape.heads, threads, [&](int64_t task) {
+        Head head(qkv, task, shape);
+        T* target = output(out, task, shape);
+        float matrix[SIZE][SIZE] = {}, sums[SIZE] = {};
+        if (S) memcpy(matrix, S + task * SIZE * SIZE, sizeof matrix);
+        if (Z) memcpy(sums, Z + task * SIZE, sizeof sums);
+        in_groups(shape.length, [&](int64_t first, auto N) {
+            int64_t at = first * shape.stride();
+            attend<N>(head.q + at, head.k + at, head.v + at, shape.stride(), matrix[0], sums,
+                      target + first * shape.width(), shape.width());
+        });
+        if (S) memcpy(S + task * SIZE * SIZE, matrix, sizeof matrix);
+        if (Z) memcpy(Z + task * SIZE, sums, sizeof sums);
+    });
+}
+
+// The derivative of the feature map is 1 where phi > 1, and phi elsewhere.
+template <class T>
+inline void write_gradient(const float* gradient, const float* phi, T* target) {
+    for (int e = 0; e < SIZE; e++) store(target + e, gradient[e] * std::min(phi[e], 1.f));
+}
+
+// What the gradients at N positions are made from.
+template <int N>
+struct Positions {
+    float phi_q[N][SIZE], phi_k[N][SIZE], value[N][SIZE], gradient[N][SIZE];
+};
+
+// The gradients of one image and one head, with g the gradient of out = S^T q / d and d = q.Z.
+// Those of the queries need sums over the positions up to their own, those of the keys and values
+// sums over the positions from their own on. Here q and k are after the feature map.
+template <class T>
+struct Backward {
+    Head<const T> head;
+    const T* g;
+    Head<T> gradients;
+    Shape shape;
+    std::vector<float> inverses, products;  // of each position: 1 / d, and out.g
+    float S[SIZE][SIZE] = {}, Z[SIZE] = {};  // S here is (M, E)
+    float R[SIZE][SIZE] = {}, transposed[SIZE][SIZE] = {}, W[SIZE] = {};
+
+    Backward(const T* qkv, const T* g, T* gradients, int64_t task, Shape shape)
+        : head(qkv, task, shape), g(output(g, task, shape)), gradients(gradients, task, shape),
+          shape(shape), inverses(shape.length), products(shape.length) {}
+
+    template <int N>
+    void load_position(int64_t i, int n, Positions<N>& at) {
+        features(head.q + i * shape.stride(), at.phi_q[n]);
+        features(head.k + i * shape.stride(), at.phi_k[n]);
+        load_row(head.v + i * shape.stride(), at.value[n]);
+        load_row(g + i * shape.width(), at.gradient[n]);
+    }
+
+    // From the first position to the last: dq = (S g - (out.g) Z) / d.
+    template <int N>
+    void queries(int64_t first) {
+        Positions<N> at;
+        float sums[N][SIZE] = {};
+        for (int n = 0; n < N; n++) load_position(first + n, n, at);
+        update<N>(S[0], at.value, at.phi_k, at.gradient, sums);
+        for (int n = 0; n < N; n++) {
+            int64_t i = first + n;
+            float inverse = inverses[i] = normalizer(at.phi_q[n], at.phi_k[n], Z);
+            float product = products[i] = dot(at.phi_q[n], sums[n]) * inverse;
+            for (int e = 0; e < SIZE; e++) sums[n][e] = (sums[n][e] - product * Z[e]) * inverse;
+            write_gradient(sums[n], at.phi_q[n], gradients.q + i * shape.stride());
+        }
+    }
+
+    // From the last position to the first: dk = R v + W and dv = R^T k, with R the sum of q g^T / d
+    // and W the sum of -q (out.g) / d.
+    template <int N>
+    void keys_and_values(int64_t first) {
+        Positions<N> at;
+        float keys[N][SIZE], values[N][SIZE] = {};
+        for (int n = 0; n < N; n++) {
+            int64_t i = shape.length - 1 - first - n;
+            load_position(i, n, at);
+            for (int e = 0; e < SIZE; e++) at.phi_q[n][e] *= inverses[i];
+            for (int e = 0; e < SIZE; e++) keys[n][e] = W[e] -= at.phi_q[n][e] * products[i];
+        }
+        update<N>(transposed[0], at.gradient, at.phi_q, at.value, keys);
+        update<N>(R[0], at.phi_q, at.gradient, at.phi_k, values);
+        for (int n = 0; n < N; n++) {
+            int64_t start = (shape.length - 1 - first - n) * shape.stride();
+            write_gradient(keys[n], at.phi_k[n], gradients.k + start);
+            for (int m = 0; m < SIZE; m++) store(gradients.v + start + m, values[n][m]);
+        }
+    }
+};
+
+template <class T>
+void backward(const T* qkv, const T* g, T* gradients, Shape shape, int threads) {
+    run_tasks(shape.images * shape.heads, threads, [&](int64_t task) {
+        Backward<T> pass(qkv, g, gradients, task, shape);
+        in_groups(shape.length, [&](int64_t first, auto N) { pass.template queries<N>(first); });
+        in_groups(shape.length,
+                  [&](int64_t first, auto N) { pass.template keys_and_values<N>(first); });
+    });
+}
+
+// One row of out = norm(x + y). The gradient needs `sums`, x + y, and the moments; `row` is room
+// for the sums in float32.
+template <class X, class T>
+Moments norm_row(const T* __restrict y, const X* __restrict x, const float* weight,
+                 const float* bias, X* __restrict sums, X* __restrict out, float* __restrict row,
+                 int width) {
+    auto add = [=](int d) {
+        float sum = load(x[d]) + load(y[d]);
+        store(sums + d, sum);
+        return sum;
+    };
+    auto write = [=](int d, float value) { store(out + d, value); };
+    return normalise(add, row, weight, bias, width, write);
+}
+
+template <class X, class T>
+void norm(const T* y, const X* x, const float* weight, const float* bias, X* sums, X* out,
+          float* means, float* inverses, int64_t rows, int64_t width, int threads) {
+    constexpr int64_t ROWS = 64;  // of a task
+    run_tasks((rows + ROWS - 1) / ROWS, threads, [=](int64_t task) {
+        std::vector<float> row(width);
+        for (int64_t i = task * ROWS; i < std::min(rows, (task + 1) * ROWS); i++) {
+            int64_t at = i * width;
+            Moments moments =
+                norm_row(y + at, x + at, weight, bias, sums + at, out + at, row.data(), width);
+            means[i] = moments.mean;
+            inverses[i] = moments.inverse;
+        }
+    });
+}
+
+// keep_mask of layers/dropout.py: a hash of a number's place and its image's two keys decides.
+inline bool keep(uint32_t place, uint32_t first, uint32_t second, uint32_t threshold) {
+    uint32_t x = place ^ first;
+    x = (x ^ (x >> 16)) * 0x7feb352du;
+    x = (x ^ (x >> 15)) * 0x846ca68bu;
+    x = (x ^ (x >> 16)) + second;
+    x = (x ^ (x >> 16)) * 0x7feb352du;
+    x = (x ^ (x >> 15)) * 0x846ca68bu;
+    return (x ^ (x >> 16)) >= threshold;
+}
+
+struct Dropout {
+    uint32_t threshold;
+    float scale;
+};
+
+// y = x * scale where kept, else 0, for `count` numbers of an image from the place `start` on.
+template <class T>
+void drop_part(const T* __restrict x, T* __restrict y, uint32_t start, int count,
+               const uint32_t* keys, Dropout dropout) {
+    uint32_t first = keys[0], second = keys[1];
+    for (int i = 0; i < count; i++) {
+        float factor = keep(start + i, first, second, dropout.threshold) ? dropout.scale : 0;
+        store(y + i, load(x[i]) * factor);
+    }
+}
+
+// `size` numbers of each image, with its keys (N, 2).
+template <class T>
+void drop(const T* x, T* y, const uint32_t* keys, int64_t images, int64_t size, Dropout dropout,
+          int threads) {
+    constexpr int64_t PART = 1 << 14;
+    int64_t parts = (size + PART - 1) / PART;
+    run_tasks(images * parts, threads, [=](int64_t task) {
+        int64_t n = task / parts, start = task % parts * PART, at = n * size + start;
+        drop_part(x + at, y + at, start, std::min(PART, size - start), keys + 2 * n, dropout);
+    });
+}
+
+#define FOR_EACH_TYPE(T, NAME)                                                                    \
+    extern "C" void forward_##NAME(const T* qkv, T* out, float* S, float* Z, int64_t images,      \
+                                   int64_t length, int64_t heads, int64_t threads) {              \
+        forward(qkv, out, S, Z, {images, length, heads}, threads);                                \
+    }                                                                                             \
+    extern "C" void backward_##NAME(const T* qkv, const T* g, T* gradients, int64_t images,       \
+                                    int64_t length, int64_t heads, int64_t threads) {             \
+        backward(qkv, g, gradients, {images, length, heads}, threads);                            \
+    }                                                                                             \
+    extern "C" void drop_##NAME(const T* x, T* y, const uint32_t* keys, int64_t images,           \
+                                int64_t size, int64_t threshold, int64_t threads, float scale) {  \
+        drop(x, y, keys, images, size, {uint32_t(threshold), scale}, threads);                    \
+    }
+FOR_EACH_TYPE(float, float32)
+FOR_EACH_TYPE(BFloat16, bfloat16)
+
+#define FOR_EACH_PAIR_OF_TYPES(X, T, NAMES)                                                       \
+    extern "C" void norm_##NAMES(const T* y, const X* x, const float* weight, const float* bias,  \
+                                 X* sums, X* out, float* means, float* inverses, int64_t rows,    \
+                                 int64_t width, int64_t threads) {                                \
+        norm(y, x, weight, bias, sums, out, means, inverses, rows, width, threads);               \
+    }
+FOR_EACH_PAIR_OF_TYPES(float, float, float32_float32)
+FOR_EACH_PAIR_OF_TYPES(float, BFloat16, float32_bfloat16)
+FOR_EACH_PAIR_OF_TYPES(BFloat16, BFloat16, bfloat16_bfloat16)

@@ -1,0 +1,201 @@
+"""The operations of layers/ops.py compiled for the CPU: ops.cpp for attention, norms and dropout,
+oneDNN for matrix products, each with its gradient. Float32 or bfloat16."""
+
+import ctypes
+
+import torch
+
+from cpu import torch_private
+from cpu.build import NORM_EPSILON, load_library
+from layers.dropout import scale
+from layers.ops import PlainOps
+
+SOURCE = "ops.cpp"
+TYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
+
+
+def sizes(config):
+    """The sizes with which ops.cpp is compiled for a model."""
+    return {"SIZE": config.d_query}
+
+
+class CompiledOps(PlainOps):
+    """As `PlainOps`, for a float32 model of this configuration, under bfloat16 autocast or not.
+
+    Where gradients are needed, the residual sums and norms stay float32 under autocast, since in
+    bfloat16 training learns less; without gradients all activations between the products are
+    bfloat16. Tensors of another type or device are a TypeError. Raises `UserError` where ops.cpp
+    cannot be compiled.
+    """
+
+    def __init__(self, config):
+        self.size = config.d_query
+        self.library, self.compile_seconds = load_library(SOURCE, sizes(config))
+        for name in torch_private.FUNCTIONS:
+            torch_private.choose(name)  # warn now, not in the middle of training
+
+    def linear(self, x, *layers, activation=None):
+        weight, bias = layers[0].weight, layers[0].bias
+        if len(layers) > 1:
+            weight = torch.cat([layer.weight for layer in layers])  # (O, I)
+            bias = torch.cat([layer.bias for layer in layers])
+        if torch.is_autocast_enabled("cpu"):
+            dtype = torch.get_autocast_dtype("cpu")
+            x, weight, bias = x.to(dtype), weight.to(dtype), bias.to(dtype)
+        check(x, weight, bias)
+        return Linear.apply(x, weight, bias, activation)
+
+    def add_norm(self, x, y, norm):
+        if norm.eps != NORM_EPSILON:
+            raise ValueError(f"ops.cpp is compiled for eps {NORM_EPSILON}, not {norm.eps}")
+        check_shape(y, x.shape)
+        if not torch.is_grad_enabled():
+            x = x.to(y.dtype)
+        y = y if x.dtype == torch.float32 else y.to(x.dtype)
+        return AddNorm.apply(self.library, x, y, norm.weight, norm.bias)
+
+    def dropout(self, x, keys, threshold):
+        return Dropout.apply(self.library, x, keys, threshold)
+
+    def linear_attention(self, qkv, state=None):
+        if qkv.shape[-1] != self.size:
+            raise ValueError(f"ops.cpp is compiled for heads of {self.size}: not {qkv.shape[-1]}")
+        if state is None:
+            return Attention.apply(self.library, qkv)
+        N, _, _, H, E = qkv.shape
+        for tensor, shape in zip(state, ((N, H, E, E), (N, H, E)), strict=True):
+            check_shape(tensor, shape)
+        return attention(self.library, qkv, *state)
+
+
+class Linear(torch.autograd.Function):
+    """x (..., I), weight (O, I), bias (O,) of one type -> (..., O)."""
+
+    @staticmethod
+    def forward(ctx, x, weight, bias, activation):
+        outputs = torch_private.choose("linear")(x, weight, bias, activation)
+        ctx.save_for_backward(x, weight, outputs if activation == "relu" else None)
+        return outputs
+
+    @staticmethod
+    def backward(ctx, gradient):
+        x, weight, outputs = ctx.saved_tensors
+        if outputs is not None:
+            gradient = torch_private.choose("relu_backward")(gradient, outputs)
+        rows = gradient.flatten(0, -2)  # (positions, O)
+        inputs = torch_private.choose("linear")(gradient, weight.t(), None, None)
+        return inputs, rows.t() @ x.flatten(0, -2), rows.sum(0), None
+
+
+class AddNorm(torch.autograd.Function):
+    """Layer norm of x + y (..., D), of the type of x; the statistics are float32."""
+
+    @staticmethod
+    def forward(ctx, library, x, y, weight, bias):
+        ctx.y_type = y.dtype
+        x, y = x.contiguous(), y.contiguous()
+        sums, outputs = torch.empty_like(x), torch.empty_like(x)
+        rows, D = x.flatten(0, -2).shape
+        mean, inverse = (x.new_empty(*x.shape[:-1], 1, dtype=torch.float32) for _ in range(2))
+        tensors = y, x, weight, bias, sums, outputs, mean, inverse
+        check(x, y, sums, outputs)
+        check(weight, bias, mean, inverse, types=(torch.float32,))
+        name = f"norm_{TYPES[x.dtype]}_{TYPES[y.dtype]}"
+        call(library, name, tensors, (rows, D, torch.get_num_threads()))
+        ctx.save_for_backward(sums, mean, inverse, weight, bias)
+        return outputs
+
+    @staticmethod
+    def backward(ctx, gradient):
+        backward = torch_private.choose("norm_backward")
+        sums, *others = ctx.saved_tensors
+        # In bfloat16 torch would add up the gradients of weight and bias in bfloat16 too.
+        inputs, *parameters = backward(gradient.float().contiguous(), sums.float(), *others)
+        return None, inputs.to(sums.dtype), inputs.to(ctx.y_type), *parameters
+
+
+class Dropout(torch.autograd.Function):
+    """The mask is computed again for the gradient instead of being kept."""
+
+    @staticmethod
+    def forward(ctx, library, x, keys, threshold):
+        ctx.library, ctx.threshold = library, threshold
+        ctx.save_for_backward(keys)
+        return Dropout.compute(library, x, keys, threshold)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        (keys,) = ctx.saved_tensors
+        return None, Dropout.compute(ctx.library, gradient, keys, ctx.threshold), None, None
+
+    @staticmethod
+    def compute(library, x, keys, threshold):
+        x, keys = x.contiguous(), keys.contiguous()
+        y = torch.empty_like(x)
+        check(x, y)
+        check(keys, types=(torch.int32,))
+        numbers = len(x), x[0].numel(), threshold, torch.get_num_threads()
+        factor = ctypes.c_float(scale(threshold))
+        call(library, f"drop_{TYPES[x.dtype]}", (x, y, keys), numbers, factor)
+        return y
+
+
+class Attention(torch.autograd.Function):
+    """Causal linear attention of qkv (N, L, 3, H, E) from its first position on."""
+
+    @staticmethod
+    def forward(ctx, library, qkv):
+        ctx.library = library
+        ctx.save_for_backward(qkv)
+        return attention(library, qkv)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        (qkv,) = ctx.saved_tensors
+        qkv, gradient = qkv.contiguous(), gradient.contiguous()
+        gradients = torch.empty_like(qkv)
+        check(qkv, gradient, gradients)
+        name = f"backward_{TYPES[qkv.dtype]}"
+        call(ctx.library, name, (qkv, gradient, gradients), attention_numbers(qkv))
+        return None, gradients
+
+
+def attention(library, qkv, S=None, Z=None):
+    """Outputs (N, L, H, E) of qkv (N, L, 3, H, E); updates the state `S` (N, H, E, E), `Z`
+    (N, H, E) in place."""
+    qkv = qkv.contiguous()
+    outputs = torch.empty_like(qkv[:, :, 0], memory_format=torch.contiguous_format)
+    check(qkv, outputs)
+    check(*(x for x in (S, Z) if x is not None), types=(torch.float32,))
+    name = f"forward_{TYPES[qkv.dtype]}"
+    call(library, name, (qkv, outputs, S, Z), attention_numbers(qkv))
+    return outputs
+
+
+def attention_numbers(qkv):
+    N, L, _, H, _ = qkv.shape
+    return N, L, H, torch.get_num_threads()
+
+
+def check(*tensors, types=tuple(TYPES)):
+    """Raise a TypeError for a tensor whose memory the C++ functions would misread."""
+    for tensor in tensors:
+        if tensor.device.type != "cpu" or tensor.dtype not in types:
+            raise TypeError(
+                f"compiled operations take {' and '.join(map(str, types))} on the CPU, not "
+                f"{tensor.dtype} on {tensor.device}: build the model with PlainOps"
+            )
+
+
+def check_shape(tensor, shape):
+    """Raise a ValueError for a tensor of another shape."""
+    if tensor.shape != shape:
+        raise ValueError(f"a tensor is {tuple(tensor.shape)} and should be {tuple(shape)}")
+
+
+def call(library, name, tensors, numbers, *more):
+    """Call a function of the library with the addresses of contiguous tensors (null for None)."""
+    if not all(tensor is None or tensor.is_contiguous() for tensor in tensors):
+        raise TypeError(f"{name} takes contiguous tensors")
+    addresses = [ctypes.c_void_p(None if x is None else x.data_ptr()) for x in tensors]
+    getattr(library, name)(*addresses, *map(ctypes.c_int64, numbers), *more)

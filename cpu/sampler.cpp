@@ -1,0 +1,345 @@
+// The recurrent sampler with causal linear attention on CPUs, as one loop over the bytes: what
+// ImageTransformer.step and layers/mixture.py's sample compute, without returning to Python after each byte.
+//
+// Constants of the compilation, beside those of common.h: LAYERS, HEADS, MIXTURES, MIN_LOG_SCALE,
+// and BF16: with 1 the operands of the matrix products are bfloat16, with 0 float32. Everything
+// else, the sums of the products too, is float32. Loops over constant sizes are left to the
+// compiler's vectoriser; only the matrix product says how it uses registers.
+
+#include <deque>
+#include <type_traits>
+#ifdef __AVX512BF16__
+#include <immintrin.h>
+#endif
+
+#include "common.h"
+
+#if defined(__AVX512F__)
+constexpr int LANES = 16, VECTORS = 4;  // of 32 registers, ROWS * VECTORS hold sums
+#elif defined(__AVX__)
+constexpr int LANES = 8, VECTORS = 2;  // of 16
+#else
+constexpr int LANES = 4, VECTORS = 4;  // of 32 on ARM
+#endif
+constexpr int ROWS = 6, PANEL = LANES * VECTORS;
+// With fewer rows a thread shares them with another, and each reads a part of the weights.
+constexpr int ROWS_PER_TEAM = 8;
+constexpr int D = HEADS * SIZE;
+
+constexpr int padded(int n) { return (n + PANEL - 1) / PANEL * PANEL; }
+
+typedef float Vector __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
+typedef uint32_t Bits __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
+typedef std::conditional_t<BF16, BFloat16, float> Operand;
+
+// The following structs are laid out as Python fills them in: pointers, nothing else.
+
+// Weights packed for `multiply`: panels of PANEL outputs side by side, input after input
+// (bfloat16: pair after pair of inputs). The last panel is padded with zeros.
+template <int INPUTS, int OUTPUTS>
+struct Linear {
+    const Operand* weight;  // (panels, INPUTS, PANEL) or (panels, INPUTS / 2, PANEL, 2)
+    const float* bias;      // (panels * PANEL)
+};
+
+struct Norm {
+    const float *weight, *bias;  // (D)
+};
+
+struct Layer {
+    Linear<D, 3 * D> qkv;
+    Linear<D, D> out;
+    Norm norm1;
+    Linear<D, 4 * D> linear1;
+    Linear<4 * D, D> linear2;
+    Norm norm2;
+};
+
+struct Model {
+    Layer layers[LAYERS];
+    Norm norm;
+    Linear<D, 3 * MIXTURES> predictor;
+    const float *values, *positions;  // embeddings: (256, D / 2), (length - 1, D / 2)
+};
+
+struct State {
+    float *S, *Z;  // (N, HEADS, SIZE, SIZE), (N, HEADS, SIZE), contiguous
+};
+
+struct Job {
+    const Model* model;
+    const State* states;  // of each layer
+    int64_t* images;      // (N, length)
+    const float* noise;   // (N, length, 2)
+    float* parameters;    // (N, 3 * MIXTURES), those of the last byte drawn, or null
+    int64_t length;
+    int64_t first, last;  // the positions to read; each draws the byte after it
+    float temperature;
+    std::atomic<int64_t> failed;  // the first byte that could not be drawn, or `length`
+};
+
+// Lets all of `size` threads through when the last of them has come.
+struct Barrier {
+    const int size;
+    std::atomic<int> waiting{0}, round{0};
+
+    explicit Barrier(int size) : size(size) {}
+
+    void wait() {
+        if (size == 1) return;
+        int now = round.load(std::memory_order_relaxed);
+        if (waiting.fetch_add(1) == size - 1) {
+            waiting.store(0, std::memory_order_relaxed);
+            round.store(now + 1, std::memory_order_release);
+            return;
+        }
+        for (int spins = 0; round.load(std::memory_order_acquire) == now; spins++)
+            if (spins > 4000) std::this_thread::yield();
+    }
+};
+
+// One row for each image of a team.
+template <class T, int ROW>
+struct Rows {
+    std::vector<T> data;
+    explicit Rows(int64_t n) : data(n * ROW) {}
+    T* operator[](int64_t r) { return data.data() + r * ROW; }
+};
+
+// Threads that work on the same images, from `first` on, and wait for each other after every
+// phase. Rows that a product writes are whole panels.
+struct Team {
+    int64_t first, n;
+    Barrier barrier;
+    Rows<float, D> x;
+    Rows<Operand, D> input, attended;
+    Rows<float, padded(3 * D)> qkv;
+    Rows<Operand, padded(4 * D)> hidden;
+    Rows<float, padded(D)> y;
+    Rows<float, padded(3 * MIXTURES)> parameters;
+
+    Team(int64_t first, int64_t n, int size)
+        : first(first), n(n), barrier(size), x(n), input(n), attended(n), qkv(n), hidden(n), y(n),
+          parameters(n) {}
+};
+
+// sums += a * b over all inputs, for R rows and one panel.
+template <int R, int INPUTS>
+inline void accumulate(Vector (&sums)[R][VECTORS], const float* a, int stride, const float* b) {
+    for (int i = 0; i < INPUTS; i++, b += PANEL) {
+#pragma GCC unroll 6
+        for (int r = 0; r < R; r++)
+#pragma GCC unroll 4
+            for (int v = 0; v < VECTORS; v++)
+                sums[r][v] += a[r * stride + i] * *(const Vector*)(b + v * LANES);
+    }
+}
+
+template <int R, int INPUTS>
+inline void accumulate(Vector (&sums)[R][VECTORS], const BFloat16* a, int stride,
+                       const BFloat16* b) {
+    for (int i = 0; i < INPUTS; i += 2, b += 2 * PANEL) {
+#pragma GCC unroll 6
+        for (int r = 0; r < R; r++) {
+            uint32_t pair;
+            memcpy(&pair, a + r * stride + i, 4);
+#pragma GCC unroll 4
+            for (int v = 0; v < VECTORS; v++) {
+                Bits weights = *(const Bits*)(b + 2 * v * LANES);
+#ifdef __AVX512BF16__
+                sums[r][v] = (Vector)_mm512_dpbf16_ps(
+                    (__m512)sums[r][v], (__m512bh)_mm512_set1_epi32(pair), (__m512bh)weights);
+#else
+                uint32_t low = pair << 16, high = pair & 0xffff0000;
+                float first, second;
+                memcpy(&first, &low, 4);
+                memcpy(&second, &high, 4);
+                sums[r][v] += first * (Vector)(weights << 16);
+                sums[r][v] += second * (Vector)(weights & 0xffff0000);
+#endif
+            }
+        }
+    }
+}
+
+// R rows of one panel: outputs = inputs * weight + bias, rectified if RELU. The strides lead from
+// one row to the next.
+template <int R, int INPUTS, bool RELU, class Output>
+void tile(const Operand* inputs, int stride, const Operand* weight, const float* bias,
+          Output* outputs, int out_stride) {
+    Vector sums[R][VECTORS];
+    for (int r = 0; r < R; r++)
+        for (int v = 0; v < VECTORS; v++) sums[r][v] = *(const Vector*)(bias + v * LANES);
+    accumulate<R, INPUTS>(sums, inputs, stride, weight);
+    for (int r = 0; r < R; r++) {
+        float row[PANEL];
+        memcpy(row, sums[r], sizeof row);
+        for (int j = 0; j < PANEL; j++)
+            store(outputs + r * out_stride + j, RELU ? std::max(row[j], 0.f) : row[j]);
+    }
+}
+
+// Calls run(R) for at most ROWS rows; R is a std::integral_constant.
+template <class Run>
+inline void with_constant(int64_t rows, const Run& run) {
+    switch (rows) {
+        case 1: return run(std::integral_constant<int, 1>());
+        case 2: return run(std::integral_constant<int, 2>());
+        case 3: return run(std::integral_constant<int, 3>());
+        case 4: return run(std::integral_constant<int, 4>());
+        case 5: return run(std::integral_constant<int, 5>());
+        default: return run(std::integral_constant<int, ROWS>());
+    }
+}
+
+// sample of layers/mixture.py for one image; -1 where a parameter is not finite.
+inline int draw(const float* parameters, const float* noise, float temperature) {
+    for (int i = 0; i < 3 * MIXTURES; i++)
+        if (!std::isfinite(parameters[i])) return -1;
+    const float *logits = parameters, *means = logits + MIXTURES, *log_scales = means + MIXTURES;
+    float largest = *std::max_element(logits, logits + MIXTURES), total = 0, sums[MIXTURES];
+    for (int k = 0; k < MIXTURES; k++)
+        sums[k] = total += std::exp((logits[k] - largest) / temperature);
+    int k = 0;
+    while (k < MIXTURES - 1 && noise[0] >= sums[k] / total) k++;
+    float scale = std::exp(std::max(log_scales[k], float(MIN_LOG_SCALE))) * temperature;
+    float x = means[k] + scale * (std::log(noise[1]) - std::log1p(-noise[1]));
+    // A scale that overflows may give a NaN; in this order std::max makes it 0.
+    return int(std::rint(std::min(std::max(0.f, (x + 1) * 127.5f), 255.f)));
+}
+
+// One thread of a team. All members go through the same phases, each doing its share of the work.
+struct Member {
+    Job& job;
+    Team& team;
+    int number;
+
+    // Calls run(task) for this member's share of the tasks, then waits until the team has done all.
+    template <class Run>
+    void share(int64_t tasks, const Run& run) {
+        int64_t size = team.barrier.size, last = tasks * (number + 1) / size;
+        for (int64_t task = tasks * number / size; task < last; task++) run(task);
+        team.barrier.wait();
+    }
+
+    template <bool RELU = false, int INPUTS, int OUTPUTS, int STRIDE, class Output, int OUT_STRIDE>
+    void multiply(Rows<Operand, STRIDE>& inputs, const Linear<INPUTS, OUTPUTS>& linear,
+                  Rows<Output, OUT_STRIDE>& outputs) {
+        share(padded(OUTPUTS) / PANEL, [&](int64_t p) {
+            const Operand* weight = linear.weight + p * INPUTS * PANEL;
+            const float* bias = linear.bias + p * PANEL;
+            for (int64_t r = 0; r < team.n; r += ROWS)
+                with_constant(std::min<int64_t>(ROWS, team.n - r), [&](auto R) {
+                    tile<R, INPUTS, RELU>(inputs[r], STRIDE, weight, bias, outputs[r] + p * PANEL,
+                                          OUT_STRIDE);
+                });
+        });
+    }
+
+    // The embeddings of the byte and of its position, side by side.
+    void embed(int64_t position) {
+        share(team.n, [&](int64_t r) {
+            int64_t value = job.images[(team.first + r) * job.length + position];
+            float* x = team.x[r];
+            std::copy_n(job.model->values + value * (D / 2), D / 2, x);
+            std::copy_n(job.model->positions + position * (D / 2), D / 2, x + D / 2);
+            for (int d = 0; d < D; d++) store(team.input[r] + d, x[d]);
+        });
+    }
+
+    // x of image r becomes the norm of the row that read(d) gives; it is the next product's input.
+    template <class Read>
+    void write_norm(int64_t r, const Norm& norm, Read read) {
+        float row[D], *x = team.x[r];
+        Operand* input = team.input[r];
+        normalise(read, row, norm.weight, norm.bias, D, [=](int d, float value) {
+            x[d] = value;
+            store(input + d, value);
+        });
+    }
+
+    void add_and_normalise(const Norm& norm) {
+        share(team.n, [&](int64_t r) {
+            const float *x = team.x[r], *y = team.y[r];
+            write_norm(r, norm, [=](int d) { return x[d] + y[d]; });
+        });
+    }
+
+    void attention_block(const Layer& layer, const State& state) {
+        multiply(team.input, layer.qkv, team.qkv);
+        share(team.n * HEADS, [&](int64_t i) {
+            int64_t r = i / HEADS, head = i % HEADS, at = team.first * HEADS + i;
+            const float* q = team.qkv[r] + head * SIZE;
+            attend<1>(q, q + D, q + 2 * D, 0, state.S + at * SIZE * SIZE, state.Z + at * SIZE,
+                      team.attended[r] + head * SIZE, 0);
+        });
+        multiply(team.attended, layer.out, team.y);
+        add_and_normalise(layer.norm1);
+    }
+
+    void feed_forward_block(const Layer& layer) {
+        multiply<true>(team.input, layer.linear1, team.hidden);
+        multiply(team.hidden, layer.linear2, team.y);
+        add_and_normalise(layer.norm2);
+    }
+
+    void predict() {
+        share(team.n, [&](int64_t r) {
+            const float* x = team.x[r];
+            write_norm(r, job.model->norm, [=](int d) { return x[d]; });
+        });
+        multiply(team.input, job.model->predictor, team.parameters);
+    }
+
+    void draw_bytes(int64_t byte) {
+        share(team.n, [&](int64_t r) {
+            int64_t image = team.first + r, at = image * job.length + byte;
+            const float* parameters = team.parameters[r];
+            if (job.parameters && byte == job.last)
+                std::copy_n(parameters, 3 * MIXTURES, job.parameters + image * 3 * MIXTURES);
+            int value = draw(parameters, job.noise + 2 * at, job.temperature);
+            if (value < 0) fail(byte);
+            job.images[at] = std::max(value, 0);
+        });
+    }
+
+    // Other teams may have failed already, at a later byte.
+    void fail(int64_t byte) {
+        int64_t failed = job.failed;
+        while (byte < failed && !job.failed.compare_exchange_weak(failed, byte)) continue;
+    }
+
+    void run() {
+        for (int64_t position = job.first; position < job.last; position++) {
+            embed(position);
+            for (int l = 0; l < LAYERS; l++) {
+                attention_block(job.model->layers[l], job.states[l]);
+                feed_forward_block(job.model->layers[l]);
+            }
+            predict();
+            draw_bytes(position + 1);
+        }
+    }
+};
+
+extern "C" int panel() { return PANEL; }
+
+// Reads bytes `first` to `last` - 1 of each image and draws the byte after each. Returns -1, or
+// the first byte that had a distribution with a parameter that is not finite.
+extern "C" int64_t sample(const Model* model, const State* states, int64_t* images,
+                          const float* noise, float* parameters, int64_t n, int64_t length,
+                          int64_t first, int64_t last, float temperature, int64_t threads) {
+    Job job{model, states, images, noise, parameters, length, first, last, temperature, {length}};
+    int64_t n_teams = std::max<int64_t>(1, std::min(threads, n / ROWS_PER_TEAM));
+    std::deque<Team> teams;  // a Team cannot be moved
+    std::vector<Member> members;
+    for (int64_t t = 0; t < n_teams; t++) {
+        int64_t start = n * t / n_teams, end = n * (t + 1) / n_teams;
+        int size = threads * (t + 1) / n_teams - threads * t / n_teams;
+        teams.emplace_back(start, end - start, size);
+        for (int number = 0; number < size; number++)
+            members.push_back({job, teams.back(), number});
+    }
+    run_threads(members.size(), [&](int i) { members[i].run(); });
+    return job.failed == length ? -1 : job.failed.load();
+}

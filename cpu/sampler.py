@@ -1,0 +1,108 @@
+"""The inner loop of the recurrent sampler compiled for the CPU: sampler.cpp, for one model."""
+
+import ctypes
+
+import torch
+from torch.nn.functional import pad
+
+from cpu.build import load_library
+
+SOURCE = "sampler.cpp"
+# Bytes of images that one call of the library draws: enough that starting its threads costs
+# nothing, few enough (a fifth of a second) for progress and Ctrl-C.
+BYTES_AT_ONCE = 2048
+
+
+def sizes(config, precision):
+    """The sizes with which sampler.cpp is compiled for a model."""
+    sizes = {"LAYERS": config.n_layers, "HEADS": config.n_heads, "SIZE": config.d_query}
+    return sizes | {"MIXTURES": config.mixtures, "BF16": int(precision == "bf16")}
+
+
+def pack(linears, panel, dtype):
+    """Weight and bias of the linear layers, concatenated, in the layout of sampler.cpp: `panel`
+    outputs side by side, input after input, or for bfloat16 pair after pair of inputs."""
+    weight = torch.cat([linear.weight for linear in linears]).float()
+    bias = torch.cat([linear.bias for linear in linears]).float()
+    missing = -len(bias) % panel
+    group = 2 if dtype == torch.bfloat16 else 1
+    weight = pad(weight, (0, 0, 0, missing)).unflatten(0, (-1, panel)).unflatten(-1, (-1, group))
+    return weight.transpose(1, 2).to(dtype), pad(bias, (0, missing))  # (panels, inputs, panel, .)
+
+
+class CompiledDecoder:
+    """A decoder of runs/sampling.py for a causal-linear model on the CPU.
+
+    The weights are copied when it is made. Raises `UserError` where it cannot be compiled.
+    """
+
+    def __init__(self, model, precision):
+        constants = sizes(model.config, precision)
+        self.library, self.compile_seconds = load_library(SOURCE, constants)
+        self.library.sample.restype = ctypes.c_int64
+        self.config = model.config
+        dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+        with torch.no_grad():
+            tensors = pack_model(model, self.library.panel(), dtype)
+            self.tensors = [tensor.contiguous() for tensor in tensors]
+        for tensor in self.tensors:
+            check(tensor, tensor.dtype)
+
+    def block(self, n_images):
+        """How many bytes of each image one call should draw."""
+        return max(1, BYTES_AT_ONCE // n_images)
+
+    def __call__(self, batch, count):
+        """Draw the next `count` bytes of the images of a `Batch`."""
+        self.run(batch, count)
+
+    def run(self, batch, count):
+        """As a call; returns the parameters (N, 3K) of the last byte drawn."""
+        n, length = batch.images.shape
+        first = batch.position.item()
+        if first + count >= length:
+            raise ValueError(f"{count} bytes after byte {first} are more than an image has")
+        parameters = torch.empty(n, 3 * self.config.mixtures)
+        sums = [tensor for state in batch.states for tensor in state]
+        check(batch.images, torch.int64)
+        for tensor in (batch.noise, *sums):
+            check(tensor, torch.float32)
+        failed = self.library.sample(
+            *(addresses(self.tensors), addresses(sums)),
+            *(ctypes.c_void_p(x.data_ptr()) for x in (batch.images, batch.noise, parameters)),
+            *(ctypes.c_int64(number) for number in (n, length, first, first + count)),
+            ctypes.c_float(batch.temperature),
+            ctypes.c_int64(torch.get_num_threads()),
+        )
+        batch.position += count
+        batch.finite &= failed < 0
+        return parameters
+
+
+def check(tensor, dtype):
+    """Raise a TypeError for a tensor whose memory sampler.cpp would misread."""
+    if tensor.device.type != "cpu" or tensor.dtype != dtype or not tensor.is_contiguous():
+        raise TypeError(
+            f"the compiled sampler takes contiguous {dtype} tensors on the CPU, not {tensor.dtype} "
+            f"on {tensor.device}"
+        )
+
+
+def pack_model(model, panel, dtype):
+    """The tensors of sampler.cpp's struct Model, in its order."""
+    tensors = []
+    for layer in model.transformer.layers:
+        attention = layer.attention
+        tensors += pack(attention.projections, panel, dtype)
+        tensors += pack([attention.out_projection], panel, dtype)
+        tensors += [layer.norm1.weight.float(), layer.norm1.bias.float()]
+        tensors += pack([layer.linear1], panel, dtype) + pack([layer.linear2], panel, dtype)
+        tensors += [layer.norm2.weight.float(), layer.norm2.bias.float()]
+    tensors += [model.transformer.norm.weight.float(), model.transformer.norm.bias.float()]
+    tensors += pack([model.predictor], panel, dtype)
+    return [*tensors, model.value_embedding.weight.float(), model.pos_embedding.pe.float()]
+
+
+def addresses(tensors):
+    """A C array of the tensors' addresses."""
+    return (ctypes.c_void_p * len(tensors))(*(tensor.data_ptr() for tensor in tensors))

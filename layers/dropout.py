@@ -1,0 +1,72 @@
+"""Dropout whose noise depends on the image, not on the batch, the device or the process.
+
+Whether an element is dropped is decided by a hash of its index within the image's tensor and of
+two keys of the image. A batch that is split, over time or over processes, therefore drops the
+same elements as the whole batch.
+"""
+
+import torch
+from torch import nn
+
+# Successive keys differ in about half of their bits: 2^64 / golden ratio, as a signed integer.
+KEY_STEP = -7046029254386353131
+
+
+class DropoutNoise:
+    """The keys of the images that go through a model, new ones for each of its dropout layers."""
+
+    def start(self, keys):
+        """Begin a forward pass with `keys` (N,), int64, one for each image of the batch."""
+        self.keys = keys
+
+    def next_keys(self):
+        """Keys (N, 2), int32, for the next dropout layer."""
+        self.keys = self.keys + KEY_STEP
+        return self.keys.view(torch.int32).view(-1, 2)
+
+
+def draw_keys(n, device):
+    """Keys (n,), int64, from torch's generator."""
+    return torch.randint(-(2**63), 2**63 - 1, (n,), device=device)
+
+
+def keep_mask(keys, size, threshold):
+    """Which elements of each image are kept, (N, size), bool, for `keys` (N, 2), int32: those
+    whose 32-bit hash (two rounds of the finaliser lowbias32) is at least `threshold`."""
+    x = torch.arange(size, dtype=torch.int32, device=keys.device) ^ keys[:, :1]  # (N, size)
+    x = mix(mix(x).add_(keys[:, 1:]))
+    return x.add_(-(2**31)) >= threshold - 2**31  # an unsigned comparison
+
+
+def mix(x):
+    """A bijection of 32-bit integers, in place, in which flipping one bit of `x` flips each bit of
+    the result with probability 1/2."""
+    x ^= (x >> 16) & 0xFFFF  # torch's shift extends the sign
+    x *= 0x7FEB352D
+    x ^= (x >> 15) & 0x1FFFF
+    x *= 0x846CA68B - 2**32
+    x ^= (x >> 16) & 0xFFFF
+    return x
+
+
+def drop(x, keys, threshold):
+    """x / (1 - p) where kept, 0 elsewhere; p is `threshold` / 2^32, x is (N, ...)."""
+    keep = keep_mask(keys, x[0].numel(), threshold).view(x.shape)
+    return torch.where(keep, x * scale(threshold), 0)
+
+
+def scale(threshold):
+    return 1 / (1 - threshold / 2**32)
+
+
+class Dropout(nn.Module):
+    """nn.Dropout on (N, ...), with noise that depends on the image alone; `ops` computes it."""
+
+    def __init__(self, p, noise, ops):
+        super().__init__()
+        self.threshold, self.noise, self.ops = round(p * 2**32), noise, ops
+
+    def forward(self, x):
+        if not self.training or self.threshold == 0:
+            return x
+        return self.ops.dropout(x, self.noise.next_keys(), self.threshold)

@@ -1,0 +1,41 @@
+"""The operations of a layer that also have a faster form, here in plain PyTorch.
+
+A model holds one such object and calls it. cpu/ops.py has the same operations compiled for the
+CPU; a further device would be one more subclass.
+"""
+
+import torch
+from torch.nn.functional import relu
+
+from layers.attention import linear_chunked
+from layers.dropout import drop
+
+
+class PlainOps:
+    """Any device, any floating-point type, with gradients. N images, L positions, D channels."""
+
+    def linear(self, x, *layers, activation=None):
+        """x (..., I) through one nn.Linear, or through several whose outputs are concatenated,
+        (..., O), with `activation` None or "relu"."""
+        outputs = [layer(x) for layer in layers]
+        x = outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=-1)
+        return relu(x, inplace=not torch.is_grad_enabled()) if activation == "relu" else x
+
+    def add_norm(self, x, y, norm):
+        """The nn.LayerNorm `norm` of the residual sum x + y, (N, L, D)."""
+        return norm(x + y)
+
+    def dropout(self, x, keys, threshold):
+        """As `layers.dropout.drop`: x (N, ...), keys (N, 2)."""
+        return drop(x, keys, threshold)
+
+    def linear_attention(self, qkv, state=None):
+        """Causal linear attention of queries, keys and values (N, L, 3, H, E): (N, L, H, E).
+
+        `state`, the sums S (N, H, E, E) and Z (N, H, E) over earlier positions, is updated in
+        place; without one, the first position is the start.
+        """
+        outputs, final = linear_chunked(*qkv.unbind(2), state)
+        for old, new in zip(state or (), final, strict=False):
+            old.copy_(new)
+        return outputs

@@ -1,0 +1,180 @@
+"""The same model, with the same interface, built from pytorch-fast-transformers: the reference
+implementation.
+
+The parameters have the names of models.py, so a checkpoint of either loads in the other. What is
+said about the library was read in its version 0.4.0, the last.
+"""
+
+import torch
+
+from models import ImageTransformer
+from utils import UserError
+
+try:
+    from fast_transformers.builders import RecurrentEncoderBuilder, TransformerEncoderBuilder
+    from fast_transformers.causal_product import CausalDotProduct
+    from fast_transformers.local_product import LocalDotProduct
+    from fast_transformers.masking import TriangularCausalMask
+except ImportError as error:  # not installed, or built against another torch
+    raise UserError(
+        f"--backend fast-transformers cannot import its library ({error}): "
+        "`make reference` installs it"
+    ) from None
+
+
+def softmax_options(config):
+    return {"softmax_temp": config.softmax_temp, "attention_dropout": config.attention_dropout}
+
+
+def reformer_options(config):
+    return {
+        **softmax_options(config),
+        "bits": config.bits,
+        "rounds": config.rounds,
+        "chunk_size": chunk_size(config),
+        # "masked" hides a query from itself, unless it can see nothing else.
+        "masked": not config.unmasked_reformer,
+    }
+
+
+def local_options(config):
+    """Every byte sees the --chunk_size bytes that end with itself."""
+    # The library's window has its query in the middle; the causal mask hides the later half.
+    return {**softmax_options(config), "local_context": 2 * chunk_size(config) - 1}
+
+
+def chunk_size(config):
+    """--chunk_size, or the length of a sequence: a longer chunk would hold only padding."""
+    return min(config.chunk_size, config.length - 1)
+
+
+# The library's causal attentions and the arguments of each; exact-topk keeps the library's 32
+# keys. Left out: "causal-improved-clustered", whose number of clusters no flag sets;
+# "conditional-full", which is one function up to some length and another beyond it, so that a
+# prefix would not be predicted as in training. The others reject a causal mask.
+ATTENTION_TYPES = {
+    "causal-linear": lambda config: {},
+    "full": softmax_options,
+    "reformer": reformer_options,
+    "exact-topk": softmax_options,
+    "local": local_options,
+}
+# Those that the library also has as a recurrence.
+RECURRENT = ("causal-linear", "full")
+# Those with compiled kernels, float32 only, built for the CPU and perhaps for CUDA.
+KERNELS = {"causal-linear": CausalDotProduct, "local": LocalDotProduct}
+
+
+def check(config, device, precision, compiled):
+    """Raise a `UserError` for flags with which the library cannot run this model."""
+    kernel = KERNELS.get(config.attention_type)
+    if compiled is not None:
+        raise UserError(
+            f"--{'compile' if compiled else 'no-compile'} is for --backend native: leave it out, "
+            "or change the backend"
+        )
+    if kernel and not kernel.dot.get(device.type):
+        raise UserError(
+            f"--device {device}: the installed pytorch-fast-transformers has no kernels of "
+            f"{config.attention_type} for it: use --device cpu"
+        )
+    if kernel and precision != "fp32":
+        raise UserError(
+            f"--precision {precision}: the kernels of pytorch-fast-transformers for "
+            f"{config.attention_type} are fp32 only: leave it out"
+        )
+
+
+def build(builder, config):
+    """An encoder of the library, parallel or recurrent, of this configuration."""
+    return builder.from_kwargs(
+        attention_type=config.attention_type,
+        n_layers=config.n_layers,
+        n_heads=config.n_heads,
+        query_dimensions=config.d_query,
+        value_dimensions=config.d_query,
+        feed_forward_dimensions=4 * config.d_model,
+        dropout=config.dropout,
+        **ATTENTION_TYPES[config.attention_type](config),
+    ).get()
+
+
+def share_layers(source, target):
+    """Make the target use the source's leaf modules, and so its weights and its dropout."""
+    for name, module in source.named_modules():
+        if not any(module.children()):
+            parent, _, child = name.rpartition(".")
+            setattr(target.get_submodule(parent), child, module)
+
+
+class ReferenceTransformer(ImageTransformer):
+    """`ImageTransformer` with the layers of pytorch-fast-transformers.
+
+    Its initial weights are those of the native model with the same seed.
+    """
+
+    def __init__(self, config):
+        super().__init__(config)
+        weights = self.transformer.state_dict()
+        self.transformer = build(TransformerEncoderBuilder, config)
+        self.transformer.load_state_dict(weights)
+        if config.attention_type in RECURRENT:
+            recurrence = build(RecurrentEncoderBuilder, config)
+            share_layers(self.transformer, recurrence)
+            # A tuple hides it from torch, which would list the shared weights twice.
+            self.recurrence = (recurrence,)
+
+    def features(self, images, position=0, states=None, keys=None):
+        """Last hidden layer (N, L, D), as the native model's: by the parallel encoder or, with
+        `states`, by the recurrent one, position after position. The library draws its dropout
+        from torch's generator, not from `keys`."""
+        x = self.pos_embedding(self.value_embedding(images.long()), position)
+        if states is not None:
+            return self.recur(x, states)
+        reformer = self.config.attention_type == "reformer"
+        return self.encode_hashed(x) if reformer else self.encode(x)
+
+    def encode(self, x):
+        """(N, L, D) -> (N, L, D), every position from itself and those before it."""
+        return self.transformer(x, attn_mask=TriangularCausalMask(x.shape[1], device=x.device))
+
+    def encode_hashed(self, x):
+        """As `encode`, for the reformer, which the library implements for whole chunks only.
+
+        Copies of the last position fill the last chunk. They come after all others, so the causal
+        mask hides them, and unlike zeros they have a norm by which a query can be divided. Which
+        of the earlier positions share a chunk still depends on the hashes of all positions, as in
+        the Reformer's paper: later bytes may change an output, though none is attended to.
+        In evaluation every call draws the same hashes, so that neither its results nor the
+        samples depend on the batch size.
+        """
+        L = x.shape[1]
+        filling = x[:, -1:].expand(-1, -L % chunk_size(self.config), -1)
+        devices = [x.device] if x.is_cuda else []
+        with torch.random.fork_rng(devices, enabled=not self.training):
+            if not self.training:
+                torch.manual_seed(0)
+            return self.encode(torch.cat([x, filling], dim=1))[:, :L]
+
+    def recur(self, x, states):
+        """(N, L, D) -> (N, L, D), continuing from `states`, which are updated in place."""
+        (recurrence,) = self.recurrence
+        outputs = []
+        for row in x.unbind(1):  # (N, D)
+            output, states[:] = recurrence(row, states)
+            outputs.append(output)
+        return torch.stack(outputs, dim=1)
+
+    @property
+    def has_constant_state(self):
+        """The library's states are new tensors after every byte."""
+        return False
+
+    def empty_states(self, n_images):
+        """One state per layer; the library's initial state is None."""
+        if self.config.attention_type not in RECURRENT:
+            raise UserError(
+                f"--attention_type {self.config.attention_type} has no recurrent form in "
+                "pytorch-fast-transformers: use --sampler batched"
+            )
+        return [None] * self.config.n_layers

@@ -1,0 +1,149 @@
+"""Checkpoint files: written whole or not at all, found by pattern, loaded without running code.
+
+A checkpoint has the three entries of the original experiment (`model_state`, `optimizer_state`,
+`iteration`), so that its loader reads ours, and what makes it complete: `config` (the fields
+of ModelConfig), `dataset` (its name and image_shape), `first_byte_counts` (256), `seed`,
+`optimizer` (its name), `threads` (of the CPU) and `format_version`.
+"""
+
+import re
+import time
+import warnings
+from contextlib import suppress
+from itertools import zip_longest
+from pathlib import Path
+
+import torch
+
+from runs.checkpoint_schema import CHECKS, OPTIONAL, check_checksums, is_count
+from utils import UserError, one_line, say, warn, write_whole
+
+FORMAT_VERSION = 1
+# A temporary file not written to for this long, in seconds, was left by a run that was killed.
+ABANDONED = 3600
+# What a checkpoint of the original must have; the moments of its optimiser may be missing.
+ORIGINAL = ("model_state", "iteration")
+
+
+def is_pattern(name):
+    """Whether the name has a {} for the iteration, such as weights.{}.pth."""
+    return re.search(r"\{[^{}]*\}", name) is not None
+
+
+def format_path(pattern, iteration):
+    """The path of an iteration's checkpoint."""
+    try:
+        return Path(pattern.format(iteration))
+    except (IndexError, KeyError, ValueError) as error:
+        raise UserError(
+            f"{pattern} is not a valid checkpoint pattern ({error}): "
+            "write one {} for the iteration, as in weights.{}.pth"
+        ) from None
+
+
+def find(pattern):
+    """The files that match a pattern, as (iteration, path), highest iteration first."""
+    folder, name = Path(pattern).parent, Path(pattern).name
+    found = []
+    if folder.is_dir():
+        for path in folder.iterdir():
+            if match := re.fullmatch(expression(name), path.name, re.ASCII):
+                found.append((int(match[1]), path))
+    return sorted(found, reverse=True)
+
+
+def expression(name):
+    """The regular expression that matches the file names of a pattern."""
+    return r"(\d{1,20})".join(re.escape(part) for part in re.split(r"\{[^{}]*\}", name))
+
+
+def save(pattern, checkpoint, keep=None):
+    """Write a checkpoint for its iteration; a crash leaves the old file or the new one.
+
+    With `keep`, only that many files of the pattern up to this iteration remain; later ones
+    belong to another run, or are damaged. Raises OSError and then leaves what was there.
+    """
+    iteration = checkpoint["iteration"]
+    path = format_path(pattern, iteration)
+    if path.parent.is_dir():
+        remove_abandoned(path.parent, pattern)
+    content = {**checkpoint, "format_version": FORMAT_VERSION}
+    write_whole(path, lambda file: write(content, file), durable=True)
+    if keep and is_pattern(pattern):
+        for _, old in [found for found in find(pattern) if found[0] <= iteration][keep:]:
+            old.unlink(missing_ok=True)
+    return path
+
+
+def write(checkpoint, file):
+    """torch.save, raising the OSError that it hides behind an error of its own."""
+    try:
+        torch.save(checkpoint, file)
+    except RuntimeError as error:
+        if isinstance(error.__context__, OSError):
+            raise error.__context__ from None
+        raise OSError(one_line(error)) from None
+
+
+def remove_abandoned(folder, pattern):
+    """Remove the temporary files of runs of this pattern that were killed while writing."""
+    name = re.compile(expression(Path(pattern).name) + r"\.\w+\.tmp")
+    for path in folder.iterdir():
+        with suppress(FileNotFoundError):  # another run has renamed or removed it by now
+            if name.fullmatch(path.name) and time.time() - path.stat().st_mtime > ABANDONED:
+                path.unlink()
+
+
+def load_newest(name, or_none=False):
+    """The checkpoint `name`, or the newest readable one of a pattern, and its path.
+
+    Raises `UserError` for a file that is missing, damaged or something else, and where a pattern
+    matches only such files or none; with `or_none`, no match gives ({}, None).
+    """
+    if not is_pattern(name) or Path(name).exists():
+        found = [Path(name)]
+    else:
+        found = [path for _, path in find(name)]
+    if not found and not or_none:
+        raise UserError(f"no file matches {name}: give a checkpoint or a pattern")
+    for path, older in zip_longest(found, found[1:]):
+        try:
+            checkpoint = load(path)
+        except UserError as error:
+            if not older:
+                raise
+            warn(f"{error}; going back to {older}")
+        else:
+            say(f"loaded {path}, iteration {checkpoint['iteration']}")
+            return checkpoint, path
+    say(f"no file matches {name}: starting from scratch")
+    return {}, None
+
+
+def load(path):
+    """Read one checkpoint and validate its entries. Nothing in the file is executed."""
+    try:
+        with open(path, "rb") as file, warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch's, about pickles of other programs
+            check_checksums(file)
+            checkpoint = torch.load(file, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise UserError(f"{path} does not exist: give a checkpoint or a pattern") from None
+    except Exception as error:  # torch raises many kinds of exceptions for foreign files
+        first_line = str(error).strip().partition("\n")[0][:120]
+        raise damaged(path, first_line or type(error).__name__) from None
+    entries = checkpoint if isinstance(checkpoint, dict) else {}
+    version = entries.get("format_version", 0)
+    if is_count(version) and version > FORMAT_VERSION:
+        raise UserError(f"{path} was written by a newer version of this program: update it")
+    required = CHECKS.keys() - OPTIONAL if "format_version" in entries else ORIGINAL
+    if missing := [name for name in CHECKS if name in required and name not in entries]:
+        raise UserError(f"{path} is not a checkpoint: it has no {' and no '.join(missing)}")
+    for name, is_valid in CHECKS.items():
+        if name in entries and not is_valid(entries[name]):
+            raise damaged(path, f"its {name} is not valid")
+    return checkpoint
+
+
+def damaged(path, reason):
+    return UserError(f"{path} is damaged or not a checkpoint ({reason}): delete it or give another")

@@ -1,0 +1,118 @@
+"""Several processes that work as one: started by torchrun, connected by torch.distributed.
+
+In a process that runs alone every function here does nothing, or the obvious.
+"""
+
+import gc
+import os
+import warnings
+from contextlib import contextmanager, nullcontext
+
+import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+
+from utils import UserError, is_lost_process, one_line
+
+
+@contextmanager
+def process_group(device):
+    """Connect the processes that torchrun started, and disconnect them at the end. Raises
+    ConnectionError where one of them is lost."""
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+        yield
+        return
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    # gloo for what the CPUs agree on, NCCL for the gradients of GPUs.
+    dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+    try:
+        yield
+    except RuntimeError as error:
+        if not is_lost_process(error):
+            raise
+        raise ConnectionError(f"another process has ended ({one_line(error)})") from None
+    finally:
+        gc.collect()  # a parallel model that outlives its group aborts the process
+        dist.destroy_process_group()
+
+
+def rank():
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world_size():
+    """The number of processes."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def shard(n):
+    """This process's part of n items, a slice; the parts' sizes differ by at most one."""
+    return slice(n * rank() // world_size(), n * (rank() + 1) // world_size())
+
+
+def total(*numbers):
+    """The sums of numbers over all processes."""
+    if world_size() == 1:
+        return numbers
+    sums = torch.tensor(numbers, dtype=torch.float64)
+    dist.all_reduce(sums)
+    return tuple(sums.tolist())
+
+
+def all_reduce(tensor):
+    """Replace a tensor by its sum over all processes."""
+    if world_size() > 1:
+        dist.all_reduce(tensor)
+
+
+def any_of(flag):
+    """Whether the flag is set in any process."""
+    return bool(flag) if world_size() == 1 else total(float(bool(flag)))[0] > 0
+
+
+def gather(tensor):
+    """The tensors of all processes, concatenated, in the first process; None in the others."""
+    if world_size() == 1:
+        return tensor
+    parts = [None] * world_size() if rank() == 0 else None
+    dist.gather_object(tensor, parts)
+    return torch.cat(parts) if rank() == 0 else None
+
+
+def check_agreement(what, value):
+    """Raise a `UserError` where processes have different values, for example because their
+    folders are not shared."""
+    values = [value]
+    if world_size() > 1:
+        values = [None] * world_size()
+        dist.all_gather_object(values, value)
+    if len(set(values)) > 1:
+        raise UserError(f"the processes differ in {what}: {values}; they must see the same files")
+
+
+@contextmanager
+def first_process_first():
+    """Let the first process of each machine go first, for work that the others then find done."""
+    waits = world_size() > 1 and os.environ.get("LOCAL_RANK") != "0"
+    if waits:
+        dist.barrier()
+    yield
+    if world_size() > 1 and not waits:
+        dist.barrier()
+
+
+def parallel(module, device, find_unused=False):
+    """The module, with its gradients averaged over the processes."""
+    if world_size() == 1:
+        return module
+    ids = [device] if device.type == "cuda" else None
+    options = {"broadcast_buffers": False, "find_unused_parameters": find_unused}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # newer releases of torch rename an option
+        return DistributedDataParallel(module, device_ids=ids, **options)
+
+
+def no_sync(module, enabled=True):
+    """The context of a backward pass whose gradients are not averaged yet."""
+    return module.no_sync() if enabled and world_size() > 1 else nullcontext()

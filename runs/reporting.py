@@ -1,0 +1,174 @@
+"""What a run reports: progress bars or plain lines, and records for files and TensorBoard."""
+
+import json
+import os
+import sys
+import time
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from layers.mixture import NATS_PER_BIT
+from runs import distributed
+from utils import UserError, is_first_process, say, warn
+
+# Without a terminal, a line of progress this often.
+SECONDS_PER_LINE = 10
+
+
+def progress_bar(**kwargs):
+    """A tqdm bar on a terminal; elsewhere a silent one (its `disable` is True)."""
+    shown = sys.stderr.isatty() and is_first_process()
+    return tqdm(dynamic_ncols=True, disable=not shown, **kwargs)
+
+
+def clock(seconds):
+    """Seconds as h:mm:ss."""
+    seconds = round(seconds)
+    return f"{seconds // 3600}:{seconds // 60 % 60:02}:{seconds % 60:02}"
+
+
+class Metrics:
+    """Writes records to a file of JSON lines and to TensorBoard, each if it is given."""
+
+    def __init__(self, path=None, log_dir=None):
+        if not is_first_process():
+            path = log_dir = None
+        self.path, self.board = path, open_tensorboard(log_dir) if log_dir else None
+        if path:
+            Path(path).parent.mkdir(parents=True, exist_ok=True)
+
+    def write(self, split, iteration, **values):
+        """Write one record; a failure is a warning."""
+        try:
+            if self.path:
+                append_line(self.path, {"iteration": iteration, "split": split, **values})
+            self.write_to_board(split, iteration, values)
+        except OSError as error:
+            warn(f"the metrics of iteration {iteration} cannot be written ({error.strerror})")
+
+    def write_to_board(self, split, iteration, values):
+        if self.board:
+            for name, value in values.items():
+                self.board.add_scalar(f"{split}/{name}", value, iteration)
+            self.board.flush()
+
+
+def append_line(path, record):
+    """Append a line of JSON to a file, whose last line may be incomplete if a run was killed."""
+    with open(path, "ab+") as file:
+        cut_off = file.tell() and (file.seek(-1, os.SEEK_END), file.read())[1] != b"\n"
+        file.write((b"\n" if cut_off else b"") + json.dumps(record).encode() + b"\n")
+
+
+def open_tensorboard(log_dir):
+    """A writer of TensorBoard events. Raises a `UserError` where TensorBoard is not installed."""
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        raise UserError(
+            "--log_dir needs TensorBoard: pip install tensorboard, or use --metrics_file"
+        ) from None
+    return SummaryWriter(log_dir)
+
+
+class TrainingLog:
+    """The progress bar or plain lines of training, and the training records of the metrics.
+
+    Losses stay on the device until they are shown, every `frequency` iterations and on a bar
+    once a second, because reading one waits for the device.
+    """
+
+    def __init__(self, metrics, start, iterations, *, images_per_iteration, frequency):
+        self.metrics, self.iteration, self.iterations = metrics, start, iterations
+        self.images_per_iteration, self.frequency = images_per_iteration, frequency
+        self.losses = []
+        self.start = self.shown = self.window = time.perf_counter()
+        self.bar = progress_bar(total=iterations, initial=start, unit="it")
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exception):
+        self.bar.close()
+
+    @property
+    def seconds(self):
+        return time.perf_counter() - self.start
+
+    @contextmanager
+    def paused(self):
+        """Time that does not count as training."""
+        start = time.perf_counter()
+        yield
+        self.window += time.perf_counter() - start
+
+    def step(self, iteration, loss, lr):
+        self.losses.append(loss)
+        self.iteration, self.lr = iteration, lr
+        self.bar.update()
+        if iteration % self.frequency == 0:
+            self.write()
+        elif not self.bar.disable and time.perf_counter() - self.shown > 1:
+            self.bar.set_postfix_str(self.summary()[0])
+
+    def summary(self):
+        """The losses since the last record, as text and as values."""
+        self.shown = time.perf_counter()
+        bits = torch.stack(self.losses).mean().item() / NATS_PER_BIT
+        rate = len(self.losses) * self.images_per_iteration / (self.shown - self.window)
+        text = f"{bits:.4f} bits/dim, lr {self.lr:g}, {rate:.1f} images/s"
+        return text, {"bits_per_dim": bits, "lr": self.lr, "images_per_second": rate}
+
+    def write(self):
+        """Write a record of the losses since the last one, if there are any."""
+        if not self.losses:
+            return
+        text, values = self.summary()
+        if self.bar.disable:
+            images_left = (self.iterations - self.iteration) * self.images_per_iteration
+            left = clock(images_left / values["images_per_second"])
+            say(f"iteration {self.iteration} of {self.iterations}: {text}, {left} left")
+        else:
+            self.bar.set_postfix_str(text)
+        self.metrics.write("train", self.iteration, **values, seconds=self.seconds)
+        self.losses, self.window = [], time.perf_counter()
+
+
+class SamplingProgress:
+    """Bytes and images per second of this process, on a bar or in plain lines, and a summary of
+    all processes at the end."""
+
+    def __init__(self, n_images, bytes_per_image):
+        self.n_images, self.bytes_per_image = n_images, bytes_per_image
+        self.total, self.count = n_images * bytes_per_image, 0
+
+    def __enter__(self):
+        self.start = self.shown = time.perf_counter()
+        self.bar = progress_bar(total=self.total, unit=" bytes", unit_scale=True)
+        return self
+
+    def __exit__(self, failure, *details):
+        self.bar.close()
+        if failure:
+            return
+        self.n_images, self.count = map(int, distributed.total(self.n_images, self.count))
+        if self.count:
+            images = "1 image" if self.n_images == 1 else f"{self.n_images} images"
+            say(f"sampled {images}, {self.count} bytes, {self.speed()}")
+
+    def advance(self, n):
+        self.count += n
+        self.bar.update(n)
+        if time.perf_counter() - self.shown > SECONDS_PER_LINE and self.bar.disable:
+            self.shown = time.perf_counter()
+            say(f"{self.count} of {self.total} bytes, {self.speed()}")
+        elif not self.bar.disable:
+            self.bar.set_postfix_str(self.speed().rpartition(", ")[2], refresh=False)
+
+    def speed(self):
+        seconds = time.perf_counter() - self.start
+        rate = self.count / seconds
+        return f"{seconds:.1f} s, {rate:.0f} bytes/s, {rate / self.bytes_per_image:.3g} images/s"

@@ -1,0 +1,158 @@
+"""One step of training, and an evaluation."""
+
+import math
+from functools import partial
+
+import numpy as np
+import torch
+
+from layers.mixture import NATS_PER_BIT, first_byte_log_probs
+from runs import distributed
+from runs.reporting import progress_bar
+from utils import UserError, autocast
+
+OPTIMIZERS = ("radam", "adam")
+
+
+class NegativeLogLikelihood(torch.nn.Module):
+    """`model.nll` as a module: what DistributedDataParallel wraps and torch.compile compiles."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, images, keys=None):
+        return self.model.nll(images, keys)
+
+
+def make_optimizer(model, name, lr, weight_decay):
+    """The optimiser, one of OPTIMIZERS, with weight decay decoupled from the gradient."""
+    rates = {"lr": lr, "weight_decay": weight_decay}
+    if name == "radam":
+        return torch.optim.RAdam(model.parameters(), decoupled_weight_decay=True, **rates)
+    return torch.optim.AdamW(model.parameters(), **rates)
+
+
+def train_step(nll, optimizer, images, *, seed, iteration, accumulate, precision, clip_norm):
+    """One step of the optimiser on images (N, L); returns the loss in nats per byte, detached.
+
+    `nll` is a `NegativeLogLikelihood`, or one that `distributed.parallel` has wrapped. The batch
+    goes through it in `accumulate` parts, and each process takes its shard of every part. The
+    noise of dropout depends on (seed, iteration) and the image alone: neither a restart nor
+    another split of the batch changes it. Raises `UserError`, and changes no weight, where the
+    loss or the gradient is not finite.
+    """
+    keys = set_noise(seed, iteration, len(images)).to(images.device)
+    values = images[:, 1:].numel()
+    loss = torch.zeros((), device=images.device)
+    optimizer.zero_grad()
+    parts = torch.arange(len(images)).chunk(accumulate)
+    for n, part in enumerate(parts, 1):
+        own = part[distributed.shard(len(part))]
+        with distributed.no_sync(nll, n < len(parts)):
+            with autocast(images.device, precision):
+                part_loss = nll(images[own], keys[own]).sum() / values
+            # DistributedDataParallel averages the gradients over the processes.
+            (part_loss * distributed.world_size()).backward()
+        loss += part_loss.detach()
+    distributed.all_reduce(loss)
+    if not (clip(nll.parameters(), clip_norm) and loss.isfinite()):
+        with autocast(images.device, precision):
+            name = first_non_finite(unwrap(nll).model, images, keys)
+        raise UserError(
+            f"iteration {iteration}: {name} is not finite: lower --lr "
+            f"{optimizer.param_groups[0]['lr']:g} or --clip_norm; the last checkpoint is older "
+            "and intact"
+        )
+    optimizer.step()
+    return loss
+
+
+def set_noise(seed, iteration, n_images):
+    """The dropout keys (n_images,), int64, of an iteration. Also seeds torch's generator, which
+    attention dropout uses, differently in each process."""
+    noise = np.random.SeedSequence((seed, iteration))
+    keys = noise.generate_state(n_images, np.uint64).view(np.int64)
+    own = np.random.SeedSequence((seed, iteration, distributed.rank()))
+    torch.manual_seed(int(own.generate_state(1)[0]))
+    return torch.from_numpy(keys)
+
+
+def unwrap(nll):
+    """The `NegativeLogLikelihood` inside DistributedDataParallel."""
+    return getattr(nll, "module", nll)
+
+
+def clip(parameters, max_norm):
+    """Clip the norm of the whole gradient at `max_norm` (0: never). Returns False, with the
+    gradient unchanged, if the norm is not finite."""
+    parameters = [p for p in parameters if p.grad is not None]
+    norm = torch.nn.utils.get_total_norm([p.grad for p in parameters])
+    if not norm.isfinite():
+        return False
+    torch.nn.utils.clip_grads_with_norm_(parameters, max_norm or math.inf, norm)
+    return True
+
+
+@torch.no_grad()
+def first_non_finite(model, images, keys):
+    """Name what was not finite first in a step on these images: a parameter, the output of a
+    module, or a gradient."""
+    if name := non_finite_parameter(model):
+        return f"the parameter {name}"
+    plain = type(model)(model.config).to(images.device)  # its modules can be watched one by one
+    plain.load_state_dict(model.state_dict())
+    found = []
+
+    def watch(name, module, inputs, output):
+        if torch.is_tensor(output) and not output.isfinite().all():
+            found.append(f"the output of {name}")
+
+    for name, module in plain.named_modules():
+        if not any(module.children()):
+            module.register_forward_hook(partial(watch, name))
+    for image, key in zip(images.split(1), keys.split(1), strict=True):
+        plain.nll(image, key)
+    # Backpropagation starts at the last layer.
+    for name, parameter in reversed(list(model.named_parameters())):
+        if parameter.grad is not None and not parameter.grad.isfinite().all():
+            found.append(f"the gradient of {name}")
+    return found[0] if found else "the loss, or the norm of the gradient,"
+
+
+def non_finite_parameter(model):
+    """The name of the first parameter that is not finite, or None."""
+    return next((name for name, p in model.named_parameters() if not p.isfinite().all()), None)
+
+
+@torch.no_grad()
+def evaluate(nll, images, counts, *, batch_size, precision, device, stop=False):
+    """Bits/dim of images (n, L): the mean over the L - 1 bytes after the first (the paper's
+    convention), and over all L bytes, with `counts` (256,) the histogram of first bytes.
+
+    Each process evaluates its shard; the sums are float64. Returns None as soon as `stop` is
+    true, a `StopSignals` for example.
+    """
+    nll = unwrap(nll)
+    training = nll.training
+    nll.eval()
+    total = 0.0
+    own = images[distributed.shard(len(images))]
+    with progress_bar(total=len(own), unit="images", desc="evaluating", leave=False) as bar:
+        for batch in own.split(batch_size) if len(own) else ():
+            with autocast(device, precision):
+                total += nll(batch.to(device)).cpu().double().sum().item()
+            bar.update(len(batch))
+            if stop:
+                break
+    nll.train(training)
+    total, stopped = distributed.total(total, float(bool(stop)))
+    return None if stopped else bits_per_dim(total, images, counts)
+
+
+def bits_per_dim(nats, images, counts):
+    """Bits/dim, in both conventions, of images (n, L) whose bytes but the first cost `nats`."""
+    first = -first_byte_log_probs(counts)[images[:, 0].long()].sum().item()
+    n, length = images.shape
+    scale = n * NATS_PER_BIT
+    return nats / (length - 1) / scale, (nats + first) / length / scale

@@ -1,0 +1,75 @@
+"""A run that is killed at any moment continues from its last checkpoint, bit for bit."""
+
+import os
+import random
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from conftest import ROOT, TINY
+from test_distributed import run_two, start_two
+from test_training import assert_equal_weights, records
+
+DIGITS = ["--dataset", "digits", *TINY, "--batch_size", 4, "--evaluate_images", 8]
+DIGITS += ["--dropout", 0.2, "--log_frequency", 1]
+PARTS = ["--save_to", "part.{}.pth", "--continue_from", "part.{}.pth"]
+PARTS += ["--metrics_file", "part.jsonl"]
+
+
+def all_losses(path):
+    """{iteration: the set of its losses, of all times that it was trained}."""
+    seen = {}
+    for record in records(path):
+        if record["split"] == "train":
+            seen.setdefault(record["iteration"], set()).add(record["bits_per_dim"])
+    return seen
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--accumulate", 2],
+        ["--attention_type", "full", "--optimizer", "adam", "--attention_dropout", 0.2],
+    ],
+    ids=["linear-radam-accumulated", "full-adam"],
+)
+def test_killed_thirty_times(flags, succeed, tmp_path):
+    """Every loss of every start equals the uninterrupted run's, and so do the final weights."""
+    command = [*DIGITS, *flags, "--iterations", 600, "--save_frequency", 5]
+    succeed("main.py", *command, "--save_to", "whole.pth", "--metrics_file", "whole.jsonl")
+    killing = [sys.executable, ROOT / "tests" / "killing.py", 30, 0.5, *command, *PARTS]
+    done = subprocess.run([str(part) for part in killing], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "killed 30" in done.stdout
+    starts = re.findall(r"loaded .*, iteration (\d+)\n", done.stdout)
+    assert len(set(starts)) > 10, starts
+    assert all_losses(tmp_path / "part.jsonl") == all_losses(tmp_path / "whole.jsonl")
+    assert_equal_weights("part.600.pth", "whole.pth")
+
+
+def test_two_processes_killed_at_random_moments(tmp_path):
+    """And torchrun with them, as in a power failure."""
+    command = ["main.py", *DIGITS, "--iterations", 200, "--save_frequency", 5]
+    run_two(*command, "--save_to", "whole.pth", "--metrics_file", "whole.jsonl")
+    moments = random.Random(0)
+    for _ in range(4):
+        process = start_two(*command, *PARTS, start_new_session=True)
+        time.sleep(moments.uniform(3, 7))
+        os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()
+    run_two(*command, *PARTS)
+    assert all_losses(tmp_path / "part.jsonl") == all_losses(tmp_path / "whole.jsonl")
+    assert_equal_weights("part.200.pth", "whole.pth")
+
+
+def test_a_line_of_metrics_that_was_cut_off_stays_alone(succeed, tmp_path):
+    """As a run leaves it that is killed while writing: the next record must start a new line."""
+    file = tmp_path / "m.jsonl"
+    file.write_text('{"iteration": 1}\n{"iterat')
+    succeed("main.py", *DIGITS, "--iterations", 1, "--metrics_file", file)
+    lines = file.read_text().splitlines()
+    assert lines[1] == '{"iterat'
+    assert '"split": "train"' in lines[2]

@@ -1,0 +1,265 @@
+"""Dropout, and the compiled operations: equal to the plain ones in outputs, states, gradients."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from cpu.ops import CompiledOps
+from layers import dropout
+from layers.attention import linear_quadratic
+from layers.ops import PlainOps
+from models import ImageTransformer, ModelConfig
+
+DTYPES = pytest.mark.parametrize(
+    ("dtype", "tolerance"), [(torch.float32, 2e-6), (torch.bfloat16, 1e-2)]
+)
+THRESHOLD = round(0.1 * 2**32)
+
+
+PLAIN = PlainOps()
+
+
+def compiled(size=8):
+    """The compiled operations for heads of this size."""
+    return CompiledOps(ModelConfig(30, n_heads=2, d_query=size))
+
+
+def keys(n, seed=0):
+    torch.manual_seed(seed)
+    return dropout.draw_keys(n, "cpu").view(torch.int32).view(-1, 2)
+
+
+def distance(x, y):
+    return ((x.double() - y.double()).abs().max() / y.abs().max()).item()
+
+
+@DTYPES
+@pytest.mark.parametrize("size", [1, 6, 8, 20, 32, 64])
+@pytest.mark.parametrize("length", [1, 50, 200])
+def test_attention_and_its_gradients(dtype, tolerance, size, length):
+    qkv = torch.randn(3, length, 3, 2, size).to(dtype).requires_grad_()
+    exact = qkv.detach().double().requires_grad_()
+    outputs = compiled(size).linear_attention(qkv)
+    expected = linear_quadratic(*exact.unbind(2))[0]
+    assert outputs.dtype == dtype
+    assert distance(outputs, expected) < tolerance
+    gradient = torch.randn_like(outputs)
+    outputs.backward(gradient)
+    expected.backward(gradient.double())
+    for x, y in zip(qkv.grad.unbind(2), exact.grad.unbind(2), strict=True):
+        assert (x.double() - y).abs().max() < 4 * tolerance * max(1, y.abs().max())
+
+
+@DTYPES
+def test_states_are_handed_on(dtype, tolerance):
+    """One pass over two parts is one pass over the whole."""
+    qkv = torch.randn(2, 30, 3, 3, 8).to(dtype)
+    expected, final = linear_quadratic(*qkv.double().unbind(2))
+    state = torch.zeros(2, 3, 8, 8), torch.zeros(2, 3, 8)
+    parts = [compiled().linear_attention(part, state) for part in qkv.split([11, 19], dim=1)]
+    assert distance(torch.cat(parts, 1), expected) < tolerance
+    for x, y in zip(state, final, strict=True):
+        assert distance(x, y) < 2e-6
+
+
+@DTYPES
+@pytest.mark.parametrize("shape", [(1, 1, 2), (3, 7, 24), (2, 300, 256)])
+@pytest.mark.parametrize("x_type", [torch.float32, None], ids=["float32", "same"])
+def test_the_norm_of_a_sum_and_its_gradients(dtype, tolerance, shape, x_type):
+    x, y = (3 * torch.randn(shape).to(t) for t in (x_type or dtype, dtype))
+    module = nn.LayerNorm(shape[-1])
+    for parameter in module.parameters():
+        torch.nn.init.normal_(parameter)
+    plain, gradient = copy.deepcopy(module).double(), torch.randn(shape).to(x.dtype)
+    a, b, c, d = (z.clone().requires_grad_() for z in (x, y, x.double(), y.double()))
+    outputs, expected = compiled().add_norm(a, b, module), PLAIN.add_norm(c, d, plain)
+    assert outputs.dtype == x.dtype
+    assert distance(outputs, expected) < tolerance
+    outputs.backward(gradient)
+    expected.backward(gradient.double())
+    own = [a.grad, b.grad, *(p.grad for p in module.parameters())]
+    for p, q in zip(own, [c.grad, d.grad, *(p.grad for p in plain.parameters())], strict=True):
+        assert (p.double() - q).abs().max() < 4 * tolerance * max(1, q.abs().max())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(1, 1), (3, 7, 5), (2, 300, 100)])
+def test_both_dropouts_are_one(dtype, shape):
+    """To the bit, in outputs and gradients."""
+    x = torch.randn(shape).to(dtype).requires_grad_()
+    y = x.detach().clone().requires_grad_()
+    actual = compiled().dropout(x, keys(len(x)), THRESHOLD)
+    expected = PLAIN.dropout(y, keys(len(x)), THRESHOLD)
+    gradient = torch.randn_like(x)
+    actual.backward(gradient)
+    expected.backward(gradient)
+    assert torch.equal(actual, expected)
+    assert torch.equal(x.grad, y.grad)
+
+
+@pytest.mark.parametrize("p", [0.001, 0.1, 0.5, 0.9])
+def test_dropout_drops_with_its_probability(p):
+    """Within four standard deviations, over all images and in every column and row."""
+    keep = dropout.keep_mask(keys(64), 16384, round(p * 2**32)).double()
+    deviation = (p * (1 - p)) ** 0.5
+    assert abs(keep.mean() - (1 - p)) < 4 * deviation / keep.numel() ** 0.5
+    for dim, n in ((0, 64), (1, 16384)):
+        spread = keep.mean(dim).std() / (deviation / n**0.5)
+        assert 0.7 < spread < 1.3
+
+
+def test_dropped_numbers_know_nothing_of_each_other():
+    """Neighbours, images, calls and shifts are uncorrelated."""
+    noise = dropout.DropoutNoise()
+    torch.manual_seed(0)
+    noise.start(dropout.draw_keys(8, "cpu"))
+    masks = [dropout.keep_mask(noise.next_keys(), 2**17, 2**31).double() for _ in range(4)]
+    masks = torch.cat(masks) - 0.5  # (32, 2^17)
+    others = [masks.roll(shift, 1) for shift in (1, 2, 16, 256, 1024)] + [masks.roll(1, 0)]
+    for other in others:
+        correlation = 4 * (masks * other).mean(1)
+        assert correlation.abs().max() < 5 / 2**8.5
+    together = 4 * masks @ masks.T / 2**17 - torch.eye(32)
+    assert together.abs().max() < 5 / 2**8.5
+
+
+def test_dropout_keeps_the_mean_and_rests_in_evaluation():
+    noise = dropout.DropoutNoise()
+    noise.start(dropout.draw_keys(100, "cpu"))
+    layer = dropout.Dropout(0.3, noise, PLAIN)
+    x = torch.ones(100, 1000)
+    assert abs(layer(x).mean() - 1) < 0.01
+    assert torch.equal(layer.eval()(x), x)
+
+
+def test_noise_belongs_to_the_image():
+    """However a batch is cut, its images lose the same numbers."""
+    model = ImageTransformer(ModelConfig(30, n_layers=2, n_heads=2, d_query=8)).train()
+    images = torch.randint(0, 256, (6, 30))
+    own = dropout.draw_keys(6, "cpu")
+    whole = model.nll(images, own)
+    parts = [model.nll(images[part], own[part]) for part in (slice(0, 2), slice(2, 6))]
+    torch.testing.assert_close(torch.cat(parts), whole)
+    assert not torch.allclose(model.nll(images), whole)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_compiled_model_is_the_same_model(precision):
+    config = ModelConfig(40, n_layers=2, n_heads=2, d_query=8, mixtures=3)
+    images, own = torch.randint(0, 256, (5, 40)), dropout.draw_keys(5, "cpu")
+    results = []
+    for ops in (PLAIN, CompiledOps(config)):
+        torch.manual_seed(0)
+        model = ImageTransformer(config, ops).train()
+        with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
+            model.nll(images, own).sum().backward()
+            parameters, _ = model.eval().prefill(images[:, :20])
+        results.append([parameters, *(p.grad for p in model.parameters())])
+    for x, y in zip(*results, strict=True):
+        assert distance(x, y) < (1e-4 if precision == "fp32" else 0.1)
+
+
+def twisted(x):
+    """The same numbers with the first two dimensions exchanged in memory."""
+    return x.transpose(0, 1).contiguous().transpose(0, 1)
+
+
+OPERATIONS = {
+    "linear": lambda ops, x, layers: ops.linear(x, *layers["linear"]),
+    "relu": lambda ops, x, layers: ops.linear(x, layers["linear"][0], activation="relu"),
+    "add_norm": lambda ops, x, layers: ops.add_norm(x, x, layers["norm"]),
+    "dropout": lambda ops, x, layers: ops.dropout(x, keys(len(x)), THRESHOLD),
+    "linear_attention": lambda ops, x, layers: ops.linear_attention(x.unflatten(-1, (3, 2, -1))),
+}
+EVERY_OPERATION = pytest.mark.parametrize("operation", OPERATIONS.values(), ids=OPERATIONS)
+
+
+def make_layers(width, dtype=torch.float32):
+    torch.manual_seed(1)
+    layers = {
+        "linear": nn.ModuleList(nn.Linear(width, 5) for _ in range(3)),
+        "norm": nn.LayerNorm(width),
+    }
+    return nn.ModuleDict(layers).to(dtype)
+
+
+@EVERY_OPERATION
+@pytest.mark.parametrize("twist_gradient", [False, True], ids=["gradient", "twisted-gradient"])
+def test_tensors_that_are_not_contiguous_give_right_results(operation, twist_gradient):
+    """The C++ functions read rows one after the other, whatever the strides of a tensor are."""
+    x, layers = torch.randn(4, 9, 48), make_layers(48)
+    results = []
+    for ops, y in ((PLAIN, x), (compiled(), twisted(x))):
+        y = y.detach().requires_grad_()
+        outputs = operation(ops, y, layers)
+        gradient = torch.randn(outputs.shape, generator=torch.Generator().manual_seed(2))
+        outputs.backward(twisted(gradient) if twist_gradient else gradient)
+        results.append([outputs, y.grad])
+    assert not y.is_contiguous()
+    for expected, actual in zip(*results, strict=True):
+        assert distance(actual, expected) < 2e-6
+
+
+def test_keys_that_are_not_contiguous_give_the_right_mask():
+    """Their two halves would be read from another image's keys."""
+    x = torch.randn(6, 50)
+    expected = compiled().dropout(x, keys(6), THRESHOLD)
+    assert torch.equal(compiled().dropout(x, twisted(keys(6)), THRESHOLD), expected)
+
+
+def test_a_state_that_is_not_contiguous_is_refused():
+    """It is updated in place: the update of a contiguous copy would be lost."""
+    S, Z = torch.zeros(2, 3, 8, 8), torch.zeros(2, 3, 8)
+    for state in ((twisted(S), Z), (S, twisted(Z))):
+        with pytest.raises(TypeError, match="contiguous"):
+            compiled().linear_attention(torch.randn(2, 5, 3, 3, 8), state)
+
+
+UNREADABLE = pytest.mark.parametrize(
+    ("target", "word"),
+    [(torch.float64, "float64"), (torch.float16, "float16"), (torch.device("meta"), "meta")],
+    ids=["float64", "float16", "meta"],
+)
+
+
+@UNREADABLE
+def test_a_model_moved_to_another_type_or_device_is_a_type_error(target, word):
+    """The C++ functions read addresses: they read float64 as float32, and crashed on the address
+    of a tensor that was not in this memory."""
+    config = ModelConfig(30, n_layers=1, n_heads=2, d_query=8)
+    model = ImageTransformer(config, CompiledOps(config)).to(target)
+    images = torch.zeros(2, 30, dtype=torch.int64, device=model.predictor.weight.device)
+    for training in (False, True):
+        with pytest.raises(TypeError, match=word):
+            model.train(training).nll(images)
+    with pytest.raises(TypeError, match=word), torch.no_grad():
+        model.eval().prefill(images[:, :20])
+
+
+@EVERY_OPERATION
+@UNREADABLE
+def test_tensors_of_another_type_or_device_are_a_type_error(operation, target, word):
+    """As for a whole model, by each operation on its own."""
+    with pytest.raises(TypeError, match=word):
+        operation(compiled(), torch.randn(2, 5, 48).to(target), make_layers(48))
+
+
+@pytest.mark.parametrize("name", ["linear", "relu", "add_norm"])
+@UNREADABLE
+def test_parameters_of_another_type_or_device_are_a_type_error(name, target, word):
+    """Only the inputs were looked at."""
+    with pytest.raises(TypeError, match=word):
+        OPERATIONS[name](compiled(), torch.randn(2, 5, 48), make_layers(48).to(target))
+
+
+@UNREADABLE
+def test_states_and_keys_of_another_type_or_device_are_a_type_error(target, word):
+    """Only the inputs were looked at."""
+    S, Z = torch.zeros(2, 3, 8, 8), torch.zeros(2, 3, 8)
+    for state in ((S.to(target), Z), (S, Z.to(target))):
+        with pytest.raises(TypeError, match=word):
+            compiled().linear_attention(torch.randn(2, 5, 3, 3, 8), state)
+    with pytest.raises(TypeError, match=word):
+        compiled().dropout(torch.randn(2, 5), keys(2).to(target), THRESHOLD)

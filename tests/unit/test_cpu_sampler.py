@@ -1,0 +1,346 @@
+"""The compiled sampler: the same images as from the plain one, and fallbacks without it."""
+
+import os
+import shutil
+import stat
+
+import numpy as np
+import pytest
+import torch
+from conftest import TINY
+from imageio.v3 import imread
+
+import datasets
+import prediction
+from cpu import build, ops, sampler
+from cpu.build import cache_path, find_compiler
+from cpu.sampler import CompiledDecoder
+from layers import mixture
+from models import ImageTransformer, ModelConfig
+from runs.sampling import Batch, EagerDecoder, image_noise, sample_recurrent
+from utils import UserError
+
+LENGTH = 40
+RECURRENT = ["--recurrent", "--index", "0-3", "--offset", 20]
+
+
+def make_model(n_layers=2, n_heads=2, d_query=8, mixtures=3, length=LENGTH):
+    torch.manual_seed(0)
+    config = ModelConfig(
+        length, n_layers=n_layers, n_heads=n_heads, d_query=d_query, mixtures=mixtures
+    )
+    return ImageTransformer(config).eval()
+
+
+def complete(model, images, offset, noise, temperature=1.0, precision="fp32", **kwargs):
+    """`sample_recurrent` with the compiled sampler."""
+    decoder = CompiledDecoder(model, precision)
+    sample_recurrent(model, images, offset, noise, temperature, decoder=decoder, **kwargs)
+
+
+def make_batch(model, n_images=2, images=None, position=0, noise=None, states=None):
+    """A `Batch` of images of which the bytes before `position` have been read."""
+    images = torch.zeros(n_images, LENGTH, dtype=torch.int64) if images is None else images
+    noise = image_noise(0, range(len(images)), LENGTH) if noise is None else noise
+    states = model.empty_states(len(images)) if states is None else states
+    return Batch(images, noise, 1.0, torch.tensor([position]), states, torch.tensor(True))
+
+
+# Sizes that fill the registers' lanes and that do not.
+SIZES = [(1, 1, 4, 1), (2, 2, 6, 2), (2, 3, 20, 5), (3, 8, 32, 10), (1, 1, 64, 30)]
+
+
+@pytest.mark.parametrize("sizes", SIZES, ids=lambda sizes: "x".join(map(str, sizes)))
+@pytest.mark.parametrize("n_images", [1, 7, 37])
+def test_it_draws_the_images_of_the_plain_sampler(sizes, n_images):
+    model = make_model(*sizes)
+    noise = image_noise(5, range(n_images), LENGTH)
+    expected = torch.randint(0, 256, (n_images, LENGTH))
+    images = expected.clone()
+    sample_recurrent(model, expected, 3, noise, temperature=1.3)
+    complete(model, images, 3, noise, temperature=1.3)
+    assert torch.equal(images, expected)
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3, 8])
+def test_the_number_of_threads_does_not_matter(threads, monkeypatch):
+    """Fewer threads than images, as many, and more."""
+    model, noise = make_model(), image_noise(1, range(18), LENGTH)
+    images = [torch.zeros(18, LENGTH, dtype=torch.int64) for _ in range(2)]
+    complete(model, images[0], 1, noise)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    complete(model, images[1], 1, noise)
+    assert torch.equal(*images)
+
+
+@pytest.mark.parametrize(("precision", "tolerance"), [("fp32", 1e-5), ("bf16", 2e-2)])
+def test_its_distributions_and_states_are_the_steps(precision, tolerance):
+    model, noise = make_model(3, 4, 16), image_noise(0, range(9), LENGTH)
+    images = torch.randint(0, 256, (9, LENGTH))
+    states, own = model.empty_states(9), model.empty_states(9)
+    decoder = CompiledDecoder(model, precision)
+    for position in range(LENGTH - 1):
+        with torch.no_grad():
+            expected = model.step(images[:, position], position, states)
+        batch = make_batch(model, 9, images.clone(), position, noise, own)
+        parameters = decoder.run(batch, 1)
+        assert batch.position == position + 1
+        torch.testing.assert_close(parameters, expected, rtol=tolerance, atol=tolerance)
+    for state, expected in zip(own, states, strict=True):
+        for sums, right in zip(state, expected, strict=True):
+            assert (sums - right).abs().max() <= tolerance * right.abs().max()
+
+
+def test_bfloat16_keeps_the_bits_per_dim(tiny_checkpoint):
+    """Of a trained model, on real images, by less than 0.002."""
+    checkpoint = torch.load(tiny_checkpoint, weights_only=True)
+    model = ImageTransformer(ModelConfig(**checkpoint["config"])).eval()
+    model.load_state_dict(checkpoint["model_state"])
+    images = datasets.load("digits", ".", False).images.long()
+    noise = image_noise(0, range(len(images)), 64)
+
+    def bits(precision):
+        decoder, states = CompiledDecoder(model, precision), model.empty_states(len(images))
+        total = 0.0
+        for i in range(63):
+            batch = make_batch(model, images=images.clone(), position=i, noise=noise, states=states)
+            parameters = decoder.run(batch, 1)
+            total -= mixture.log_prob(parameters, images[:, i + 1]).double().mean().item()
+        return total / 63 / np.log(2)
+
+    assert abs(bits("bf16") - bits("fp32")) < 0.002
+
+
+def test_every_byte_is_reported():
+    counts = []
+    images = torch.zeros(3, LENGTH, dtype=torch.int64)
+    noise = image_noise(0, range(3), LENGTH)
+    complete(make_model(), images, 10, noise, advance=counts.append)
+    assert sum(counts) == 3 * (LENGTH - 10)
+
+
+def test_a_full_image_stays():
+    images = torch.full((2, LENGTH), 7)
+    complete(make_model(), images, LENGTH, image_noise(0, range(2), LENGTH))
+    assert (images == 7).all()
+
+
+def test_distributions_that_are_not_finite_are_an_error():
+    model = make_model()
+    with torch.no_grad():
+        model.predictor.bias[0] = torch.nan
+    batch = make_batch(model)
+    CompiledDecoder(model, "fp32")(batch, 5)
+    with pytest.raises(UserError, match="byte is not finite"):
+        batch.check_finite()
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("kind", ["logit", "mean", "log-scale"])
+def test_a_component_that_is_not_drawn_must_be_finite_too(kind, value):
+    """The compiled sampler looked only at the drawn component, so that it went on where the plain
+    one stopped; and its error did not say what to do."""
+    model = make_model(mixtures=3)
+    with torch.no_grad():
+        model.predictor.weight.zero_()
+        # The last component has no weight; with a logit of inf or nan, the others have none.
+        model.predictor.bias.copy_(torch.tensor([0, 0, -1e30, 0, 0, 0, -2, -2, -2]))
+        model.predictor.bias[{"logit": 2, "mean": 5, "log-scale": 8}[kind]] = value
+    errors = []
+    for decoder in (EagerDecoder(model), CompiledDecoder(model, "fp32")):
+        batch = make_batch(model)
+        with torch.no_grad():
+            decoder(batch, 5)
+        assert batch.position == 5
+        with pytest.raises(UserError) as error:
+            batch.check_finite()
+        errors.append(str(error.value))
+    assert errors[0] == errors[1]
+    assert "give an earlier checkpoint" in errors[0]
+
+
+@pytest.mark.parametrize("n_images", [1, 20])
+@pytest.mark.parametrize("position", [4, 20, LENGTH - 2])
+def test_both_samplers_stop_at_a_late_distribution_that_is_not_finite(position, n_images):
+    """The first distributions, which are those of `prefill` in either sampler, are finite."""
+    model, errors = make_model(), []
+    model.pos_embedding.pe[:, position] = torch.nan
+    for decoder in (EagerDecoder(model), CompiledDecoder(model, "fp32")):
+        images = torch.zeros(n_images, LENGTH, dtype=torch.int64)
+        noise = image_noise(0, range(n_images), LENGTH)
+        with pytest.raises(UserError) as error:
+            sample_recurrent(model, images, 2, noise, decoder=decoder)
+        errors.append(str(error.value))
+    assert errors[0] == errors[1]
+
+
+WRONG = {
+    "images-float64": {"images": torch.zeros(2, LENGTH, dtype=torch.float64)},
+    "images-uint8": {"images": torch.zeros(2, LENGTH, dtype=torch.uint8)},
+    "images-columns": {"images": torch.zeros(LENGTH, 2, dtype=torch.int64).T},
+    "noise-float64": {"noise": torch.zeros(2, LENGTH, 2, dtype=torch.float64)},
+    "noise-columns": {"noise": torch.zeros(LENGTH, 2, 2).transpose(0, 1)},
+    "noise-meta": {"noise": torch.zeros(2, LENGTH, 2, device="meta")},
+}
+
+
+@pytest.mark.parametrize("wrong", WRONG.values(), ids=WRONG)
+def test_tensors_that_it_would_misread_are_a_type_error(wrong):
+    """The C++ function reads addresses: an assertion, which python -O leaves out, saw to it that
+    the tensors were contiguous, and nothing to their types."""
+    model = make_model()
+    with pytest.raises(TypeError, match="the compiled sampler takes contiguous"):
+        CompiledDecoder(model, "fp32")(make_batch(model, **wrong), 5)
+
+
+CHANGES = {
+    "float64": lambda x: x.double(),
+    "columns": lambda x: x.transpose(0, 1).contiguous().transpose(0, 1),
+    "meta": lambda x: x.to("meta"),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
+@pytest.mark.parametrize("place", [(0, 0), (0, 1), (1, 0), (1, 1)])
+def test_states_that_it_would_misread_are_a_type_error(change, place):
+    """As above, for S and Z of each layer."""
+    model, (layer, which) = make_model(), place
+    states = [list(state) for state in model.empty_states(2)]
+    states[layer][which] = change(states[layer][which])
+    with pytest.raises(TypeError, match="the compiled sampler takes contiguous"):
+        CompiledDecoder(model, "fp32")(make_batch(model, states=states), 5)
+
+
+def test_a_model_in_float64_is_a_type_error():
+    """Its states are float64: the C++ function would have read them as float32."""
+    model = make_model().double()
+    images, noise = torch.zeros(2, LENGTH, dtype=torch.int64), image_noise(0, range(2), LENGTH)
+    with pytest.raises(TypeError, match="float64"):
+        complete(model, images, 3, noise)
+    assert not images[:, 4:].any()  # the first byte is drawn by torch
+
+
+def test_a_model_on_another_device_is_a_type_error():
+    """Its weights have no address in this memory."""
+    with pytest.raises(TypeError, match="meta"):
+        CompiledDecoder(make_model().to("meta"), "fp32")
+
+
+def test_compilation_is_told_and_kept(succeed, tiny_checkpoint, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    first = succeed("prediction.py", tiny_checkpoint, *RECURRENT, "--compile").out
+    second = succeed("prediction.py", tiny_checkpoint, *RECURRENT, "--compile").out
+    assert "compiled sampler.cpp in" in first
+    assert "compiled" not in second
+
+
+@pytest.mark.parametrize("attention_type", ["causal-linear", "full"])
+def test_the_batched_sampler_compiled_draws_the_same(succeed, tmp_path, attention_type):
+    command = ["prediction.py", "-", "--dataset", "digits", "--n_layers", 2, "--n_heads", 2]
+    command += ["--attention_type", attention_type, "--device", "cpu", "--index", "0-2"]
+    images = []
+    for name, flag in (("a", "--compile"), ("b", "--no-compile")):
+        succeed(*command, flag, "--save_image", f"{name}.{{}}.{{}}.png")
+        images.append([imread(f"{name}.pred.{n}.png") for n in range(2)])
+    assert np.array_equal(*images)
+
+
+def test_without_being_asked_it_compiles_only_where_that_pays(succeed, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    model = ["prediction.py", "-", "--dataset", "digits", "--n_layers", 1, "--n_heads", 2]
+    few, many = [*model, *RECURRENT], [*model, *RECURRENT, "--batch_size", 1]
+    assert "compiled" not in succeed(*few).out
+    monkeypatch.setattr(prediction, "STEPS_WORTH_COMPILING", 100)
+    assert "compiled" not in succeed(*many, "--no-compile").out
+    assert "compiled" in succeed(*many).out
+
+
+def test_other_sources_and_sizes_are_other_libraries(monkeypatch, tmp_path):
+    def path(precision="fp32", **sizes):
+        config = ModelConfig(**{"length": LENGTH, **sizes})
+        return cache_path(sampler.SOURCE, sampler.sizes(config, precision))[0]
+
+    first = path()
+    assert first != path(n_heads=2)
+    assert first != path("bf16")
+    assert first == path(length=99)  # the length is no constant
+    for name in (sampler.SOURCE, build.HEADER):
+        (tmp_path / name).write_bytes((build.FOLDER / name).read_bytes())
+    monkeypatch.setattr(build, "FOLDER", tmp_path)
+    assert first == path()
+    for name in (sampler.SOURCE, build.HEADER):
+        (tmp_path / name).write_bytes((tmp_path / name).read_bytes() + b"\n")
+        assert path() != first
+        first = path()
+
+
+def test_no_compiler_is_told_and_does_without(call, succeed, tiny_checkpoint, monkeypatch):
+    command = ["prediction.py", tiny_checkpoint, *RECURRENT, "--save_image", "x.{}.{}.png"]
+    monkeypatch.setattr(prediction, "STEPS_WORTH_COMPILING", 10)
+    monkeypatch.setenv("PATH", "")
+    monkeypatch.delenv("CXX", raising=False)
+    assert "no C++ compiler" in succeed(*command).err
+    result = call(*command, "--compile")
+    assert result.status == 2
+    assert "C++ compiler" in result.err
+
+
+@pytest.mark.parametrize("content", [b"", b"garbage", b"\x7fELF"], ids=["empty", "text", "elf"])
+@pytest.mark.parametrize("script", ["recurrent", "batched", "training"])
+def test_a_library_that_cannot_be_loaded_is_reported_and_not_needed(
+    call, tiny_checkpoint, tmp_path, monkeypatch, script, content
+):
+    """A damaged file in the cache ended every run with an OSError and exit status 1."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    config = ModelConfig(64, n_layers=2, n_heads=2, d_query=8, mixtures=3)
+    both = ((sampler.SOURCE, sampler.sizes(config, "fp32")), (ops.SOURCE, ops.sizes(config)))
+    for path, _ in (cache_path(*library) for library in both):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content)
+    command = {
+        "recurrent": ["prediction.py", tiny_checkpoint, *RECURRENT],
+        "batched": ["prediction.py", tiny_checkpoint, "--index", "0-1", "--offset", 60],
+        "training": ["main.py", "--dataset", "digits", *TINY, "--iterations", 1],
+    }[script]
+    command += ["--evaluate_images", 2] if script == "training" else []
+    result = call(*command, "--device", "cpu")
+    assert result.status == 0, result.err
+    (line,) = [line for line in result.err.splitlines() if "cannot be loaded" in line]
+    assert line.startswith("warning: ")
+    assert str(tmp_path) in line
+    assert "set XDG_CACHE_HOME" in line
+    assert "plain PyTorch" in line
+    result = call(*command, "--device", "cpu", "--compile")
+    assert result.status == 2
+    assert result.err.count("\n") == 1, result.err
+    assert "cannot be loaded" in result.err
+
+
+def test_a_compiler_that_fails_is_told_and_does_without(call, tiny_checkpoint, monkeypatch):
+    """In one line, whether it was asked for or not."""
+    broken = os.path.abspath("broken")
+    with open(broken, "w") as file:
+        file.write("#!/bin/sh\necho no room >&2\nexit 1\n")
+    os.chmod(broken, stat.S_IRWXU)
+    monkeypatch.setenv("CXX", broken)
+    monkeypatch.setattr(prediction, "STEPS_WORTH_COMPILING", 10)
+    result = call("prediction.py", tiny_checkpoint, *RECURRENT)
+    assert result.status == 0
+    assert "broken failed (no room)" in result.err
+    result = call("prediction.py", tiny_checkpoint, *RECURRENT, "--compile")
+    assert result.status == 2
+    assert "broken failed (no room)" in result.err
+
+
+def test_what_cannot_be_compiled_is_refused(call):
+    model = ["-", "--dataset", "digits", *TINY, "--attention_type", "full"]
+    result = call("prediction.py", *model, "--recurrent", "--device", "cpu", "--compile")
+    assert result.status == 2
+    assert "--compile" in result.err
+
+
+@pytest.mark.skipif(not shutil.which("clang++"), reason="no second compiler here")
+def test_another_compiler(monkeypatch):
+    monkeypatch.setenv("CXX", "clang++")
+    assert "clang++" in find_compiler()
+    test_it_draws_the_images_of_the_plain_sampler((2, 3, 20, 5), 7)

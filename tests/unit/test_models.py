@@ -1,0 +1,150 @@
+"""The model: its names, its equality across forms, and that it can learn."""
+
+import math
+
+import pytest
+import torch
+
+import datasets
+import models
+from layers import mixture
+from layers.dropout import draw_keys
+from models import ImageTransformer, ModelConfig
+
+ATTENTIONS = pytest.mark.parametrize("attention_type", ["causal-linear", "full"])
+
+
+def make_model(length=40, dtype=torch.float64, **kwargs):
+    config = ModelConfig(length, **{"n_layers": 3, "n_heads": 2, "d_query": 6, **kwargs})
+    return ImageTransformer(config).to(dtype).eval()
+
+
+def make_images(n=3, length=40):
+    return torch.randint(0, 256, (n, length))
+
+
+def test_state_has_the_names_and_shapes_of_the_original():
+    model = ImageTransformer(ModelConfig(784, n_layers=2, n_heads=8, mixtures=10))
+    expected = {
+        "pos_embedding.pe": (1, 783, 128),
+        "value_embedding.weight": (256, 128),
+        "transformer.norm.weight": (256,),
+        "transformer.norm.bias": (256,),
+        "predictor.weight": (30, 256),
+        "predictor.bias": (30,),
+    }
+    for i in range(2):
+        layer = f"transformer.layers.{i}"
+        for name in ("query", "key", "value", "out"):
+            expected[f"{layer}.attention.{name}_projection.weight"] = (256, 256)
+            expected[f"{layer}.attention.{name}_projection.bias"] = (256,)
+        expected[f"{layer}.linear1.weight"] = (1024, 256)
+        expected[f"{layer}.linear1.bias"] = (1024,)
+        expected[f"{layer}.linear2.weight"] = (256, 1024)
+        expected[f"{layer}.linear2.bias"] = (256,)
+        for norm in ("norm1", "norm2"):
+            expected[f"{layer}.{norm}.weight"] = (256,)
+            expected[f"{layer}.{norm}.bias"] = (256,)
+    assert {name: tuple(x.shape) for name, x in model.state_dict().items()} == expected
+
+
+def test_paper_configuration_has_its_number_of_parameters():
+    model = ImageTransformer(ModelConfig(784, n_layers=8, n_heads=8))
+    assert round(sum(p.numel() for p in model.parameters()) / 1e6, 2) == 6.36
+
+
+def test_the_configuration_knows_its_number_of_parameters():
+    config = ModelConfig(20, n_layers=3, n_heads=2, d_query=6, mixtures=5)
+    assert config.n_parameters == sum(p.numel() for p in ImageTransformer(config).parameters())
+
+
+def test_positions_are_sinusoids():
+    table = ImageTransformer(ModelConfig(50, n_heads=2, d_query=8)).pos_embedding.pe
+    for position in (0, 1, 48):
+        for channel in range(8):
+            angle = position / 10000 ** (channel // 2 * 2 / 8)
+            expected = math.cos(angle) if channel % 2 else math.sin(angle)
+            assert math.isclose(table[0, position, channel], expected, abs_tol=1e-6)
+
+
+@ATTENTIONS
+def test_recurrence_equals_the_parallel_model_over_a_whole_image(attention_type):
+    model, images = make_model(attention_type=attention_type), make_images()
+    expected = model(images[:, :-1])
+    states = model.empty_states(len(images))
+    steps = [model.step(images[:, i], i, states) for i in range(39)]
+    torch.testing.assert_close(torch.stack(steps, 1), expected, rtol=1e-10, atol=1e-10)
+
+
+@ATTENTIONS
+@pytest.mark.parametrize("at_once", [1, 7, 10**6])
+@pytest.mark.parametrize("prefix", [1, 2, 17, 39])
+def test_prefill_and_predict_equal_the_parallel_model(attention_type, prefix, at_once, monkeypatch):
+    """For any number of positions at once; the states continue correctly."""
+    monkeypatch.setattr(models, "POSITIONS_AT_ONCE", at_once)
+    model, images = make_model(attention_type=attention_type), make_images()
+    expected = model(images[:, :-1])
+    parameters, states = model.prefill(images[:, :prefix])
+    torch.testing.assert_close(parameters, expected[:, prefix - 1], rtol=1e-10, atol=1e-10)
+    parameters = model.predict_next(images[:, :prefix])
+    torch.testing.assert_close(parameters, expected[:, prefix - 1], rtol=1e-10, atol=1e-10)
+    if prefix < 39:
+        parameters = model.step(images[:, prefix], prefix, states)
+        torch.testing.assert_close(parameters, expected[:, prefix], rtol=1e-10, atol=1e-10)
+
+
+@ATTENTIONS
+def test_a_byte_changes_no_earlier_prediction(attention_type):
+    model, images = make_model(attention_type=attention_type), make_images()
+    changed = images.clone()
+    changed[:, 20] = (changed[:, 20] + 128) % 256
+    before, after = model(images[:, :-1]), model(changed[:, :-1])
+    assert torch.equal(before[:, :20], after[:, :20])
+    assert not torch.allclose(before[:, 20:], after[:, 20:])
+
+
+def test_the_loss_sums_over_all_bytes_but_the_first():
+    model, images = make_model(), make_images()
+    log_probs = mixture.probabilities(model(images[:, :-1])).log()
+    expected = -log_probs.gather(-1, images[:, 1:, None]).sum((1, 2))
+    torch.testing.assert_close(model.nll(images), expected)
+
+
+@ATTENTIONS
+def test_a_tiny_model_overfits_one_batch(attention_type):
+    """From 8 bits to few: every part of the model and the loss passes on gradients.
+
+    Where it ends depends on how a CPU rounds: 0.1 to 0.9 bits in eight runs.
+    """
+    images = datasets.load("digits", ".", True).images[:2, :32]
+    sizes = {"n_layers": 2, "n_heads": 2, "d_query": 16, "dropout": 0.0, "attention_dropout": 0.0}
+    model = make_model(32, torch.float32, attention_type=attention_type, **sizes).train()
+    optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
+    schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.01, 2000)
+    for _ in range(2000):
+        loss = model.nll(images).mean() / 31
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+    assert loss.item() / math.log(2) < 1.5
+
+
+@ATTENTIONS
+def test_torch_can_compile_training_and_steps(attention_type):
+    """The graphs that --compile makes on a GPU hold the whole of both, without a break."""
+    sizes = {"dropout": 0.2, "attention_dropout": 0.0}
+    model = make_model(dtype=torch.float32, attention_type=attention_type, **sizes).train()
+    images, keys = make_images(), draw_keys(3, "cpu")
+    compiled = torch.compile(model.nll, backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(compiled(images, keys), model.nll(images, keys))
+    if attention_type == "causal-linear":
+        model.eval()
+        step = torch.compile(model.step, backend="aot_eager", fullgraph=True)
+        states, own = model.empty_states(3), model.empty_states(3)
+        with torch.no_grad():
+            for i in range(4):
+                position = torch.tensor([i])
+                expected = model.step(images[:, i], position, states)
+                torch.testing.assert_close(step(images[:, i], position, own), expected)

@@ -1,0 +1,370 @@
+"""The native model against pytorch-fast-transformers: outputs, gradients, training, samples."""
+
+import importlib
+import math
+import sys
+
+import pytest
+import torch
+from conftest import require_library
+from torch.nn.functional import interpolate
+
+import datasets
+from models import ImageTransformer, ModelConfig
+from runs.sampling import image_noise, sample_batched, sample_recurrent
+from utils import UserError
+
+SMALL = {"n_layers": 2, "n_heads": 2, "d_query": 8, "mixtures": 3, "bits": 4, "chunk_size": 8}
+NO_DROPOUT = {"dropout": 0.0, "attention_dropout": 0.0}
+NATIVE = ["causal-linear", "full"]
+ALL = [*NATIVE, "reformer", "exact-topk", "local"]
+DIGIT = 64  # bytes of one of the embedded digits
+
+
+@pytest.fixture(scope="module")
+def reference():
+    """The module under test. A machine without its library skips; in CI that is a failure."""
+    require_library()
+    return importlib.import_module("reference.model")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """Two threads gain nothing on tiny models, and where other work shares the cores they wait
+    for each other twenty times longer than they compute."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def make_config(attention_type="causal-linear", length=DIGIT, **changes):
+    return ModelConfig(
+        length=length, attention_type=attention_type, **{**SMALL, **NO_DROPOUT, **changes}
+    )
+
+
+def make_pair(reference, config, seed=0):
+    """The native model and the library's, with the same weights."""
+    torch.manual_seed(seed)
+    native = ImageTransformer(config)
+    library = reference.ReferenceTransformer(config)
+    library.load_state_dict(native.state_dict())
+    return native.eval(), library.eval()
+
+
+def make_reference(reference, config, seed=0):
+    torch.manual_seed(seed)
+    return reference.ReferenceTransformer(config).eval()
+
+
+def digits(n, length=DIGIT):
+    """Real images (n, length), uint8: digits, enlarged to MNIST's or to CIFAR-10's shape."""
+    images = datasets.load("digits", ".", True).images[:n]
+    if length == DIGIT:
+        return images
+    side, channels = {784: (28, 1), 3072: (32, 3)}[length]
+    large = interpolate(images.view(n, 1, 8, 8).float(), size=side, mode="bilinear")
+    return large.byte().permute(0, 2, 3, 1).expand(-1, -1, -1, channels).flatten(1)  # (n, length)
+
+
+def relative(a, b, scale=None):
+    """The largest difference, relative to the largest magnitude of the first (max norms)."""
+    scale = a.abs().max() if scale is None else scale
+    return ((a - b).abs().max() / scale).item()
+
+
+def bits_per_dim(model, images):
+    return model.nll(images).mean().item() / (images.shape[1] - 1) / math.log(2)
+
+
+def gradient_scale(model, name):
+    """The max norm of a parameter's gradient, to compare with.
+
+    Softmax does not see what is added to all keys alike: the bias of its keys has the gradient
+    zero, but for rounding, which is held against the gradient of the keys' weight.
+    """
+    if model.config.attention_type == "full" and name.endswith("key_projection.bias"):
+        name = name.replace("bias", "weight")
+    return model.get_parameter(name).grad.abs().max()
+
+
+def test_the_missing_library_is_one_line_that_says_how_to_get_it(monkeypatch):
+    monkeypatch.setitem(sys.modules, "fast_transformers", None)
+    monkeypatch.setitem(sys.modules, "fast_transformers.builders", None)
+    monkeypatch.delitem(sys.modules, "reference.model", raising=False)
+    with pytest.raises(UserError, match="make reference") as error:
+        importlib.import_module("reference.model")
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("length", [784, 3072], ids=["783 bytes", "3071 bytes"])
+@pytest.mark.parametrize("attention_type", NATIVE)
+def test_outputs_and_every_gradient_are_the_librarys(reference, attention_type, length):
+    native, library = make_pair(reference, make_config(attention_type, length))
+    images = digits(2, length)
+    assert relative(native(images[:, :-1]), library(images[:, :-1])) < 1e-4
+    for model in (native, library):
+        (model.nll(images).mean() / (length - 1)).backward()
+    for name, parameter in native.named_parameters():
+        scale = gradient_scale(native, name)
+        assert scale > 0, name
+        assert relative(parameter.grad, library.get_parameter(name).grad, scale) < 1e-4, name
+
+
+@pytest.mark.parametrize("temperature", [None, 0.7])
+def test_softmax_temperature_multiplies_as_in_the_library(reference, temperature):
+    """A temperature that divides, or that replaces none, trains and looks almost right."""
+    native, library = make_pair(reference, make_config("full", softmax_temp=temperature))
+    images = digits(4)[:, :-1]
+    assert relative(native(images), library(images)) < 1e-4
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("attention_type", NATIVE)
+def test_recurrences_agree_step_by_step(reference, attention_type):
+    native, library = make_pair(reference, make_config(attention_type))
+    images = digits(3)
+    whole = native(images[:, :-1])
+    results = [model.prefill(images[:, :5]) for model in (native, library)]
+    for position in range(5, DIGIT):
+        for parameters, _ in results:
+            assert relative(whole[:, position - 1], parameters) < 1e-4, position
+        if position < DIGIT - 1:
+            results = [
+                (model.step(images[:, position], position, states), states)
+                for model, (_, states) in zip((native, library), results, strict=True)
+            ]
+
+
+def train(model, make_optimizer, steps):
+    """The losses, in nats per byte, of some steps on the first batches of the digits."""
+    data, losses = datasets.load("digits", ".", True), []
+    optimizer = make_optimizer(model.train().parameters())
+    for iteration in range(steps):
+        loss = model.nll(data.batch(iteration, 4, seed=0)).mean() / (DIGIT - 1)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    return torch.tensor(losses)
+
+
+OPTIMIZERS = {
+    "SGD": lambda parameters: torch.optim.SGD(parameters, lr=0.1),
+    "Adam": lambda parameters: torch.optim.Adam(parameters, lr=1e-3),
+}
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS.values(), ids=OPTIMIZERS)
+@pytest.mark.parametrize("attention_type", NATIVE)
+def test_fifty_training_steps_give_the_same_losses(reference, attention_type, optimizer):
+    pair = make_pair(reference, make_config(attention_type))
+    ours, theirs = (train(model, optimizer, 50) for model in pair)
+    assert ours[-5:].mean() < ours[:5].mean() - 0.1, "nothing was learned: nothing was compared"
+    assert ((ours - theirs).abs() / ours).max() < 1e-3
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("attention_type", NATIVE)
+def test_checkpoints_are_interchangeable(reference, attention_type, tmp_path):
+    """Their names and order are the same too: an optimiser's state goes by the order."""
+    config, images = make_config(attention_type), digits(8)
+    native, library = ImageTransformer(config).eval(), make_reference(reference, config, seed=1)
+    assert list(native.state_dict()) == list(library.state_dict())
+    for source, target in ((native, make_reference(reference, config, seed=2)), (library, native)):
+        torch.save(source.state_dict(), tmp_path / "weights.pth")
+        target.load_state_dict(torch.load(tmp_path / "weights.pth", weights_only=True))
+        assert abs(bits_per_dim(source, images) - bits_per_dim(target, images)) < 1e-4
+
+
+def test_the_recurrence_follows_the_weights_that_are_loaded(reference):
+    """A recurrence with weights of its own would sample from the initial ones."""
+    _, library = make_pair(reference, make_config(), seed=3)
+    recurrent = library.recurrence[0]
+    assert all(p is library.transformer.get_parameter(n) for n, p in recurrent.named_parameters())
+    library.train()
+    assert all(m.training for m in recurrent.modules() if isinstance(m, torch.nn.Dropout))
+    library.eval()
+    assert not any(m.training for m in recurrent.modules() if isinstance(m, torch.nn.Dropout))
+
+
+@pytest.mark.parametrize("attention_type", ["causal-linear", "full", "reformer"])
+def test_a_seed_gives_both_backends_the_same_first_weights(reference, attention_type):
+    config = make_config(attention_type)
+    library = make_reference(reference, config, seed=4).state_dict()
+    torch.manual_seed(4)
+    for name, weights in ImageTransformer(config).state_dict().items():
+        assert torch.equal(weights, library[name]), name
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("attention_type", [name for name in ALL if name != "reformer"])
+def test_later_bytes_do_not_change_earlier_outputs(reference, attention_type):
+    model = make_reference(reference, make_config(attention_type))
+    images = digits(3)
+    changed = torch.cat([images[:, :30], 255 - images[:, 30:]], dim=1)
+    before, after = model(images[:, :-1]), model(changed[:, :-1])
+    assert torch.equal(before[:, :30], after[:, :30])
+    assert not torch.allclose(before[:, 30:], after[:, 30:])
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("attention_type", [name for name in ALL if name != "reformer"])
+def test_a_prefix_is_predicted_as_in_the_whole_image(reference, attention_type):
+    model = make_reference(reference, make_config(attention_type))
+    images = digits(3)
+    whole = model(images[:, :-1])
+    for length in (1, 2, 8, 9, 33, 63):
+        assert relative(whole[:, length - 1], model.predict_next(images[:, :length])) < 1e-5
+
+
+def test_local_attention_sees_as_many_bytes_as_asked_for(reference):
+    model = make_reference(reference, make_config("local", n_layers=1, chunk_size=5))
+    x = torch.randn(1, 20, model.config.d_model, requires_grad=True)
+    model.encode(x)[0, 12, 0].backward()
+    assert x.grad[0].abs().sum(-1).nonzero().flatten().tolist() == [8, 9, 10, 11, 12]
+
+
+@pytest.mark.parametrize("length", [63, 64], ids=["part of a chunk left over", "whole chunks"])
+def test_reformer_takes_nothing_from_later_bytes(reference, length):
+    """What a byte attends to never comes later, the filling of the last chunk included.
+
+    Which of the earlier bytes it attends to does depend on the hashes of all, in the library
+    as in the Reformer's paper: outputs may change with a later byte, their gradients may not.
+    """
+    model = make_reference(reference, make_config("reformer", length=65))
+    x = torch.randn(2, length, model.config.d_model, requires_grad=True)
+    model.encode_hashed(x)[:, :40].square().sum().backward()
+    assert x.grad[:, :40].abs().sum(-1).min() > 0
+    assert x.grad[:, 40:].abs().max() == 0
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("chunk_size", [63, 200])
+def test_the_filling_of_a_chunk_is_invisible(reference, chunk_size):
+    """Where one chunk holds the image no byte is left out, so a prefix, filled up to the chunk,
+    must be predicted as in the whole image. Zeros as filling would turn into NaN where a query
+    has no bias: the library divides by their norm."""
+    model = make_reference(reference, make_config("reformer", chunk_size=chunk_size))
+    for layer in model.transformer.layers:
+        layer.attention.query_projection.bias.zero_()
+    images = digits(3)
+    whole = model(images[:, :-1])
+    for length in (1, 2, 31, 62, 63):
+        assert relative(whole[:, length - 1], model.predict_next(images[:, :length])) < 1e-5
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"bits": 1},
+        {"rounds": 1},
+        {"chunk_size": 16},
+        {"unmasked_reformer": True},
+        {"softmax_temp": 2.0},
+    ],
+    ids=lambda changes: next(iter(changes)),
+)
+def test_every_reformer_flag_acts(reference, changes):
+    """The original parsed two of them and ignored them."""
+    images = digits(2)[:, :-1]
+    usual = make_reference(reference, make_config("reformer"))(images)
+    assert torch.equal(usual, make_reference(reference, make_config("reformer"))(images))
+    assert not torch.equal(
+        usual, make_reference(reference, make_config("reformer", **changes))(images)
+    )
+
+
+@torch.no_grad()
+def test_unmasked_reformer_lets_a_byte_attend_to_itself(reference):
+    """The original's flag is a store_false for "masked": it is easily built the wrong way round.
+
+    The second byte of a masked model sees the first alone, so its own value does not matter.
+    """
+    from fast_transformers.masking import LengthMask
+
+    def outputs(unmasked, value):
+        config = make_config("reformer", n_layers=1, unmasked_reformer=unmasked)
+        layer = make_reference(reference, config).transformer.layers[0].attention
+        torch.manual_seed(0)
+        x = torch.randn(1, 8, config.d_model)
+        values = torch.cat([x[:, :1], torch.full_like(x[:, 1:2], value), x[:, 2:]], dim=1)
+        lengths = LengthMask(torch.tensor([8]))
+        return layer(x, x, values, reference.TriangularCausalMask(8), lengths, lengths)[:, 1]
+
+    assert torch.equal(outputs(False, 1.0), outputs(False, 2.0))
+    assert not torch.equal(outputs(True, 1.0), outputs(True, 2.0))
+
+
+@pytest.mark.parametrize("attention_type", ["reformer", "exact-topk", "local"])
+def test_the_librarys_own_attentions_train(reference, attention_type):
+    """A reformer's keys are its queries: the projection of keys alone gets no gradient."""
+    model = make_reference(reference, make_config(attention_type, dropout=0.1))
+    losses = train(model, OPTIMIZERS["Adam"], 40)
+    assert losses[-5:].mean() < losses[:5].mean() - 0.1
+    for name, parameter in model.named_parameters():
+        unused = attention_type == "reformer" and "key_projection" in name
+        assert (parameter.grad is None) if unused else parameter.grad.isfinite().all(), name
+
+
+def complete(sampler, model, numbers, offset=5):
+    """The digits with these numbers, completed after `offset` bytes."""
+    images = digits(8)[numbers].long()
+    sampler(model, images, offset, image_noise(0, numbers, DIGIT))
+    return images
+
+
+@pytest.mark.parametrize("attention_type", NATIVE)
+def test_both_backends_and_both_samplers_draw_the_same_images(reference, attention_type):
+    pair = make_pair(reference, make_config(attention_type))
+    first, *others = (
+        complete(sampler, model, [0, 1, 2])
+        for model in pair
+        for sampler in (sample_batched, sample_recurrent)
+    )
+    assert len(first.unique()) > 20, "flat images would be equal for no reason"
+    assert all(torch.equal(first, other) for other in others)
+
+
+@pytest.mark.parametrize("attention_type", ["reformer", "exact-topk", "local"])
+def test_the_librarys_own_attentions_sample_in_batches_of_any_size(reference, attention_type):
+    """Hash planes drawn anew at every call would make a picture depend on its company."""
+    model = make_reference(reference, make_config(attention_type, dropout=0.1))
+    together = complete(sample_batched, model, [0, 1, 2])
+    assert torch.equal(together[:, :5], digits(3)[:, :5].long())
+    torch.manual_seed(5)
+    alone = [complete(sample_batched, model, [n]) for n in range(3)]
+    assert torch.equal(together, torch.cat(alone))
+
+
+@pytest.mark.parametrize("attention_type", ["reformer", "exact-topk", "local"])
+def test_no_recurrent_form_is_said_in_one_line(reference, attention_type):
+    model = make_reference(reference, make_config(attention_type))
+    with pytest.raises(UserError, match=f"{attention_type} has no recurrent form.* batched"):
+        model.prefill(digits(1)[:, :5])
+
+
+@pytest.mark.parametrize(
+    ("attention_type", "device", "flags", "words"),
+    [
+        ("causal-linear", "cpu", {}, None),
+        ("full", "mps", {"precision": "bf16"}, None),
+        ("causal-linear", "mps", {}, "--device mps.*no kernels of causal-linear"),
+        ("local", "cpu", {"precision": "bf16"}, "--precision bf16.*fp32 only"),
+        ("full", "cpu", {"compiled": True}, "--compile is for --backend native"),
+        ("full", "cpu", {"compiled": False}, "--no-compile is for --backend native"),
+    ],
+)
+def test_what_cannot_run_is_refused_before_it_starts(
+    reference, attention_type, device, flags, words
+):
+    """The library itself would end in "expected scalar type Float" or a call of None."""
+    config = make_config(attention_type)
+    flags = {"precision": "fp32", "compiled": None, **flags}
+    if words is None:
+        reference.check(config, torch.device(device), **flags)
+    else:
+        with pytest.raises(UserError, match=words):
+            reference.check(config, torch.device(device), **flags)

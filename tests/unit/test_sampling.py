@@ -1,0 +1,176 @@
+"""The samplers: equal to each other, right at every offset, and independent of batching."""
+
+import numpy as np
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from layers import mixture
+from models import ImageTransformer, ModelConfig
+from runs import sampling
+from runs.sampling import (
+    Batch,
+    EagerDecoder,
+    GraphDecoder,
+    image_noise,
+    sample_batched,
+    sample_first_byte,
+    sample_recurrent,
+)
+from utils import UserError
+
+LENGTH = 30
+BOTH = pytest.mark.parametrize(
+    "sampler", [sample_batched, sample_recurrent], ids=["batched", "recurrent"]
+)
+
+
+@pytest.fixture(params=["causal-linear", "full"])
+def model(request):
+    config = ModelConfig(
+        LENGTH, attention_type=request.param, n_layers=2, n_heads=2, d_query=8, mixtures=3
+    )
+    return ImageTransformer(config).double().eval()
+
+
+def draw(sampler, model, offset, numbers=range(5), seed=3, **kwargs):
+    images = torch.full((len(numbers), LENGTH), 99)
+    images[:, :offset] = torch.arange(offset) * 8
+    sampler(model, images, offset, image_noise(seed, numbers, LENGTH), **kwargs)
+    return images
+
+
+@pytest.mark.parametrize("offset", [1, 2, 15, LENGTH - 1, LENGTH])
+def test_both_samplers_draw_the_same_images(model, offset):
+    assert torch.equal(draw(sample_batched, model, offset), draw(sample_recurrent, model, offset))
+
+
+@BOTH
+def test_the_batch_does_not_matter(model, sampler):
+    together = draw(sampler, model, 4)
+    apart = [draw(sampler, model, 4, numbers=range(i, i + 1)) for i in range(5)]
+    assert torch.equal(together, torch.cat(apart))
+
+
+@BOTH
+def test_seeds_and_images_differ(model, sampler):
+    images = draw(sampler, model, 1)
+    assert not torch.equal(images, draw(sampler, model, 1, seed=4))
+    assert len({tuple(image) for image in images.tolist()}) == 5
+
+
+@BOTH
+@pytest.mark.parametrize("offset", [1, 7, LENGTH - 1])
+def test_every_byte_comes_from_its_own_distribution(model, sampler, offset):
+    """The original drew the last byte from the byte before's distribution."""
+    images = draw(sampler, model, offset)
+    noise = image_noise(3, range(5), LENGTH)
+    with torch.no_grad():
+        parameters = model(images[:, :-1])
+    expected = mixture.sample(parameters, noise[:, 1:])
+    assert torch.equal(images[:, offset:], expected[:, offset - 1 :])
+
+
+@BOTH
+def test_the_given_bytes_stay_and_a_full_image_is_returned(model, sampler):
+    assert torch.equal(draw(sampler, model, 9)[:, :9], (torch.arange(9) * 8).expand(5, -1))
+    assert torch.equal(draw(sampler, model, LENGTH), (torch.arange(LENGTH) * 8).expand(5, -1))
+
+
+@BOTH
+def test_progress_counts_every_byte(model, sampler, monkeypatch):
+    """The batched sampler after every byte, the recurrent one after the first and every block."""
+    monkeypatch.setattr(sampling, "BLOCK", 6)
+    counts = []
+    draw(sampler, model, 10, advance=counts.append)
+    assert sum(counts) == 5 * (LENGTH - 10)
+    batched = sampler is sample_batched
+    assert counts == ([5] * 20 if batched else [5, 5 * 6, 5 * 6, 5 * 6, 5 * 1])
+
+
+def test_blocks_of_any_size_draw_the_same(model, monkeypatch):
+    expected = draw(sample_batched, model, 4)
+    for size in (1, 7, LENGTH - 5, 100):
+        monkeypatch.setattr(sampling, "BLOCK", size)
+        assert torch.equal(draw(sample_recurrent, model, 4), expected)
+
+
+def test_a_low_temperature_draws_the_most_likely(model):
+    """With all noise in the middle of a component, temperature to 0 means its rounded mean."""
+    images = [draw(sample_recurrent, model, 1, seed=s, temperature=1e-6) for s in (1, 2)]
+    assert torch.equal(*images)
+
+
+def test_noise_depends_on_seed_and_number_alone():
+    noise = image_noise(5, [3, 8], 10)
+    assert noise.shape == (2, 10, 2)
+    assert noise.dtype == torch.float32
+    assert torch.equal(noise[1:], image_noise(5, [8], 10))
+    assert torch.equal(noise[:, :4], image_noise(5, [3, 8], 4))
+    assert not torch.equal(noise, image_noise(6, [3, 8], 10))
+
+
+def test_first_bytes_follow_the_histogram():
+    counts = torch.zeros(256, dtype=torch.int64)
+    counts[[0, 10, 255]] = torch.tensor([500, 300, 200])
+    noise = torch.from_numpy(np.linspace(0, 1, 10_001)[:-1].astype(np.float32))
+    drawn = torch.bincount(sample_first_byte(counts, noise), minlength=256)
+    expected = torch.tensor([5000, 3000, 2000])
+    assert (drawn[[0, 10, 255]] - expected).abs().max() <= 20  # the pseudo-image takes a few
+
+
+class NoVisitsToTheHost(TorchDispatchMode):
+    """Fails where an operation would make a GPU's numbers known to Python."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.overloadpacket.__name__
+        assert name not in ("_local_scalar_dense", "nonzero", "masked_select"), name
+        return func(*args, **(kwargs or {}))
+
+
+def test_a_step_can_be_recorded():
+    """What a CUDA graph needs: no number visits the host, every tensor that lives on between two
+    bytes stays where it is, and the next byte is right."""
+    config = ModelConfig(LENGTH, n_layers=2, n_heads=2, d_query=8, mixtures=3)
+    model = ImageTransformer(config).eval()
+    images = torch.randint(0, 256, (4, LENGTH))
+    expected, noise = images.clone(), image_noise(0, range(4), LENGTH)
+    sample_recurrent(model, expected, 5, noise)
+    with torch.no_grad():
+        parameters, states = model.prefill(images[:, :5])
+        images[:, 5] = mixture.sample(parameters, noise[:, 5])
+        batch = Batch(images, noise, 1.0, torch.tensor([5]), states, torch.tensor(True))
+        places = [tensor.data_ptr() for state in states for tensor in state]
+        decoder = EagerDecoder(model)
+        with NoVisitsToTheHost():
+            for _ in range(6, LENGTH):
+                decoder.draw_next(batch)
+    batch.check_finite()
+    assert torch.equal(images, expected)
+    assert places == [tensor.data_ptr() for state in states for tensor in state]
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_the_recorded_step_draws_the_images_of_the_cpu():
+    config = ModelConfig(LENGTH, n_layers=2, n_heads=2, d_query=8, mixtures=3)
+    model = ImageTransformer(config).double().eval()
+    images = [draw(sample_recurrent, model, 1)]
+    model.cuda()
+    noise, decoder = image_noise(3, range(5), LENGTH).cuda(), GraphDecoder(model)
+    for _ in range(2):  # each batch needs a graph of its own
+        on_gpu = torch.full((5, LENGTH), 99, device="cuda")
+        on_gpu[:, 0] = 0
+        sample_recurrent(model, on_gpu, 1, noise, decoder=decoder)
+        assert torch.equal(images[0], on_gpu.cpu())
+
+
+@pytest.mark.parametrize("sampler", [sample_recurrent, sample_batched])
+@pytest.mark.parametrize("place", ["predictor", "transformer.layers.1.linear2"])
+def test_distributions_that_are_not_finite_are_an_error(sampler, place):
+    """Weights that are finite, and too large for what is computed from them."""
+    config = ModelConfig(LENGTH, n_layers=2, n_heads=2, d_query=8, mixtures=3)
+    model = ImageTransformer(config).eval()
+    model.get_submodule(place).weight.data.fill_(3e38)
+    images = torch.zeros(2, LENGTH, dtype=torch.int64)
+    with pytest.raises(UserError, match="not finite"):
+        sampler(model, images, 1, image_noise(0, range(2), LENGTH))

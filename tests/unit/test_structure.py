@@ -1,0 +1,120 @@
+"""The order of the modules: which may import which, and how long a function may be."""
+
+import ast
+import subprocess
+import sys
+from graphlib import CycleError, TopologicalSorter
+
+import pytest
+from conftest import ROOT
+
+# From the lowest to the highest. A module imports only from lower levels and from its own room.
+LEVELS = [
+    {"utils"},
+    {"layers"},
+    {"models", "datasets"},
+    {"cpu", "reference"},
+    {"runs"},
+    {"cli"},
+    {"main", "prediction"},
+]
+LEVEL = {room: level for level, rooms in enumerate(LEVELS) for room in rooms}
+LONGEST_FUNCTION = 40  # lines
+
+
+def project_files():
+    """The project's .py files, {dotted name: path}, but for tests and benchmarks."""
+    files, paths = {}, [*ROOT.glob("*.py"), *(p for r in LEVEL for p in ROOT.glob(f"{r}/**/*.py"))]
+    for path in sorted(paths):
+        parts = path.relative_to(ROOT).with_suffix("").parts
+        files[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
+    return files
+
+
+FILES = project_files()
+
+
+def imported_modules(path, known):
+    """The `known` modules that a file imports, in functions too, with the packages they are in."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert not node.level, f"{path} has a relative import"
+            # `from runs import sampling` imports runs.sampling, `from models import x` models.
+            found |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+    with_packages = set()
+    for name in found:
+        parts = name.split(".")
+        with_packages |= {".".join(parts[:n]) for n in range(1, len(parts) + 1)}
+    return with_packages & set(known)
+
+
+IMPORTS = {name: imported_modules(path, FILES) for name, path in FILES.items()}
+
+
+def room(name):
+    return name.partition(".")[0]
+
+
+def test_only_the_scripts_and_three_modules_are_at_the_top_level():
+    """A file without a place in LEVELS was checked by no rule."""
+    names = {"main.py", "prediction.py", "models.py", "datasets.py", "utils.py"}
+    assert {path.name for path in ROOT.glob("*.py")} == names
+    for pattern in ("*.cpp", "*.cc", "*.c", "*.cu", "*.h", "*.hpp", "*.sh"):
+        assert not list(ROOT.glob(pattern))
+
+
+def test_every_folder_with_code_is_a_room():
+    """As above, for folders."""
+    folders = {p.parent.relative_to(ROOT).parts[0] for p in ROOT.glob("[!.]*/*.py")}
+    assert folders - {"tests", "benchmarks"} == {r for r in LEVEL if (ROOT / r).is_dir()}
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_module_imports_only_from_below_and_from_its_own_room(name):
+    """utils.py imported the models, so nothing was lower than they are, and no part could be read,
+    or used, without the others."""
+    for imported in IMPORTS[name] - {name}:
+        below = LEVEL[room(imported)] < LEVEL[room(name)]
+        assert below or room(imported) == room(name), f"{name} imports {imported}"
+
+
+def test_no_module_imports_itself_by_way_of_others():
+    """An import inside a function hid such a cycle; here it counts too."""
+    graph = {name: imports - {name, room(name)} for name, imports in IMPORTS.items()}
+    try:
+        TopologicalSorter(graph).prepare()
+    except CycleError as error:
+        pytest.fail(" imports ".join(reversed(error.args[1])))
+
+
+def test_utils_imports_nothing_of_the_project():
+    """It imported models.py, and with it so did every other module."""
+    assert IMPORTS["utils"] == set()
+
+
+def test_distributed_does_not_import_the_models():
+    """What connects processes imported the models, by way of utils.py."""
+    code = "import sys, runs.distributed; print(*sys.modules)"
+    run = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    loaded = {name for name in run.stdout.split() if room(name) in LEVEL}
+    assert loaded == {"utils", "runs", "runs.distributed"}
+
+
+def functions(path):
+    """The functions of a file, those in classes and functions too."""
+    kinds = ast.FunctionDef, ast.AsyncFunctionDef
+    return [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, kinds)]
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_no_function_is_long(name):
+    """The parser of the flags had 128 lines and the training loop 79. Lists of things, such as
+    flags, are tables outside of functions."""
+    for function in functions(FILES[name]):
+        lines = function.end_lineno - function.lineno + 1
+        assert lines <= LONGEST_FUNCTION, f"{name}.{function.name} has {lines} lines"

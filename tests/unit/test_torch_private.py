@@ -1,0 +1,118 @@
+"""Training with compiled operations does not depend on private functions of torch."""
+
+import pytest
+import torch
+
+from cpu import torch_private
+from cpu.ops import CompiledOps
+from layers.dropout import draw_keys
+from layers.ops import PlainOps
+from models import ImageTransformer, ModelConfig
+
+CONFIG = ModelConfig(40, n_layers=2, n_heads=2, d_query=8, mixtures=3)
+# Where each private function is in torch.
+PRIVATE = {
+    "linear": (torch.ops.mkldnn, "_linear_pointwise"),
+    "relu_backward": (torch.ops.aten, "threshold_backward"),
+    "norm_backward": (torch.ops.aten, "native_layer_norm_backward"),
+}
+TOLERANCE = {"fp32": 1e-4, "bf16": 0.1}  # as in test_cpu_ops.py
+
+
+def missing(function):
+    def replacement(*args):
+        raise AttributeError("no such function")  # what torch.ops raises
+
+    return replacement
+
+
+def without_backend(function):
+    def replacement(*args):
+        raise RuntimeError("not compiled with it")
+
+    return replacement
+
+
+def with_other_arguments(function):
+    return lambda: None
+
+
+def with_other_results(function):
+    """A few per cent too large."""
+
+    def replacement(*args):
+        results = function(*args)
+        return 1.05 * results if torch.is_tensor(results) else tuple(1.05 * x for x in results)
+
+    return replacement
+
+
+def with_fewer_results(function):
+    return lambda *args: None
+
+
+CHANGES = [missing, without_backend, with_other_arguments, with_other_results, with_fewer_results]
+
+
+@pytest.fixture(autouse=True)
+def choose_anew():
+    """The choices of other tests do not count here, nor those made here in other tests."""
+    torch_private.choose.cache_clear()
+    yield
+    torch_private.choose.cache_clear()
+
+
+def train(ops, precision):
+    """The losses of a tiny model and the gradients of its parameters."""
+    torch.manual_seed(0)
+    model = ImageTransformer(CONFIG, ops).train()
+    images, keys = torch.randint(0, 256, (5, CONFIG.length)), draw_keys(5, "cpu")
+    with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
+        losses = model.nll(images, keys)
+        losses.sum().backward()
+    return [losses, *(p.grad for p in model.parameters())]
+
+
+def assert_equals_plain(precision):
+    for x, y in zip(
+        train(CompiledOps(CONFIG), precision), train(PlainOps(), precision), strict=True
+    ):
+        assert x.dtype == y.dtype
+        assert (x - y).abs().max() < TOLERANCE[precision] * y.abs().max()
+
+
+def test_every_private_function_is_tested():
+    """One that is added must be broken here too."""
+    assert PRIVATE.keys() == torch_private.FUNCTIONS.keys()
+
+
+@pytest.mark.parametrize("precision", TOLERANCE)
+@pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__)
+@pytest.mark.parametrize("name", PRIVATE)
+def test_training_does_without_a_private_function(name, change, precision, monkeypatch, capsys):
+    """A torch without one, or with a changed one, ended training or would have spoilt it."""
+    place, attribute = PRIVATE[name]
+    monkeypatch.setattr(place, attribute, change(getattr(place, attribute)))
+    assert_equals_plain(precision)
+    assert torch_private.choose(name) is torch_private.FUNCTIONS[name][1]
+    err = capsys.readouterr().err
+    assert err.count("warning: ") == 1
+    assert f"no usable {name}: a slower one takes its place" in err
+
+
+def test_training_does_without_any_private_function(monkeypatch, capsys):
+    """Their public equivalents were only tried one at a time."""
+    for place, attribute in PRIVATE.values():
+        monkeypatch.setattr(place, attribute, missing(getattr(place, attribute)))
+    assert_equals_plain("fp32")
+    assert capsys.readouterr().err.count("warning: ") == len(PRIVATE)
+
+
+@pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="this torch has no oneDNN")
+@pytest.mark.parametrize("precision", TOLERANCE)
+def test_the_private_functions_are_chosen_where_they_work(precision, capsys):
+    """A trial that always fails would make training slower with every test still passing."""
+    assert_equals_plain(precision)
+    for name, (private, _, _) in torch_private.FUNCTIONS.items():
+        assert torch_private.choose(name) is private
+    assert not capsys.readouterr().err
