@@ -3,19 +3,21 @@
 python main.py --dataset mnist --n_layers 8 --n_heads 8 --save_to weights.{}.pth
 """
 
+from dataclasses import asdict, fields
+
 import torch
 
 import datasets
 from cli import training_flags
 from cli.flags import model_fields
 from cli.process import YIELDED, StopSignals, run
-from models import ModelConfig
 from runs import building, checkpoints, distributed, restoring
+from runs.optimizers import make_optimizer, set_rates
+from runs.recipes import RECIPES, Settings, choose_settings
 from runs.reporting import Metrics, TrainingLog
 from runs.training import (
     NegativeLogLikelihood,
     evaluate,
-    make_optimizer,
     non_finite_parameter,
     train_step,
 )
@@ -48,7 +50,7 @@ def train(args, device):
             return stop.exit_status
         for iteration in range(start + 1, args.iterations + 1):
             loss = trainer.step(iteration)
-            log.step(iteration, loss, args.lr)
+            log.step(iteration, loss, trainer.rates)
 
             finished = iteration == args.iterations
             stopping = iteration - start == args.yield_frequency or distributed.any_of(stop)
@@ -73,9 +75,9 @@ class Trainer:
         check_batch_size(args)
         checkpoint, path = load_checkpoint(args)
         stored = restoring.stored_config(checkpoint, path, args.n_heads, args.d_query)
-        fields = model_fields(args, stored)
-        self.seed = choose("seed", args.seed, checkpoint, default=0)
-        self.optimizer_name = choose("optimizer", args.optimizer, checkpoint, default="radam")
+        self.settings = choose_settings(given_settings(args), stored_settings(checkpoint))
+        recipe = RECIPES[self.settings.recipe][1]
+        self.seed = choose_seed(args.seed, checkpoint)
         self.start = checkpoint.get("iteration", 0)
         distributed.check_agreement("the iteration to continue from", self.start)
         warn_about_threads(checkpoint, device)
@@ -84,9 +86,9 @@ class Trainer:
         self.counts = checkpoint.get("first_byte_counts")
         if self.counts is None:
             self.counts = self.training.first_byte_counts()
-        config = ModelConfig(length=self.training.images.shape[1], **fields)
+        config = building.make_config(model_fields(args, stored, recipe), self.training.image_shape)
         self.model = build_model(config, args, self.precision, device, self.seed, checkpoint, path)
-        self.optimizer = make_optimizer(self.model, self.optimizer_name, args.lr, args.weight_decay)
+        self.optimizer = make_optimizer(self.model, self.settings)
         restoring.load_optimizer_state(self.optimizer, checkpoint, path)
         self.nll = parallel_nll(self.model, args, device)
 
@@ -104,6 +106,8 @@ class Trainer:
     def step(self, iteration):
         """Train on the images of an iteration; returns the loss in nats per byte."""
         self.model.train()
+        factor = self.settings.rate_factor(iteration, self.args.iterations)
+        self.rates = set_rates(self.optimizer, self.settings, factor)
         order = None if self.args.no_shuffle else self.seed
         images = self.training.batch(iteration - 1, self.images_per_iteration, order)
         return train_step(
@@ -114,7 +118,7 @@ class Trainer:
             iteration=iteration,
             accumulate=self.args.accumulate,
             precision=self.precision,
-            clip_norm=self.args.clip_norm,
+            clip_norm=self.settings.clip_norm,
         )
 
     def evaluate(self, iteration, stop):
@@ -134,8 +138,14 @@ class Trainer:
             say(
                 f"iteration {iteration}: test {paper:.4f} bits/dim ({all_bytes:.4f} over all bytes)"
             )
-            values = {"bits_per_dim": paper, "bits_per_dim_all_bytes": all_bytes}
-            self.metrics.write("test", iteration, **values, seconds=self.log.seconds)
+            self.metrics.write(
+                "test",
+                iteration,
+                images=iteration * self.images_per_iteration,
+                bits_per_dim=paper,
+                bits_per_dim_all_bytes=all_bytes,
+                seconds=self.log.seconds,
+            )
 
     def save(self, iteration, last):
         """Save a checkpoint if --save_to was given. A failure is a warning unless it is the
@@ -169,7 +179,8 @@ class Trainer:
             "dataset": {"name": training.name, "image_shape": list(training.image_shape)},
             "first_byte_counts": self.counts,
             "seed": self.seed,
-            "optimizer": self.optimizer_name,
+            "optimizer": self.settings.optimizer,
+            "settings": asdict(self.settings),
             "threads": torch.get_num_threads(),
         }
 
@@ -207,16 +218,27 @@ def load_checkpoint(args):
     return checkpoints.load_newest(args.continue_from, or_none=not args.evaluate_only)
 
 
-def choose(flag, given, checkpoint, default):
-    """The value of a flag that stays the same through a run: the checkpoint's, else what was
-    given, else the default."""
-    stored = checkpoint.get(flag)
+def given_settings(args):
+    """The flags of the optimisation that were given."""
+    names = [field.name for field in fields(Settings)]
+    return {name: value for name in names if (value := getattr(args, name)) is not None}
+
+
+def stored_settings(checkpoint):
+    """The settings of the run that a checkpoint continues; older ones know the optimiser only."""
+    known = {name: checkpoint[name] for name in ("optimizer",) if name in checkpoint}
+    return checkpoint.get("settings", known)
+
+
+def choose_seed(given, checkpoint):
+    """The seed of a run, which stays the same when it continues."""
+    stored = checkpoint.get("seed")
     if None not in (given, stored) and given != stored:
         raise UserError(
-            f"--{flag} {given} contradicts the checkpoint, whose run has {stored}: "
+            f"--seed {given} contradicts the checkpoint, whose run has {stored}: "
             "leave the flag out, or start another run"
         )
-    return next(value for value in (stored, given, default) if value is not None)
+    return next(value for value in (stored, given, 0) if value is not None)
 
 
 def warn_about_threads(checkpoint, device):

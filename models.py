@@ -12,6 +12,7 @@ from torch import nn
 from layers import mixture
 from layers.attention import LinearAttention, SoftmaxAttention
 from layers.dropout import Dropout, DropoutNoise, draw_keys
+from layers.neighbours import Neighbours
 from layers.ops import PlainOps
 
 # How many positions go through the layers at once where no gradient is needed: this bounds the
@@ -39,6 +40,9 @@ class ModelConfig:
     rounds: int = 4
     chunk_size: int = 32
     unmasked_reformer: bool = False
+    neighbours: bool = False
+    width: int = 0  # pixels of a row, and bytes of a pixel: what neighbours need
+    channels: int = 0
 
     @property
     def d_model(self):
@@ -64,10 +68,9 @@ class PositionalEncoding(nn.Module):
         table = torch.stack([angles.sin(), angles.cos()], dim=-1).view(length, size)
         self.register_buffer("pe", table.float()[None])
 
-    def forward(self, x, position):
-        """(N, L, D/2), whose first byte is at `position` of the image -> (N, L, D)."""
-        rows = self.pe[:, position + torch.arange(x.shape[1], device=x.device)]
-        return torch.cat([x, rows.expand_as(x)], dim=-1)
+    def forward(self, x, positions):
+        """(N, P, D/2) of bytes at `positions` (P,) of the image -> (N, P, D)."""
+        return torch.cat([x, self.pe[:, positions].expand_as(x)], dim=-1)
 
 
 class AttentionLayer(nn.Module):
@@ -148,27 +151,43 @@ class ImageTransformer(nn.Module):
         self.value_embedding = nn.Embedding(256, half)
         self.noise = DropoutNoise()
         self.transformer = Transformer(config, self.noise, self.ops)
-        self.predictor = nn.Linear(config.d_model, 3 * config.mixtures)
+        self.neighbours, n_features = None, 0
+        if config.neighbours:
+            self.neighbours = Neighbours(config.length, config.width, config.channels)
+            n_features = self.neighbours.size
+            self.neighbour_projection = nn.Linear(n_features, config.d_model, bias=False)
+            nn.init.normal_(self.neighbour_projection.weight, std=0.2)
+        # The predictor sees the neighbours, too: a mean can follow them from the first step.
+        self.predictor = nn.Linear(config.d_model + n_features, 3 * config.mixtures)
+        nn.init.zeros_(self.predictor.weight[:, config.d_model :].detach())
 
-    def features(self, images, position=0, states=None, keys=None):
-        """Last hidden layer (N, L, D) of bytes (N, L) that begin at `position`, an int or a tensor.
+    def parameters_at(self, images, positions, states=None, keys=None, last_only=False):
+        """Parameters (N, P, 3K) of the distribution of the byte after each of `positions` (P,),
+        consecutive, of images (N, L); with `last_only` (N, 1, 3K), of the byte after the last.
 
-        With `states`, a list with one state per layer, the bytes continue where the states
+        With `states`, a list with one state per layer, the positions continue where the states
         ended, and the states are updated in place. `keys` (N,), int64, determine what dropout
         drops of each image; by default they come from torch's generator.
         """
         if self.training:
             self.noise.start(draw_keys(len(images), images.device) if keys is None else keys)
-        x = self.pos_embedding(self.value_embedding(images.long()), position)
-        return self.transformer(x, states or [None] * self.config.n_layers)
+        x = self.value_embedding(images.index_select(1, positions).long())  # (N, P, D/2)
+        x = self.pos_embedding(x, positions)
+        if self.neighbours:
+            neighbours = self.neighbours(images, positions)  # (N, P, features)
+            x = x + self.ops.linear(neighbours, self.neighbour_projection)
+        x = self.encode(x, states)  # (N, P, D)
+        if self.neighbours:
+            x = torch.cat([x, neighbours.to(x.dtype)], dim=-1)
+        return self.ops.linear(x[:, -1:] if last_only else x, self.predictor)
 
-    def predict(self, hidden):
-        """Distribution parameters (..., 3K) from the last hidden layer (..., D)."""
-        return self.ops.linear(hidden, self.predictor)
+    def encode(self, x, states):
+        """The transformer: (N, P, D) -> (N, P, D)."""
+        return self.transformer(x, states or [None] * self.config.n_layers)
 
     def forward(self, images, keys=None):
         """Parameters (N, L, 3K) of the distribution of the byte after each of `images` (N, L)."""
-        return self.predict(self.features(images, keys=keys))
+        return self.parameters_at(images, positions_of(images), keys=keys)
 
     def nll(self, images, keys=None):
         """-log p(image | its first byte), (N,), in nats, of whole images (N, length)."""
@@ -176,25 +195,24 @@ class ImageTransformer(nn.Module):
 
     def predict_next(self, prefix):
         """Parameters (N, 3K) of the byte after `prefix` (N, P), P > 0, without any state."""
+        positions = positions_of(prefix)
         parts = prefix.split(max(1, POSITIONS_AT_ONCE // prefix.shape[1]))
-        return torch.cat([self.predict(self.features(part)[:, -1]) for part in parts])
+        parameters = [self.parameters_at(part, positions, last_only=True) for part in parts]
+        return torch.cat(parameters)[:, 0]
 
     def prefill(self, prefix):
         """As `predict_next`, and the states after the prefix, for `step`."""
         states = self.empty_states(len(prefix))
-        position = 0
-        for part in prefix.split(max(1, POSITIONS_AT_ONCE // len(prefix)), dim=1):
-            hidden = self.features(part, position, states)
-            position += part.shape[1]
-        return self.predict(hidden[:, -1]), states
+        for positions in positions_of(prefix).split(max(1, POSITIONS_AT_ONCE // len(prefix))):
+            parameters = self.parameters_at(prefix, positions, states, last_only=True)
+        return parameters[:, 0], states
 
-    def step(self, values, position, states):
-        """Read one more byte of each image, (N,), at `position`; updates `states` in place.
+    def step(self, images, position, states):
+        """Read byte `position`, a tensor (1,), of images (N, L); updates `states` in place.
 
-        Returns the parameters (N, 3K) of the byte after it. With `position` a tensor (1,) there
-        is no device synchronisation.
+        Returns the parameters (N, 3K) of the byte after it, without a device synchronisation.
         """
-        return self.predict(self.features(values[:, None], position, states)[:, 0])
+        return self.parameters_at(images, position, states)[:, 0]
 
     @property
     def has_constant_state(self):
@@ -209,3 +227,8 @@ class ImageTransformer(nn.Module):
             layer.attention.attend.empty_state(*sizes, like=self.predictor.weight)
             for layer in self.transformer.layers
         ]
+
+
+def positions_of(images):
+    """The positions (L,) of images (N, L)."""
+    return torch.arange(images.shape[1], device=images.device)

@@ -17,7 +17,7 @@ from cli.process import run
 from cpu.build import is_cached, try_compile
 from layers.mixture import NATS_PER_BIT
 from layers.ops import PlainOps
-from models import POSITIONS_AT_ONCE, ModelConfig
+from models import POSITIONS_AT_ONCE
 from runs import building, checkpoints, distributed, restoring
 from runs.reporting import SamplingProgress
 from runs.sampling import (
@@ -52,7 +52,7 @@ def complete(args, device):
         given, real, shape = open_images(args, checkpoint)
     length = given.shape[1]
     offset = choose_offset(args.offset, length)
-    config = ModelConfig(length=length, **fields)
+    config = building.make_config(fields, shape)
     check_memory(building.sampling_memory(config, min(args.batch_size, len(given))), device)
     building.check_backend(args.backend, config, device, precision, args.compile)
     steps = math.ceil(len(given) / args.batch_size) * (length - offset)

@@ -15,7 +15,9 @@ import torch
 from benchmarks import measure
 from cli.process import keep_freed_memory
 from models import ModelConfig
-from runs.training import NegativeLogLikelihood, make_optimizer, train_step
+from runs.optimizers import make_optimizer
+from runs.recipes import Settings
+from runs.training import NegativeLogLikelihood, train_step
 from utils import autocast
 
 # Random images cost what real ones do.
@@ -100,7 +102,7 @@ def make_images(model, batch, device):
 
 def trainer(nll, images, precision):
     """A function that does one training step of main.py."""
-    optimizer = make_optimizer(nll.model, "radam", lr=1e-4, weight_decay=0.01)
+    optimizer = make_optimizer(nll.model, Settings())
     options = {"seed": 0, "accumulate": 1, "precision": precision, "clip_norm": 1.0}
     iterations = count(1)
 

@@ -12,6 +12,7 @@ from dataclasses import MISSING, fields
 
 from datasets import NAMES
 from models import ATTENTIONS, NATIVE_ATTENTIONS, ModelConfig
+from runs.recipes import RECIPES
 from utils import UserError
 
 
@@ -131,7 +132,15 @@ MODEL = {
         "action": "store_true",
         "help": "let a query attend to itself (reformer only)",
     },
+    "neighbours": {
+        "action": argparse.BooleanOptionalAction,
+        "help": "show the network the pixels around the byte to be predicted (a masked "
+        "convolution of the image)",
+    },
 }
+# Fields of ModelConfig that follow from the data set.
+OF_THE_IMAGES = ("length", "width", "channels")
+FAST_MODEL = RECIPES["fast"][1]
 SOFTMAX_ATTENTIONS = ["full", "reformer", "exact-topk", "local"]
 # Flags that act with some attentions only.
 ONLY_FOR = {
@@ -156,17 +165,19 @@ def add_model_flags(parser, more=None):
     for name, options in MODEL.items():
         flags[name] = {**options, "default": None}
         if defaults[name] not in (MISSING, None, False):
-            flags[name]["help"] = f"{options['help']} (default: {defaults[name]})"
+            fast = f", fast: {FAST_MODEL[name]}" if name in FAST_MODEL else ""
+            flags[name]["help"] = f"{options['help']} (default: {defaults[name]}{fast})"
     description = "A checkpoint knows its model: these are for a new one, or the original's."
     add_flags(parser, {**flags, **(more or {})}, "model", description)
 
 
-def model_fields(args, stored):
-    """The fields of ModelConfig, except `length`: those `stored` in a checkpoint, else the flags.
+def model_fields(args, stored, recipe=None):
+    """The fields of ModelConfig, except those that follow from the images: those `stored` in a
+    checkpoint, else the flags, else the `recipe`'s.
 
     A flag that contradicts the checkpoint, or has no effect, is a `UserError`.
     """
-    names = [field.name for field in fields(ModelConfig) if field.name != "length"]
+    names = [field.name for field in fields(ModelConfig) if field.name not in OF_THE_IMAGES]
     given = {name: value for name in names if (value := getattr(args, name)) is not None}
     for name, value in given.items():
         if name not in MAY_CHANGE and stored.get(name, value) != value:
@@ -174,7 +185,8 @@ def model_fields(args, stored):
                 f"--{name} {value} contradicts the checkpoint, which has {stored[name]}: "
                 "leave the flag out, or give another checkpoint"
             )
-    chosen = {**{name: stored[name] for name in names if name in stored}, **given}
+    known = stored or recipe or {}
+    chosen = {**{name: known[name] for name in names if name in known}, **given}
     check_model(ModelConfig(length=2, **chosen), given, args.backend)
     return chosen
 

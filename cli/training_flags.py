@@ -12,11 +12,13 @@ from cli.flags import (
     add_flags,
     add_machine_flags,
     add_model_flags,
+    number,
     refuse_given,
 )
 from cli.process import YIELDED
 from runs import checkpoints
-from runs.training import OPTIMIZERS
+from runs.optimizers import MUON_WEIGHT_DECAY
+from runs.recipes import OPTIMIZERS, RECIPES, SCHEDULES
 from utils import UserError, check_writable
 
 EVALUATED = {
@@ -26,18 +28,36 @@ EVALUATED = {
     },
 }
 
-OPTIMISATION = {
+# The defaults of these depend on the recipe: see runs/recipes.py.
+SETTINGS = {
+    "recipe": {
+        "choices": RECIPES,
+        "help": "paper: RAdam at a constant rate; fast: Muon, a cosine schedule, no dropout, and "
+        "--neighbours; each part can be overridden",
+    },
     "optimizer": {
         "choices": OPTIMIZERS,
-        "help": "algorithm (default: radam, or the checkpoint's)",
+        "help": "adam is AdamW; muon is Muon for the matrices in the layers and AdamW for the rest",
     },
-    "lr": {**POSITIVE, "default": 1e-4, "help": "learning rate"},
-    "weight_decay": {**NOT_NEGATIVE, "default": 0.01, "help": "decoupled from the gradient"},
-    "clip_norm": {
+    "lr": {**POSITIVE, "help": "learning rate; with muon, that of AdamW"},
+    "muon_lr": {**POSITIVE, "help": "learning rate of Muon"},
+    "lr_schedule": {
+        "choices": SCHEDULES,
+        "help": "constant, or a cosine that falls to 0 over --iterations",
+    },
+    "warmup": {
+        "type": number(int, 0, 2**62),
+        "metavar": "N",
+        "help": "raise the learning rate linearly over the first N iterations",
+    },
+    "weight_decay": {
         **NOT_NEGATIVE,
-        "default": 1.0,
-        "help": "clip the norm of the whole gradient at X, 0 for never",
+        "help": f"decoupled from the gradient; that of Muon is {MUON_WEIGHT_DECAY}",
     },
+    "clip_norm": {**NOT_NEGATIVE, "help": "clip the norm of the whole gradient at X, 0 for never"},
+}
+
+OPTIMISATION = {
     "batch_size": {
         **COUNT,
         "default": 4,
@@ -113,7 +133,9 @@ def parse(argv=None):
     )
     add_flags(parser, {**DATA, **EVALUATED}, "data")
     add_model_flags(parser)
-    add_flags(parser, OPTIMISATION, "optimisation")
+    settings = {name: with_defaults(name, options) for name, options in SETTINGS.items()}
+    description = "A checkpoint knows these settings: a run continues with its own."
+    add_flags(parser, {**settings, **OPTIMISATION}, "optimisation", description)
     add_flags(parser, SAVING, "checkpoints and evaluation")
     add_flags(parser, LOGGING, "logging")
     add_machine_flags(
@@ -126,12 +148,21 @@ def parse(argv=None):
     return args
 
 
+def with_defaults(name, options):
+    """The options of a flag of SETTINGS, with its default in each recipe in the help."""
+    values = {recipe: getattr(settings, name) for recipe, (settings, _) in RECIPES.items()}
+    text = f"default: {values['paper']}"
+    if values["fast"] != values["paper"] and name != "recipe":
+        text += f", fast: {values['fast']}"
+    return {**options, "help": f"{options['help']} ({text})"}
+
+
 def check(args):
     """Raise a `UserError` for flags that contradict each other or have no effect."""
     if args.evaluate_only:
         if not args.continue_from:
             raise UserError("--evaluate_only needs --continue_from: give the checkpoint")
-        without_effect = set(OPTIMISATION) | set(SAVING) | {"log_frequency"}
+        without_effect = {*SETTINGS, *OPTIMISATION, *SAVING, "log_frequency"}
         without_effect -= {"batch_size", "continue_from", "evaluate_only"}
         refuse_given(args, sorted(without_effect), "with --evaluate_only")
     if args.save_to:

@@ -41,8 +41,9 @@ class CompiledOps(PlainOps):
             bias = torch.cat([layer.bias for layer in layers])
         if torch.is_autocast_enabled("cpu"):
             dtype = torch.get_autocast_dtype("cpu")
-            x, weight, bias = x.to(dtype), weight.to(dtype), bias.to(dtype)
-        check(x, weight, bias)
+            x, weight = x.to(dtype), weight.to(dtype)
+            bias = bias if bias is None else bias.to(dtype)
+        check(x, weight)
         return Linear.apply(x, weight, bias, activation)
 
     def add_norm(self, x, y, norm):
@@ -69,7 +70,7 @@ class CompiledOps(PlainOps):
 
 
 class Linear(torch.autograd.Function):
-    """x (..., I), weight (O, I), bias (O,) of one type -> (..., O)."""
+    """x (..., I), weight (O, I), bias (O,) or None, of one type -> (..., O)."""
 
     @staticmethod
     def forward(ctx, x, weight, bias, activation):
@@ -83,8 +84,11 @@ class Linear(torch.autograd.Function):
         if outputs is not None:
             gradient = torch_private.choose("relu_backward")(gradient, outputs)
         rows = gradient.flatten(0, -2)  # (positions, O)
-        inputs = torch_private.choose("linear")(gradient, weight.t(), None, None)
-        return inputs, rows.t() @ x.flatten(0, -2), rows.sum(0), None
+        needs_x, _, needs_bias, _ = ctx.needs_input_grad
+        inputs = (
+            torch_private.choose("linear")(gradient, weight.t(), None, None) if needs_x else None
+        )
+        return inputs, rows.t() @ x.flatten(0, -2), rows.sum(0) if needs_bias else None, None
 
 
 class AddNorm(torch.autograd.Function):

@@ -2,7 +2,7 @@
 // ImageTransformer.step and layers/mixture.py's sample compute, without returning to Python after each byte.
 //
 // Constants of the compilation, beside those of common.h: LAYERS, HEADS, MIXTURES, MIN_LOG_SCALE,
-// and BF16: with 1 the operands of the matrix products are bfloat16, with 0 float32. Everything
+// NEIGHBOURS (0: the model has none) and CHANNELS of layers/neighbours.py, and BF16: with 1 the operands of the matrix products are bfloat16, with 0 float32. Everything
 // else, the sums of the products too, is float32. Loops over constant sizes are left to the
 // compiler's vectoriser; only the matrix product says how it uses registers.
 
@@ -60,6 +60,8 @@ struct Model {
     Norm norm;
     Linear<D, 3 * MIXTURES> predictor;
     const float *values, *positions;  // embeddings: (256, D / 2), (length - 1, D / 2)
+    const int* table;                 // (length - 1, NEIGHBOURS), as the following with NEIGHBOURS
+    const float *projection, *prediction;  // (CHANNELS, NEIGHBOURS, 2, D or 3 * MIXTURES)
 };
 
 struct State {
@@ -243,8 +245,24 @@ struct Member {
             float* x = team.x[r];
             std::copy_n(job.model->values + value * (D / 2), D / 2, x);
             std::copy_n(job.model->positions + position * (D / 2), D / 2, x + D / 2);
+            add_neighbours<D>(r, position, job.model->projection, x);
             for (int d = 0; d < D; d++) store(team.input[r] + d, x[d]);
         });
+    }
+
+    // Adds the linear map of the known bytes around the byte after `position` to a row.
+    template <int WIDTH>
+    void add_neighbours(int64_t r, int64_t position, const float* weights, float* row) {
+        const int64_t* image = job.images + (team.first + r) * job.length;
+        weights += (position + 1) % CHANNELS * NEIGHBOURS * 2 * WIDTH;
+        for (int i = 0; i < NEIGHBOURS; i++, weights += 2 * WIDTH) {
+            int neighbour = job.model->table[position * NEIGHBOURS + i];
+            if (neighbour < 0) continue;
+            float value = (image[neighbour] - 128) / 128.f;
+            for (int d = 0; d < WIDTH; d++) row[d] += value * weights[d];
+            if (image[neighbour] == 0)
+                for (int d = 0; d < WIDTH; d++) row[d] += weights[WIDTH + d];
+        }
     }
 
     // x of image r becomes the norm of the row that read(d) gives; it is the next product's input.
@@ -294,7 +312,8 @@ struct Member {
     void draw_bytes(int64_t byte) {
         share(team.n, [&](int64_t r) {
             int64_t image = team.first + r, at = image * job.length + byte;
-            const float* parameters = team.parameters[r];
+            float* parameters = team.parameters[r];
+            add_neighbours<3 * MIXTURES>(r, byte - 1, job.model->prediction, parameters);
             if (job.parameters && byte == job.last)
                 std::copy_n(parameters, 3 * MIXTURES, job.parameters + image * 3 * MIXTURES);
             int value = draw(parameters, job.noise + 2 * at, job.temperature);

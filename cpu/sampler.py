@@ -6,6 +6,7 @@ import torch
 from torch.nn.functional import pad
 
 from cpu.build import load_library
+from layers.neighbours import neighbour_count
 
 SOURCE = "sampler.cpp"
 # Bytes of images that one call of the library draws: enough that starting its threads costs
@@ -16,14 +17,22 @@ BYTES_AT_ONCE = 2048
 def sizes(config, precision):
     """The sizes with which sampler.cpp is compiled for a model."""
     sizes = {"LAYERS": config.n_layers, "HEADS": config.n_heads, "SIZE": config.d_query}
-    return sizes | {"MIXTURES": config.mixtures, "BF16": int(precision == "bf16")}
+    sizes |= {"MIXTURES": config.mixtures, "BF16": int(precision == "bf16")}
+    if not config.neighbours:
+        return sizes | {"NEIGHBOURS": 0, "CHANNELS": 1}
+    count = neighbour_count(config.channels)
+    return sizes | {"NEIGHBOURS": count, "CHANNELS": config.channels}
 
 
 def pack(linears, panel, dtype):
     """Weight and bias of the linear layers, concatenated, in the layout of sampler.cpp: `panel`
     outputs side by side, input after input, or for bfloat16 pair after pair of inputs."""
-    weight = torch.cat([linear.weight for linear in linears]).float()
-    bias = torch.cat([linear.bias for linear in linears]).float()
+    weight = torch.cat([linear.weight for linear in linears])
+    return pack_weights(weight, torch.cat([linear.bias for linear in linears]), panel, dtype)
+
+
+def pack_weights(weight, bias, panel, dtype):
+    weight, bias = weight.float(), bias.float()
     missing = -len(bias) % panel
     group = 2 if dtype == torch.bfloat16 else 1
     weight = pad(weight, (0, 0, 0, missing)).unflatten(0, (-1, panel)).unflatten(-1, (-1, group))
@@ -99,8 +108,14 @@ def pack_model(model, panel, dtype):
         tensors += pack([layer.linear1], panel, dtype) + pack([layer.linear2], panel, dtype)
         tensors += [layer.norm2.weight.float(), layer.norm2.bias.float()]
     tensors += [model.transformer.norm.weight.float(), model.transformer.norm.bias.float()]
-    tensors += pack([model.predictor], panel, dtype)
-    return [*tensors, model.value_embedding.weight.float(), model.pos_embedding.pe.float()]
+    predictor, D = model.predictor, model.config.d_model
+    hidden, neighbours = predictor.weight[:, :D], predictor.weight[:, D:]  # (3K, .)
+    tensors += pack_weights(hidden, predictor.bias, panel, dtype)
+    tensors += [model.value_embedding.weight.float(), model.pos_embedding.pe.float()]
+    if model.neighbours:
+        tensors += [model.neighbours.table.int(), model.neighbour_projection.weight.float().t()]
+        tensors += [neighbours.float().t()]  # (C * W * 2, 3K), as the one before (C * W * 2, D)
+    return tensors
 
 
 def addresses(tensors):

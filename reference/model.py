@@ -124,22 +124,21 @@ class ReferenceTransformer(ImageTransformer):
             # A tuple hides it from torch, which would list the shared weights twice.
             self.recurrence = (recurrence,)
 
-    def features(self, images, position=0, states=None, keys=None):
-        """Last hidden layer (N, L, D), as the native model's: by the parallel encoder or, with
-        `states`, by the recurrent one, position after position. The library draws its dropout
-        from torch's generator, not from `keys`."""
-        x = self.pos_embedding(self.value_embedding(images.long()), position)
+    def encode(self, x, states):
+        """(N, L, D) -> (N, L, D), as the native model: by the parallel encoder or, with `states`,
+        by the recurrent one, position after position. The library draws its dropout from torch's
+        generator, not from the images' keys."""
         if states is not None:
             return self.recur(x, states)
         reformer = self.config.attention_type == "reformer"
-        return self.encode_hashed(x) if reformer else self.encode(x)
+        return self.encode_hashed(x) if reformer else self.encode_all(x)
 
-    def encode(self, x):
+    def encode_all(self, x):
         """(N, L, D) -> (N, L, D), every position from itself and those before it."""
         return self.transformer(x, attn_mask=TriangularCausalMask(x.shape[1], device=x.device))
 
     def encode_hashed(self, x):
-        """As `encode`, for the reformer, which the library implements for whole chunks only.
+        """As `encode_all`, for the reformer, which the library implements for whole chunks only.
 
         Copies of the last position fill the last chunk. They come after all others, so the causal
         mask hides them, and unlike zeros they have a norm by which a query can be divided. Which
@@ -154,7 +153,7 @@ class ReferenceTransformer(ImageTransformer):
         with torch.random.fork_rng(devices, enabled=not self.training):
             if not self.training:
                 torch.manual_seed(0)
-            return self.encode(torch.cat([x, filling], dim=1))[:, :L]
+            return self.encode_all(torch.cat([x, filling], dim=1))[:, :L]
 
     def recur(self, x, states):
         """(N, L, D) -> (N, L, D), continuing from `states`, which are updated in place."""

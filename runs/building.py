@@ -1,5 +1,6 @@
 """The model of a run: its backend, its operations, its weights, and the memory it needs."""
 
+import math
 from functools import partial
 
 import torch
@@ -7,8 +8,18 @@ import torch
 from cpu.build import try_compile
 from cpu.ops import CompiledOps
 from layers.ops import PlainOps
-from models import ImageTransformer
+from models import ImageTransformer, ModelConfig
 from runs import distributed, restoring
+
+
+def make_config(fields, image_shape):
+    """The ModelConfig for images of this shape, (H, W) or (H, W, 3), and `fields` without those
+    that follow from it."""
+    length = math.prod(image_shape)
+    if not fields.get("neighbours"):
+        return ModelConfig(length, **fields)
+    channels = 1 if len(image_shape) == 2 else image_shape[2]
+    return ModelConfig(length, **fields, width=image_shape[1], channels=channels)
 
 
 def choose_ops(config, device, required, purpose):

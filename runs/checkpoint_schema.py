@@ -5,8 +5,9 @@ import zipfile
 
 import torch
 
+from layers.neighbours import REACH
 from models import ATTENTIONS, ModelConfig
-from runs.training import OPTIMIZERS
+from runs.recipes import OPTIMIZERS, is_settings
 
 
 def check_checksums(file):
@@ -50,19 +51,25 @@ def is_optimizer_state(x):
     )
 
 
+FLAGS = ("unmasked_reformer", "neighbours")  # of ModelConfig
+
+
 def is_config(x):
     try:
         config = ModelConfig(**x)
     except TypeError:
         return False
     dropouts, temperature = (config.dropout, config.attention_dropout), config.softmax_temp
-    sizes = set(x) - {"attention_type", "dropout", "attention_dropout", "softmax_temp"}
+    others = {"attention_type", "dropout", "attention_dropout", "softmax_temp", *FLAGS}
+    least = 1 if config.neighbours else 0
     return (
-        all(is_count(x[name], 1) or name == "unmasked_reformer" for name in sizes)
+        all(is_count(x[name], 1) for name in set(x) - others - {"width", "channels"})
+        and all(is_count(n, least) for n in (config.width, config.channels))
+        and (config.channels in REACH or not config.neighbours)
         and config.attention_type in ATTENTIONS
         and all(type(p) in (int, float) and 0 <= p < 1 for p in dropouts)
         and (temperature is None or (type(temperature) is float and 0 < temperature < math.inf))
-        and type(config.unmasked_reformer) is bool
+        and all(type(getattr(config, name)) is bool for name in FLAGS)
     )
 
 
@@ -87,8 +94,9 @@ CHECKS = {
     "first_byte_counts": is_histogram,
     "seed": is_count,
     "optimizer": OPTIMIZERS.__contains__,
+    "settings": is_settings,
     "threads": is_count,
     "format_version": is_count,
 }
 # Entries that older checkpoints do not have.
-OPTIONAL = {"threads"}
+OPTIONAL = {"settings", "threads"}

@@ -3,7 +3,8 @@
 A checkpoint has the three entries of the original experiment (`model_state`, `optimizer_state`,
 `iteration`), so that its loader reads ours, and what makes it complete: `config` (the fields
 of ModelConfig), `dataset` (its name and image_shape), `first_byte_counts` (256), `seed`,
-`optimizer` (its name), `threads` (of the CPU) and `format_version`.
+`optimizer` (its name), `settings` (of the optimisation), `threads` (of the CPU) and
+`format_version`.
 """
 
 import re

@@ -105,9 +105,10 @@ class TrainingLog:
         yield
         self.window += time.perf_counter() - start
 
-    def step(self, iteration, loss, lr):
+    def step(self, iteration, loss, rates):
+        """After an iteration: its loss in nats per byte, and learning rates by name."""
         self.losses.append(loss)
-        self.iteration, self.lr = iteration, lr
+        self.iteration, self.rates = iteration, rates
         self.bar.update()
         if iteration % self.frequency == 0:
             self.write()
@@ -119,8 +120,8 @@ class TrainingLog:
         self.shown = time.perf_counter()
         bits = torch.stack(self.losses).mean().item() / NATS_PER_BIT
         rate = len(self.losses) * self.images_per_iteration / (self.shown - self.window)
-        text = f"{bits:.4f} bits/dim, lr {self.lr:g}, {rate:.1f} images/s"
-        return text, {"bits_per_dim": bits, "lr": self.lr, "images_per_second": rate}
+        text = f"{bits:.4f} bits/dim, lr {self.rates['lr']:.3g}, {rate:.1f} images/s"
+        return text, {"bits_per_dim": bits, **self.rates, "images_per_second": rate}
 
     def write(self):
         """Write a record of the losses since the last one, if there are any."""
@@ -133,7 +134,8 @@ class TrainingLog:
             say(f"iteration {self.iteration} of {self.iterations}: {text}, {left} left")
         else:
             self.bar.set_postfix_str(text)
-        self.metrics.write("train", self.iteration, **values, seconds=self.seconds)
+        images = self.iteration * self.images_per_iteration
+        self.metrics.write("train", self.iteration, images=images, **values, seconds=self.seconds)
         self.losses, self.window = [], time.perf_counter()
 
 

@@ -8,6 +8,9 @@ from models import ModelConfig
 from runs.checkpoints import damaged
 from utils import UserError
 
+# The moments that an optimiser keeps of each parameter.
+ADAM_MOMENTS, MUON_MOMENTS = ("exp_avg", "exp_avg_sq"), ("momentum_buffer",)
+
 
 def upgrade_layout(checkpoint, path):
     """Rename, in place, the weights of the original's older layout (its --load_pytorch), in which
@@ -71,7 +74,8 @@ def config_from_tensors(state, path="the checkpoint"):
     """What the shapes in a `model_state` determine: n_layers, d_model, mixtures and, where it has
     a position table, length."""
     try:
-        outputs, d_model = state["predictor.weight"].shape
+        outputs = len(state["predictor.bias"])
+        (d_model,) = state["transformer.norm.weight"].shape
         layers = {name.split(".")[2] for name in state if name.startswith("transformer.layers.")}
         seen = {"n_layers": len(layers), "d_model": d_model, "mixtures": outputs // 3}
         if "pos_embedding.pe" in state:
@@ -111,21 +115,26 @@ def import_optimizer_state(state, optimizer):
     Raises ValueError for moments of another model.
     """
     names = [name for group in state["param_groups"] for name in group["params"]]
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    if len(names) != len(parameters):
-        raise ValueError(f"it has {len(names)} parameters, not {len(parameters)}")
+    expected = [
+        (parameter, MUON_MOMENTS if "ns_steps" in group else ADAM_MOMENTS)
+        for group in optimizer.param_groups
+        for parameter in group["params"]
+    ]
+    if len(names) != len(expected):
+        raise ValueError(f"it has {len(names)} parameters, not {len(expected)}")
     imported = {}
-    for i, (name, parameter) in enumerate(zip(names, parameters, strict=True)):
+    for i, (name, (parameter, keys)) in enumerate(zip(names, expected, strict=True)):
         moments = state["state"].get(name)
         if not moments:
             continue  # never trained
-        for key in ("exp_avg", "exp_avg_sq"):
+        for key in keys:
             if moments[key].shape != parameter.shape:
                 raise ValueError(f"parameter {i} has another shape")
             if not moments[key].isfinite().all():
                 raise ValueError(f"a moment of parameter {i} is not finite")
-        step = torch.as_tensor(moments["step"], dtype=torch.float32)
-        imported[i] = {**moments, "step": step}
+        imported[i] = dict(moments)
+        if keys is ADAM_MOMENTS:
+            imported[i]["step"] = torch.as_tensor(moments["step"], dtype=torch.float32)
     groups = optimizer.state_dict()["param_groups"]
     optimizer.load_state_dict({"state": imported, "param_groups": groups})
 

@@ -78,8 +78,7 @@ class EagerDecoder:
 
         Everything happens in place and on the device, so a CUDA graph can replay it.
         """
-        values = batch.images.index_select(1, batch.position).squeeze(1)  # (N,)
-        parameters = self.step(values, batch.position, batch.states)
+        parameters = self.step(batch.images, batch.position, batch.states)
         batch.position += 1
         noise = batch.noise.index_select(1, batch.position).squeeze(1)  # (N, 2)
         batch.images.index_copy_(1, batch.position, batch.draw(parameters, noise)[:, None])

@@ -11,8 +11,6 @@ from runs import distributed
 from runs.reporting import progress_bar
 from utils import UserError, autocast
 
-OPTIMIZERS = ("radam", "adam")
-
 
 class NegativeLogLikelihood(torch.nn.Module):
     """`model.nll` as a module: what DistributedDataParallel wraps and torch.compile compiles."""
@@ -23,14 +21,6 @@ class NegativeLogLikelihood(torch.nn.Module):
 
     def forward(self, images, keys=None):
         return self.model.nll(images, keys)
-
-
-def make_optimizer(model, name, lr, weight_decay):
-    """The optimiser, one of OPTIMIZERS, with weight decay decoupled from the gradient."""
-    rates = {"lr": lr, "weight_decay": weight_decay}
-    if name == "radam":
-        return torch.optim.RAdam(model.parameters(), decoupled_weight_decay=True, **rates)
-    return torch.optim.AdamW(model.parameters(), **rates)
 
 
 def train_step(nll, optimizer, images, *, seed, iteration, accumulate, precision, clip_norm):
@@ -61,7 +51,7 @@ def train_step(nll, optimizer, images, *, seed, iteration, accumulate, precision
             name = first_non_finite(unwrap(nll).model, images, keys)
         raise UserError(
             f"iteration {iteration}: {name} is not finite: lower --lr "
-            f"{optimizer.param_groups[0]['lr']:g} or --clip_norm; the last checkpoint is older "
+            f"{optimizer.param_groups[-1]['lr']:g} or --clip_norm; the last checkpoint is older "
             "and intact"
         )
     optimizer.step()

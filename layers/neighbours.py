@@ -1,0 +1,76 @@
+"""The bytes around the one to be predicted, as numbers: the input of a masked convolution.
+
+An image of rows is read as one sequence, so the pixel above the next one is a whole row back. A
+linear map of the neighbouring values, added to what the network reads and to what it predicts,
+spares it from learning where they are.
+"""
+
+import torch
+from torch import nn
+
+# How many pixels the window reaches to the left, to the right and up, for grey and for colour.
+REACH = {1: 3, 3: 2}
+# A neighbour is two numbers: its value, and whether it is 0, which is background.
+FEATURES = 2
+
+
+class Neighbours(nn.Module):
+    """Features of the known bytes in a window around the byte after each position.
+
+    For colour images each channel of the predicted byte has features of its own (the others are
+    0), so that a linear map of them has its own weights for each channel.
+    """
+
+    def __init__(self, length, width, channels):
+        super().__init__()
+        self.channels = channels
+        table = neighbour_table(length, width, channels)
+        self.register_buffer("table", table, persistent=False)  # (L - 1, W)
+        channel = torch.arange(1, length) % channels
+        one_hot = nn.functional.one_hot(channel, channels).float()
+        self.register_buffer("channel", one_hot, persistent=False)  # (L - 1, C)
+
+    @property
+    def size(self):
+        """The number of features of a position."""
+        return self.channels * self.table.shape[1] * FEATURES
+
+    def forward(self, images, positions):
+        """Features (N, P, size) of the bytes after `positions` (P,) of images (N, L)."""
+        table = self.table[positions]  # (P, W)
+        # Outside the image any byte is read, and its features are multiplied by 0.
+        values = images.index_select(1, table.clamp(min=0).flatten())
+        values = values.unflatten(1, table.shape)  # (N, P, W)
+        # 128 and not 127.5: these fractions are exact in bfloat16.
+        features = torch.stack([(values.float() - 128) / 128, (values == 0).float()], dim=-1)
+        features = (features * (table >= 0)[..., None]).flatten(-2)  # (N, P, 2 W)
+        if self.channels == 1:
+            return features
+        channel = self.channel[positions]  # (P, C)
+        return (channel[:, :, None] * features[:, :, None]).flatten(-2)  # (N, P, C * 2 W)
+
+
+def window(channels):
+    """The neighbours (rows down, pixels to the right, channel), relative to the predicted pixel."""
+    reach = REACH[channels]
+    pixels = [(0, -left) for left in range(1, reach + 1)]
+    pixels += [(-up, side) for up in range(1, reach + 1) for side in range(-reach, reach + 1)]
+    places = [(*pixel, c) for pixel in pixels for c in range(channels)]
+    return places + [(0, 0, c) for c in range(channels - 1)]  # earlier channels of the same pixel
+
+
+def neighbour_count(channels):
+    """The number W of neighbours of a byte."""
+    return len(window(channels))
+
+
+def neighbour_table(length, width, channels):
+    """Which byte each neighbour of the byte after each position is, (L - 1, W), -1 for none."""
+    byte = torch.arange(1, length)  # the predicted bytes
+    row, column, channel = byte // channels // width, byte // channels % width, byte % channels
+    columns = []
+    for dy, dx, c in window(channels):
+        y, x = row + dy, column + dx
+        known = (y >= 0) & (x >= 0) & (x < width) & ((dy != 0) | (dx != 0) | (c < channel))
+        columns.append(torch.where(known, (y * width + x) * channels + c, -1))
+    return torch.stack(columns, dim=-1)

@@ -1,0 +1,92 @@
+"""The optimisers: those of the paper's experiment, and Muon for the layers' matrices."""
+
+from itertools import islice
+
+import torch
+
+# Muon's learning rates are an order of magnitude above AdamW's, and so is its weight decay.
+MUON_WEIGHT_DECAY = 0.1
+
+
+def make_optimizer(model, settings):
+    """The optimiser of `Settings`, with weight decay decoupled from the gradient.
+
+    "muon" is Muon for the matrices inside the layers and AdamW for everything else.
+    """
+    decay = settings.weight_decay
+    if settings.optimizer == "muon":
+        matrices = [p for p in model.transformer.layers.parameters() if p.dim() == 2]
+        chosen = set(matrices)
+        others = [p for p in model.parameters() if p not in chosen]
+        return OptimizerPair(
+            torch.optim.Muon(matrices, settings.muon_lr, weight_decay=MUON_WEIGHT_DECAY),
+            adamw(others, settings.lr, decay),
+        )
+    if settings.optimizer == "radam":
+        return torch.optim.RAdam(
+            model.parameters(), settings.lr, weight_decay=decay, decoupled_weight_decay=True
+        )
+    return adamw(model.parameters(), settings.lr, decay)
+
+
+def adamw(parameters, lr, decay):
+    parameters = list(parameters)
+    fused = all(p.is_cuda for p in parameters)  # one kernel for all parameters
+    return torch.optim.AdamW(parameters, lr, weight_decay=decay, fused=fused or None)
+
+
+def set_rates(optimizer, settings, factor):
+    """Set the learning rates to `factor` times those of `Settings`; returns them by name."""
+    rates = {}
+    for group in optimizer.param_groups:
+        name = "muon_lr" if "ns_steps" in group else "lr"
+        rates[name] = group["lr"] = factor * getattr(settings, name)
+    return rates
+
+
+class OptimizerPair:
+    """Two optimisers of different parameters that are used, saved and loaded as one."""
+
+    def __init__(self, first, second):
+        self.parts = first, second
+
+    @property
+    def param_groups(self):
+        return [group for part in self.parts for group in part.param_groups]
+
+    def zero_grad(self):
+        for part in self.parts:
+            part.zero_grad()
+
+    def step(self):
+        for part in self.parts:
+            part.step()
+
+    def state_dict(self):
+        """As that of one optimiser: parameters are numbered through both."""
+        state, groups, start = {}, [], 0
+        for part in self.parts:
+            own = part.state_dict()
+            state |= {start + number: moments for number, moments in own["state"].items()}
+            for group in own["param_groups"]:
+                groups.append({**group, "params": [start + number for number in group["params"]]})
+            start += sum(len(group["params"]) for group in own["param_groups"])
+        return {"state": state, "param_groups": groups}
+
+    def load_state_dict(self, state):
+        groups, start = iter(state["param_groups"]), 0
+        for part in self.parts:
+            own = list(islice(groups, len(part.param_groups)))
+            count = sum(len(group["params"]) for group in own)
+            part.load_state_dict({
+                "state": {
+                    number - start: moments
+                    for number, moments in state["state"].items()
+                    if start <= number < start + count
+                },
+                "param_groups": [
+                    {**group, "params": [number - start for number in group["params"]]}
+                    for group in own
+                ],
+            })  # fmt: skip
+            start += count

@@ -1,0 +1,79 @@
+"""The settings of the optimisation, and two recipes that set them."""
+
+import math
+from dataclasses import dataclass, fields, replace
+
+from utils import UserError
+
+OPTIMIZERS = ("radam", "adam", "muon")
+SCHEDULES = ("constant", "cosine")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How a run optimises; stored in every checkpoint. The defaults are the paper's recipe."""
+
+    recipe: str = "paper"
+    optimizer: str = "radam"
+    lr: float = 1e-4
+    muon_lr: float = 0.02  # of the layers' matrices, with muon
+    weight_decay: float = 0.01
+    clip_norm: float = 1.0
+    lr_schedule: str = "constant"
+    warmup: int = 0  # iterations
+
+    def rate_factor(self, iteration, iterations):
+        """What multiplies the learning rates at an iteration, from 1 to `iterations`: a linear
+        warm-up and, with the cosine schedule, half a cosine down to 0."""
+        factor = min(1.0, iteration / self.warmup) if self.warmup else 1.0
+        if self.lr_schedule == "cosine":
+            # The last iteration still moves: it is the end of the last step, not its beginning.
+            factor *= 0.5 * (1 + math.cos(math.pi * (iteration - 1) / iterations))
+        return factor
+
+
+# What each recipe sets: settings of the optimisation, and fields of ModelConfig.
+RECIPES = {
+    "paper": (Settings(), {}),
+    "fast": (
+        Settings("fast", "muon", lr=4e-3, muon_lr=0.02, lr_schedule="cosine", warmup=100),
+        {"dropout": 0.0, "neighbours": True},
+    ),
+}
+
+
+def choose_settings(given, stored):
+    """The settings of a run: those `given` as flags, else those `stored` in its checkpoint ({}
+    for none), else those of the recipe.
+
+    A run keeps its recipe and optimiser; rates and schedule may change when it continues.
+    """
+    for name in ("recipe", "optimizer"):
+        if name in stored and given.get(name, stored[name]) != stored[name]:
+            raise UserError(
+                f"--{name} {given[name]} contradicts the checkpoint, whose run has {stored[name]}: "
+                "leave the flag out, or start another run"
+            )
+    recipe = stored.get("recipe", given.get("recipe", "paper"))
+    settings = replace(RECIPES[recipe][0], **{**stored, **given})
+    if "muon_lr" in given and settings.optimizer != "muon":
+        raise UserError(
+            f"--muon_lr has no effect with --optimizer {settings.optimizer}: leave it out"
+        )
+    return settings
+
+
+def is_settings(x):
+    """Whether a checkpoint's entry has the names and types of `Settings`."""
+    if not (isinstance(x, dict) and set(x) <= {field.name for field in fields(Settings)}):
+        return False
+    numbers = ("lr", "muon_lr", "weight_decay", "clip_norm", "warmup")
+    return (
+        x.get("recipe", "paper") in RECIPES
+        and x.get("optimizer", "radam") in OPTIMIZERS
+        and x.get("lr_schedule", "constant") in SCHEDULES
+        and all(
+            type(x.get(name, 0)) in (int, float) and 0 <= x.get(name, 0) < math.inf
+            for name in numbers
+        )
+    )
