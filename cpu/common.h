@@ -152,8 +152,8 @@ inline float normalizer(const float* phi_q, const float* phi_k, float* Z) {
     return 1 / (dot(phi_q, Z) + float(ATTENTION_EPSILON));
 }
 
-// linear_recurrent of layers/attention.py for one head and N positions, one after the other, with the state
-// S (E, M) and Z (E) brought up to date. The strides lead from one position to the next.
+// linear_recurrent of layers/attention.py for one head and N positions, one after the other; the
+// state S (E, M) and Z (E) is updated in place. The strides lead from one position to the next.
 template <int N, class T, class Output>
 inline void attend(const T* q, const T* k, const T* v, int64_t stride, float* S, float* Z,
                    Output* out, int64_t out_stride) {

@@ -1,5 +1,6 @@
 // The recurrent sampler with causal linear attention on CPUs, as one loop over the bytes: what
-// ImageTransformer.step and layers/mixture.py's sample compute, without returning to Python after each byte.
+// ImageTransformer.step and sample of layers/mixture.py compute, without returning to Python after
+// each byte.
 //
 // Constants of the compilation, beside those of common.h: LAYERS, HEADS, MIXTURES, MIN_LOG_SCALE,
 // NEIGHBOURS (0: the model has none) and CHANNELS of layers/neighbours.py, and BF16: with 1 the operands of the matrix products are bfloat16, with 0 float32. Everything

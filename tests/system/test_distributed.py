@@ -35,6 +35,13 @@ def run_two(script, *arguments):
     return out
 
 
+def children(process):
+    """The ids of the processes that a process has started."""
+    command = ["ps", "-o", "pid=", "--ppid", str(process.pid)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    return [int(pid) for pid in done.stdout.split()]
+
+
 def load(path):
     return torch.load(path, weights_only=True)
 
@@ -125,10 +132,7 @@ def start_training(*flags):
 def test_a_process_that_dies_ends_the_run():
     """With an error: it must not hang."""
     process = start_training()
-    pids = subprocess.run(
-        ["ps", "-o", "pid=", "--ppid", str(process.pid)], capture_output=True, text=True
-    ).stdout.split()
-    os.kill(int(pids[-1]), signal.SIGKILL)
+    os.kill(children(process)[-1], signal.SIGKILL)
     assert process.wait(timeout=120) != 0
 
 

@@ -1,5 +1,6 @@
 """A run that is killed at any moment continues from its last checkpoint, bit for bit."""
 
+import contextlib
 import os
 import random
 import re
@@ -10,7 +11,7 @@ import time
 
 import pytest
 from conftest import ROOT, TINY
-from test_distributed import run_two, start_two
+from test_distributed import children, run_two, start_two
 from test_training import assert_equal_weights, records
 
 DIGITS = ["--dataset", "digits", *TINY, "--batch_size", 4, "--evaluate_images", 8]
@@ -40,7 +41,7 @@ def test_killed_thirty_times(flags, succeed, tmp_path):
     """Every loss of every start equals the uninterrupted run's, and so do the final weights."""
     command = [*DIGITS, *flags, "--iterations", 600, "--save_frequency", 5]
     succeed("main.py", *command, "--save_to", "whole.pth", "--metrics_file", "whole.jsonl")
-    killing = [sys.executable, ROOT / "tests" / "killing.py", 30, 0.5, *command, *PARTS]
+    killing = [sys.executable, ROOT / "tests" / "killing.py", 30, *command, *PARTS]
     done = subprocess.run([str(part) for part in killing], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "killed 30" in done.stdout
@@ -50,15 +51,24 @@ def test_killed_thirty_times(flags, succeed, tmp_path):
     assert_equal_weights("part.600.pth", "whole.pth")
 
 
+def kill_with_children(process):
+    """Kill torchrun and its processes, which would wait for it for minutes. It is stopped first,
+    so that it starts no others meanwhile."""
+    process.send_signal(signal.SIGSTOP)
+    for pid in [*children(process), process.pid]:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+
+
 def test_two_processes_killed_at_random_moments(tmp_path):
     """And torchrun with them, as in a power failure."""
     command = ["main.py", *DIGITS, "--iterations", 200, "--save_frequency", 5]
     run_two(*command, "--save_to", "whole.pth", "--metrics_file", "whole.jsonl")
     moments = random.Random(0)
     for _ in range(4):
-        process = start_two(*command, *PARTS, start_new_session=True)
+        process = start_two(*command, *PARTS)
         time.sleep(moments.uniform(3, 7))
-        os.killpg(process.pid, signal.SIGKILL)
+        kill_with_children(process)
         process.communicate()
     run_two(*command, *PARTS)
     assert all_losses(tmp_path / "part.jsonl") == all_losses(tmp_path / "whole.jsonl")
