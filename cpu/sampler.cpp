@@ -8,6 +8,7 @@
 // compiler's vectoriser; only the matrix product says how it uses registers.
 
 #include <deque>
+#include <limits>
 #include <type_traits>
 #ifdef __AVX512BF16__
 #include <immintrin.h>
@@ -206,8 +207,8 @@ inline int draw(const float* parameters, const float* noise, float temperature) 
     int k = 0;
     while (k < MIXTURES - 1 && noise[0] >= sums[k] / total) k++;
     float scale = std::exp(std::max(log_scales[k], float(MIN_LOG_SCALE))) * temperature;
+    scale = std::min(scale, std::numeric_limits<float>::max());  // infinity times 0 is no number
     float x = means[k] + scale * (std::log(noise[1]) - std::log1p(-noise[1]));
-    // A scale that overflows may give a NaN; in this order std::max makes it 0.
     return int(std::rint(std::min(std::max(0.f, (x + 1) * 127.5f), 255.f)));
 }
 

@@ -70,6 +70,7 @@ def sample(parameters, noise, temperature=1.0):
     component = (noise[..., :1] >= cumulative[..., :-1]).sum(-1, keepdim=True)  # (..., 1)
     mean = means.gather(-1, component).squeeze(-1)
     scale = log_scales.gather(-1, component).squeeze(-1).exp() * temperature
+    scale = scale.clamp(max=torch.finfo(scale.dtype).max)  # infinity times 0 would be no number
     x = mean + scale * torch.logit(noise[..., 1])
     return torch.round((x + 1) * 127.5).clamp(0, 255).long()
 

@@ -81,7 +81,7 @@ def test_its_distributions_and_states_are_the_steps(precision, tolerance):
     decoder = CompiledDecoder(model, precision)
     for position in range(LENGTH - 1):
         with torch.no_grad():
-            expected = model.step(images[:, position], position, states)
+            expected = model.step(images, torch.tensor([position]), states)
         batch = make_batch(model, 9, images.clone(), position, noise, own)
         parameters = decoder.run(batch, 1)
         assert batch.position == position + 1

@@ -72,7 +72,7 @@ def test_recurrence_equals_the_parallel_model_over_a_whole_image(attention_type)
     model, images = make_model(attention_type=attention_type), make_images()
     expected = model(images[:, :-1])
     states = model.empty_states(len(images))
-    steps = [model.step(images[:, i], i, states) for i in range(39)]
+    steps = [model.step(images, torch.tensor([i]), states) for i in range(39)]
     torch.testing.assert_close(torch.stack(steps, 1), expected, rtol=1e-10, atol=1e-10)
 
 
@@ -89,7 +89,7 @@ def test_prefill_and_predict_equal_the_parallel_model(attention_type, prefix, at
     parameters = model.predict_next(images[:, :prefix])
     torch.testing.assert_close(parameters, expected[:, prefix - 1], rtol=1e-10, atol=1e-10)
     if prefix < 39:
-        parameters = model.step(images[:, prefix], prefix, states)
+        parameters = model.step(images, torch.tensor([prefix]), states)
         torch.testing.assert_close(parameters, expected[:, prefix], rtol=1e-10, atol=1e-10)
 
 
@@ -146,5 +146,5 @@ def test_torch_can_compile_training_and_steps(attention_type):
         with torch.no_grad():
             for i in range(4):
                 position = torch.tensor([i])
-                expected = model.step(images[:, i], position, states)
-                torch.testing.assert_close(step(images[:, i], position, own), expected)
+                expected = model.step(images, position, states)
+                torch.testing.assert_close(step(images, position, own), expected)

@@ -132,7 +132,7 @@ def test_recurrences_agree_step_by_step(reference, attention_type):
             assert relative(whole[:, position - 1], parameters) < 1e-4, position
         if position < DIGIT - 1:
             results = [
-                (model.step(images[:, position], position, states), states)
+                (model.step(images, torch.tensor([position]), states), states)
                 for model, (_, states) in zip((native, library), results, strict=True)
             ]
 
