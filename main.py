@@ -76,7 +76,7 @@ class Trainer:
         checkpoint, path = load_checkpoint(args)
         stored = restoring.stored_config(checkpoint, path, args.n_heads, args.d_query)
         self.settings = choose_settings(given_settings(args), stored_settings(checkpoint))
-        fields = model_fields(args, stored, RECIPES[self.settings.recipe][1])
+        architecture = model_fields(args, stored, RECIPES[self.settings.recipe][1])
         self.seed = choose_seed(args.seed, checkpoint)
         self.start = checkpoint.get("iteration", 0)
         distributed.check_agreement("the iteration to continue from", self.start)
@@ -86,7 +86,7 @@ class Trainer:
         self.counts = checkpoint.get("first_byte_counts")
         if self.counts is None:
             self.counts = self.training.first_byte_counts()
-        config = building.make_config(fields, self.training.image_shape)
+        config = building.make_config(architecture, self.training.image_shape)
         self.model = build_model(config, args, self.precision, device, self.seed, checkpoint, path)
         self.optimizer = make_optimizer(self.model, self.settings)
         restoring.load_optimizer_state(self.optimizer, checkpoint, path)
