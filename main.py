@@ -3,7 +3,7 @@
 python main.py --dataset mnist --n_layers 8 --n_heads 8 --save_to weights.{}.pth
 """
 
-from dataclasses import asdict, fields
+from dataclasses import asdict
 
 import torch
 
@@ -13,7 +13,7 @@ from cli.flags import model_fields
 from cli.process import YIELDED, StopSignals, run
 from runs import building, checkpoints, distributed, restoring
 from runs.optimizers import make_optimizer, set_rates
-from runs.recipes import RECIPES, Settings, choose_settings
+from runs.recipes import RECIPES, choose_seed, choose_settings, stored_settings
 from runs.reporting import Metrics, TrainingLog
 from runs.training import (
     NegativeLogLikelihood,
@@ -75,12 +75,15 @@ class Trainer:
         check_batch_size(args)
         checkpoint, path = load_checkpoint(args)
         stored = restoring.stored_config(checkpoint, path, args.n_heads, args.d_query)
-        self.settings = choose_settings(given_settings(args), stored_settings(checkpoint))
+        self.settings = choose_settings(
+            training_flags.given_settings(args), stored_settings(checkpoint)
+        )
         architecture = model_fields(args, stored, RECIPES[self.settings.recipe][1])
         self.seed = choose_seed(args.seed, checkpoint)
         self.start = checkpoint.get("iteration", 0)
         distributed.check_agreement("the iteration to continue from", self.start)
-        warn_about_threads(checkpoint, device)
+        building.warn_about_threads(checkpoint, device)
+        building.warn_about_muon(self.settings, device)
 
         self.training, self.test = load_data(args, checkpoint)
         self.counts = checkpoint.get("first_byte_counts")
@@ -216,40 +219,6 @@ def load_checkpoint(args):
     if not args.continue_from:
         return {}, None
     return checkpoints.load_newest(args.continue_from, or_none=not args.evaluate_only)
-
-
-def given_settings(args):
-    """The flags of the optimisation that were given."""
-    names = [field.name for field in fields(Settings)]
-    return {name: value for name in names if (value := getattr(args, name)) is not None}
-
-
-def stored_settings(checkpoint):
-    """The settings of the run that a checkpoint continues; older ones know the optimiser only."""
-    known = {name: checkpoint[name] for name in ("optimizer",) if name in checkpoint}
-    return checkpoint.get("settings", known)
-
-
-def choose_seed(given, checkpoint):
-    """The seed of a run, which stays the same when it continues."""
-    stored = checkpoint.get("seed")
-    if None not in (given, stored) and given != stored:
-        raise UserError(
-            f"--seed {given} contradicts the checkpoint, whose run has {stored}: "
-            "leave the flag out, or start another run"
-        )
-    return next(value for value in (stored, given, 0) if value is not None)
-
-
-def warn_about_threads(checkpoint, device):
-    """Another number of threads adds in another order, so results agree only up to rounding."""
-    threads = torch.get_num_threads()
-    stored = checkpoint.get("threads", threads)
-    if device.type == "cpu" and stored != threads:
-        warn(
-            f"this run used {stored} CPU threads and continues with {threads}: its numbers will "
-            "differ in the last digits from those of an uninterrupted run"
-        )
 
 
 def load_data(args, checkpoint):

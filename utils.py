@@ -178,8 +178,11 @@ def to_device(tensor, device):
 def select_precision(name, device):
     """The precision, "fp32" or "bf16", that --precision names.
 
-    "bf16" is refused where it would be slow; "bf16-emulated" is bf16 anyway.
+    "bf16" is refused where it would be slow; "bf16-emulated" is bf16 anyway; "auto" is bf16
+    where the device has it.
     """
+    if name == "auto":
+        return "bf16" if has_bfloat16(device) else "fp32"
     if name == "bf16" and not has_bfloat16(device):
         raise UserError(
             f"--precision bf16: this {device.type} device has no bfloat16 instructions and would "

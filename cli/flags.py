@@ -217,10 +217,11 @@ MACHINE = {
         "help": "auto (a GPU if there is one), cpu, cuda, cuda:N or mps",
     },
     "precision": {
-        "choices": ["fp32", "bf16", "bf16-emulated"],
+        "choices": ["fp32", "bf16", "bf16-emulated", "auto"],
         "default": "fp32",
         "help": "of the matrix products; attention sums and the loss remain fp32; bf16-emulated "
-        "also where the device has no bfloat16 instructions and is slower with it",
+        "also where the device has no bfloat16 instructions and is slower with it; auto: bf16 "
+        "where it is fast",
     },
     "backend": {
         "choices": ["native", "fast-transformers"],

@@ -1,5 +1,6 @@
 """The command line of main.py."""
 
+from dataclasses import fields
 from pathlib import Path
 
 from cli.flags import (
@@ -18,7 +19,7 @@ from cli.flags import (
 from cli.process import YIELDED
 from runs import checkpoints
 from runs.optimizers import MUON_WEIGHT_DECAY
-from runs.recipes import OPTIMIZERS, RECIPES, SCHEDULES
+from runs.recipes import OPTIMIZERS, RECIPES, SCHEDULES, Settings
 from utils import UserError, check_writable
 
 EVALUATED = {
@@ -146,6 +147,12 @@ def parse(argv=None):
     args = parser.parse_args(argv)
     check(args)
     return args
+
+
+def given_settings(args):
+    """The flags of the optimisation that were given."""
+    names = [field.name for field in fields(Settings)]
+    return {name: value for name in names if (value := getattr(args, name)) is not None}
 
 
 def with_defaults(name, options):

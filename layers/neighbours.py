@@ -40,9 +40,9 @@ class Neighbours(nn.Module):
         table = self.table[positions]  # (P, W)
         # Outside the image any byte is read, and its features are multiplied by 0.
         values = images.index_select(1, table.clamp(min=0).flatten())
-        values = values.unflatten(1, table.shape)  # (N, P, W)
+        values = values.unflatten(1, table.shape).to(self.channel.dtype)  # (N, P, W)
         # 128 and not 127.5: these fractions are exact in bfloat16.
-        features = torch.stack([(values.float() - 128) / 128, (values == 0).float()], dim=-1)
+        features = torch.stack([(values - 128) / 128, (values == 0).to(values.dtype)], dim=-1)
         features = (features * (table >= 0)[..., None]).flatten(-2)  # (N, P, 2 W)
         if self.channels == 1:
             return features

@@ -10,6 +10,7 @@ from cpu.ops import CompiledOps
 from layers.ops import PlainOps
 from models import ImageTransformer, ModelConfig
 from runs import distributed, restoring
+from utils import has_bfloat16, warn
 
 
 def make_config(fields, image_shape):
@@ -70,3 +71,24 @@ def sampling_memory(config, n_images):
     per_channel = 2 * config.length if config.attention_type == "full" else config.d_query
     states = n_images * config.n_layers * config.d_model * per_channel
     return 4 * (config.n_parameters + states)
+
+
+def warn_about_threads(checkpoint, device):
+    """Another number of threads adds in another order, so results agree only up to rounding."""
+    threads = torch.get_num_threads()
+    stored = checkpoint.get("threads", threads)
+    if device.type == "cpu" and stored != threads:
+        warn(
+            f"this run used {stored} CPU threads and continues with {threads}: its numbers will "
+            "differ in the last digits from those of an uninterrupted run"
+        )
+
+
+def warn_about_muon(settings, device):
+    """Muon multiplies in bfloat16: emulated, one step of the paper's MNIST model took 5 to 34 s
+    on one core instead of 0.5."""
+    if settings.optimizer == "muon" and not has_bfloat16(device):
+        warn(
+            f"--optimizer muon: this {device.type} device has no bfloat16 instructions, which Muon "
+            "uses, so its steps will be slow: consider --optimizer adam"
+        )

@@ -63,6 +63,23 @@ def choose_settings(given, stored):
     return settings
 
 
+def stored_settings(checkpoint):
+    """The settings of the run that a checkpoint continues; older ones know the optimiser only."""
+    known = {name: checkpoint[name] for name in ("optimizer",) if name in checkpoint}
+    return checkpoint.get("settings", known)
+
+
+def choose_seed(given, checkpoint):
+    """The seed of a run, which stays the same when it continues."""
+    stored = checkpoint.get("seed")
+    if None not in (given, stored) and given != stored:
+        raise UserError(
+            f"--seed {given} contradicts the checkpoint, whose run has {stored}: "
+            "leave the flag out, or start another run"
+        )
+    return next(value for value in (stored, given, 0) if value is not None)
+
+
 def is_settings(x):
     """Whether a checkpoint's entry has the names and types of `Settings`."""
     if not (isinstance(x, dict) and set(x) <= {field.name for field in fields(Settings)}):
