@@ -1,29 +1,27 @@
 # make demo       train a small model for about two minutes, sample it, write pictures to demo/
 # make test       check the style and run all tests
 # make reference  add pytorch-fast-transformers, for --backend fast-transformers and its tests
-# make benchmark-sampling, make benchmark-training   both beside pytorch-fast-transformers
-# make clean      forget the virtual environment and the demo
+# make benchmark-sampling, make benchmark-training   compare speed with pytorch-fast-transformers
+# make clean      remove the virtual environment and the demo
 
 PYTHON ?= python3
 BIN = .venv/bin
 PIP = $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-# The demo's two stages: most of the way with large steps, the rest with small ones.
+# The demo: a small model of the embedded 28x28 digits.
 ITERATIONS = 1200
-MORE_ITERATIONS = 1700
-MODEL = --dataset digits --n_layers 4 --n_heads 4 --optimizer adam --batch_size 16 \
-        --log_frequency 50 --save_to 'demo/digits.{}.pth' --continue_from 'demo/digits.{}.pth'
+MODEL = --dataset mnist-10k --recipe fast --n_layers 3 --n_heads 3 --batch_size 16 \
+        --precision auto --log_frequency 50 --evaluate_frequency 100000 \
+        --save_to 'demo/mnist.{}.pth' --continue_from 'demo/mnist.{}.pth'
 
 .PHONY: demo test reference benchmark-sampling benchmark-training clean
 
 demo: .venv/installed
-	$(BIN)/python main.py $(MODEL) --lr 2e-3 --iterations $(ITERATIONS)
-	$(BIN)/python main.py $(MODEL) --lr 3e-4 --iterations $(MORE_ITERATIONS)
-	$(BIN)/python prediction.py 'demo/digits.{}.pth' --recurrent --index 0-60 --offset 0 \
-	    --temperature 0.8 --save_grid demo/samples.png
-	$(BIN)/python prediction.py 'demo/digits.{}.pth' --recurrent --index 5 --offset 24 \
-	    --save_gif demo/completion.gif
-	@echo 'The samples are in demo/samples.png, an image being completed in demo/completion.gif.'
+	$(BIN)/python main.py $(MODEL) --iterations $(ITERATIONS)
+	$(BIN)/python prediction.py 'demo/mnist.{}.pth' --recurrent --index 0-60 --offset 0 \
+	    --save_grid demo/samples.png
+	$(BIN)/python prediction.py 'demo/mnist.{}.pth' --recurrent --index 5 --save_gif demo/completion.gif
+	@echo 'Samples are in demo/samples.png, an animation of one being completed in demo/completion.gif.'
 
 test: .venv/installed-test
 	$(BIN)/ruff check .
@@ -41,7 +39,7 @@ benchmark-training: reference
 clean:
 	rm -rf .venv demo
 
-# The stamps record what was installed, so that nothing is done twice.
+# The stamps record what is installed, so that nothing is installed twice.
 .venv/installed: requirements.txt
 	$(PYTHON) -m venv .venv
 	$(PIP) -r requirements.txt

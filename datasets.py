@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from utils import UserError
+from utils import UserError, one_line
 
 NAMES = ("mnist", "fashion-mnist", "cifar10", "imagenet64", "mnist-10k", "digits")
 EMBEDDED = Path(__file__).parent / "digits"
@@ -58,7 +58,7 @@ def load(name, directory, train):
     """The training or test images of the data set `name`, one of NAMES or a folder's path.
 
     Data sets of torchvision are downloaded to `directory` if they are not there yet. Raises
-    `UserError`, naming the file, for what is missing, damaged or of a wrong shape.
+    `UserError`, naming the file, if it is missing, damaged or of the wrong shape.
     """
     if name in TORCHVISION:
         images = load_torchvision(name, directory, train)
@@ -75,8 +75,8 @@ def load(name, directory, train):
 
 
 def load_matching(name, directory, train, stored):
-    """The training or test images of the data set `name`, which must fit what a checkpoint has
-    `stored` of its own ({} for none); by default that one, else mnist."""
+    """The training or test images of the data set `name`, by default the one `stored` in a
+    checkpoint ({} for none), else mnist. Their shape must be the stored one."""
     dataset = load(choose_name(name, stored.get("name")), directory, train)
     shape = tuple(stored.get("image_shape", dataset.image_shape))
     if dataset.image_shape != shape:
@@ -88,7 +88,7 @@ def load_matching(name, directory, train, stored):
 
 
 def load_both(name, directory, stored):
-    """The training and the test images, of one shape, that `load_matching` finds."""
+    """The training and the test images by `load_matching`; both must have one shape."""
     train, test = (load_matching(name, directory, split, stored) for split in (True, False))
     if train.image_shape != test.image_shape:
         raise UserError(
@@ -123,15 +123,15 @@ TORCHVISION = {
 
 
 def load_torchvision(name, directory, train):
-    import torchvision.datasets  # imports for seconds, and only these data sets need it
+    import torchvision.datasets  # takes seconds, and only these data sets need it
 
     class_name, folder, files = TORCHVISION[name]
     dataset_class = getattr(torchvision.datasets, class_name)
     folder = Path(directory) / folder
     try:
         return torch.as_tensor(dataset_class(directory, train=train, download=True).data)
-    except Exception as error:  # torchvision raises many kinds for damaged files and downloads
-        reason = " ".join(str(error).split()) or type(error).__name__
+    except Exception as error:  # torchvision raises many types of exceptions
+        reason = one_line(error, longest=1000)
         if is_downloaded(dataset_class, directory):
             raise UserError(
                 f"{folder} cannot be read ({reason}): delete {files[train]} there "
@@ -204,13 +204,13 @@ def load_folder(folder, split):
 def load_array(path, shape=None):
     """The images of a .npy file, memory-mapped: only the pages that are used are read."""
     try:
-        # Read-only: writable pages would count as memory, and a file may be larger than that.
-        with np.errstate(over="ignore"):  # of sizes in a damaged header
+        # Read-only: writable pages count as used memory, and the file may be larger than that.
+        with np.errstate(over="ignore"):  # a damaged header may have huge sizes
             array = np.load(path, mmap_mode="r", allow_pickle=False)
     except FileNotFoundError:
         raise UserError(f"{path} does not exist: put the images there as a numpy array") from None
-    except Exception as error:  # numpy raises every kind for a damaged header
-        reason = " ".join(str(error).split())[:200]
+    except Exception as error:  # numpy raises many types for damaged headers
+        reason = one_line(error)
         raise UserError(f"{path} cannot be read as a numpy array ({reason})") from None
     if not isinstance(array, np.ndarray):
         raise UserError(f"{path} is an archive: save one array there with numpy.save")
@@ -235,7 +235,7 @@ def load_array(path, shape=None):
 
 
 def load_image_files(folder):
-    """All image files below `folder`, in the order of their names; hidden files do not count."""
+    """All image files below `folder`, in the order of their names; hidden files are ignored."""
     files = sorted(p for p in folder.rglob("*") if p.is_file() and not p.name.startswith("."))
     if not files:
         raise UserError(f"{folder} holds no image files")
@@ -247,7 +247,7 @@ def load_image_files(folder):
         if image.shape != images.shape[1:]:
             raise UserError(
                 f"{path} is {describe(image.shape)} but {files[0]} is "
-                f"{describe(images.shape[1:])}: all images of a data set have one size"
+                f"{describe(images.shape[1:])}: all images must have one size"
             )
         images[i] = image
     return torch.from_numpy(images)
@@ -259,13 +259,13 @@ def read_image(path):
 
     try:
         image = imageio.v3.imread(path, plugin="pillow")
-    except Exception as error:  # each of imageio's readers raises its own kinds
-        reason = " ".join(str(error).split())[:200] or type(error).__name__
+    except Exception as error:  # each of imageio's readers raises other types
+        reason = one_line(error)
         raise UserError(f"{path} cannot be read as an image ({reason})") from None
     if image.dtype != np.uint8 or image.ndim not in (2, 3) or image.shape[2:] not in ((), (3,)):
         raise UserError(
             f"{path} is {describe(image.shape)}, {image.dtype}: "
-            "convert it to grey or RGB with 8 bits a channel"
+            "convert it to grey or RGB with 8 bits per channel"
         )
     return image
 

@@ -40,7 +40,7 @@ def main(argv=None):
 
 
 def train(args, device):
-    """The story of a run; returns its exit status."""
+    """Train, evaluate and save; returns the exit status."""
     trainer = Trainer(args, device)
     start, log = trainer.start, trainer.log
     with StopSignals() as stop, log:
@@ -125,7 +125,7 @@ class Trainer:
         )
 
     def evaluate(self, iteration, stop):
-        """Report the test bits/dim, unless a signal stops it."""
+        """Report the test bits/dim, unless a signal interrupts the evaluation."""
         with self.log.paused():
             bits = evaluate(
                 self.nll,
@@ -151,8 +151,8 @@ class Trainer:
             )
 
     def save(self, iteration, last):
-        """Save a checkpoint if --save_to was given. A failure is a warning unless it is the
-        `last` chance."""
+        """Save a checkpoint if --save_to was given. A failure is a warning, or an error if this is
+        the `last` save."""
         if name := non_finite_parameter(self.model):
             raise UserError(f"iteration {iteration}: the parameter {name} is not finite: not saved")
         if not self.args.save_to or distributed.rank() > 0:
@@ -188,7 +188,7 @@ class Trainer:
         }
 
     def describe(self):
-        """What is about to happen, in three lines."""
+        """Print one line each about the model, the data and the machine."""
         config, training = self.model.config, self.training
         parameters = sum(p.numel() for p in self.model.parameters()) / 1e6
         say(
@@ -202,7 +202,7 @@ class Trainer:
         threads = f" ({torch.get_num_threads()} threads)" if self.device.type == "cpu" else ""
         say(f"machine: {self.device}{threads}, {self.precision}")
         if not (self.args.save_to or self.args.evaluate_only):
-            warn("without --save_to the trained weights are not kept")
+            warn("without --save_to the trained weights are not saved")
 
 
 def check_batch_size(args):
@@ -210,7 +210,7 @@ def check_batch_size(args):
     if args.batch_size % processes:
         raise UserError(
             f"--batch_size {args.batch_size} is shared by {processes} processes: "
-            "give a multiple of that"
+            f"give a multiple of {processes}"
         )
 
 
@@ -249,11 +249,11 @@ def build_model(config, args, precision, device, seed, checkpoint, path):
 
 
 def parallel_nll(model, args, device):
-    """The loss, compiled by torch.compile if asked for on a GPU, over all processes."""
+    """The loss, with torch.compile on a GPU if --compile is given, wrapped for all processes."""
     nll = NegativeLogLikelihood(model)
     if args.compile and device.type != "cpu":
         nll.compile()
-    # The reformer's keys are its queries: one of its projections never gets a gradient.
+    # The reformer shares queries and keys: its key projection never gets a gradient.
     return distributed.parallel(nll, device, model.config.attention_type == "reformer")
 
 

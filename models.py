@@ -1,6 +1,6 @@
 """The image transformer: bytes in, a mixture of logistics over the next byte out.
 
-Sizes: N images, L positions (the bytes of an image, at most), H heads, D = H * d_query channels,
+Sizes: N images, L positions (at most the bytes of an image), H heads, D = H * d_query channels,
 K mixture components.
 """
 
@@ -15,11 +15,11 @@ from layers.dropout import Dropout, DropoutNoise, draw_keys
 from layers.neighbours import Neighbours
 from layers.ops import PlainOps
 
-# How many positions go through the layers at once where no gradient is needed: this bounds the
+# How many positions go through the layers at once when no gradient is needed: this bounds the
 # memory of long prefixes and keeps every tensor small enough for its memory to be reused.
 POSITIONS_AT_ONCE = 2**12
 NATIVE_ATTENTIONS = ["causal-linear", "full"]
-# The others are those of pytorch-fast-transformers, in reference/.
+# The others need pytorch-fast-transformers (reference/).
 ATTENTIONS = [*NATIVE_ATTENTIONS, "reformer", "exact-topk", "local"]
 
 
@@ -41,7 +41,7 @@ class ModelConfig:
     chunk_size: int = 32
     unmasked_reformer: bool = False
     neighbours: bool = False
-    width: int = 0  # pixels of a row, and bytes of a pixel: what neighbours need
+    width: int = 0  # pixels per row, and bytes per pixel; for `neighbours`
     channels: int = 0
 
     @property
@@ -157,17 +157,17 @@ class ImageTransformer(nn.Module):
             n_features = self.neighbours.size
             self.neighbour_projection = nn.Linear(n_features, config.d_model, bias=False)
             nn.init.normal_(self.neighbour_projection.weight, std=0.2)
-        # The predictor sees the neighbours, too: a mean can follow them from the first step.
+        # The predictor reads the neighbours too, so that means follow them from early training on.
         self.predictor = nn.Linear(config.d_model + n_features, 3 * config.mixtures)
         nn.init.zeros_(self.predictor.weight[:, config.d_model :].detach())
 
     def parameters_at(self, images, positions, states=None, keys=None, last_only=False):
-        """Parameters (N, P, 3K) of the distribution of the byte after each of `positions` (P,),
-        consecutive, of images (N, L); with `last_only` (N, 1, 3K), of the byte after the last.
+        """Parameters (N, P, 3K) of the distribution of the byte after each of the consecutive
+        `positions` (P,) of images (N, L); with `last_only`, of the byte after the last (N, 1, 3K).
 
         With `states`, a list with one state per layer, the positions continue where the states
-        ended, and the states are updated in place. `keys` (N,), int64, determine what dropout
-        drops of each image; by default they come from torch's generator.
+        ended, and the states are updated in place. `keys` (N,), int64, determine the dropout
+        masks of each image; by default they come from torch's generator.
         """
         if self.training:
             self.noise.start(draw_keys(len(images), images.device) if keys is None else keys)
@@ -220,7 +220,7 @@ class ImageTransformer(nn.Module):
         return self.config.attention_type == "causal-linear"
 
     def empty_states(self, n_images):
-        """One state per layer, for `n_images` images of which nothing has been read."""
+        """One state per layer, for `n_images` images before their first byte is read."""
         config = self.config
         sizes = n_images, config.n_heads, config.d_query, config.length - 1
         return [

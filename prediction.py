@@ -16,7 +16,6 @@ from cli.flags import model_fields
 from cli.process import run
 from cpu.build import is_cached, try_compile
 from layers.mixture import NATS_PER_BIT
-from layers.ops import PlainOps
 from models import POSITIONS_AT_ONCE
 from runs import building, checkpoints, distributed, restoring
 from runs.reporting import SamplingProgress
@@ -42,7 +41,7 @@ def main(argv=None):
 
 
 def complete(args, device):
-    """The story of a sample: load, complete, write."""
+    """Load the model and the images, complete the images, write them."""
     precision = select_precision(args.precision, device)
     outputs.check_outputs(args)
     checkpoint, path = load_checkpoint(args)
@@ -60,7 +59,7 @@ def complete(args, device):
 
     completed = sample(sampler, given, offset, args, precision, device)
     if completed is None:
-        return  # the first process writes the images of all
+        return  # only the first process writes images
     shape = args.image_shape or shape
     completions = completed.view(-1, *shape).numpy()
     originals = None if real is None else real.view(-1, *shape).numpy()
@@ -112,7 +111,7 @@ def open_images(args, checkpoint):
 
 
 def unconditional_source(args, checkpoint):
-    """The shape of an image and the histogram of first bytes; no data set is needed where the
+    """The shape of an image and the histogram of first bytes; no data set is needed if the
     checkpoint has both."""
     if "format_version" in checkpoint:
         stored = checkpoint["dataset"]
@@ -137,18 +136,11 @@ def choose_offset(offset, length):
 
 
 def make_sampler(config, args, precision, device, checkpoint, path, steps):
-    """The model and a function that completes a batch of images with it, compiled if asked for,
-    or if that pays off in so many steps."""
+    """The model, and a function that completes a batch of images with it."""
+    check_compile_flag(config, args, device)
     recurrent = args.sampler == "recurrent"
-    compiles = can_compile(config, args, device)
-    if not compiles and args.compile is not None:
-        raise UserError(
-            f"--{'compile' if args.compile else 'no-compile'} has no effect with these flags: only "
-            "--backend native samples compiled, on a CPU with --attention_type causal-linear or "
-            "the batched sampler, on a GPU with --recurrent: leave it out"
-        )
-    compiles = compiles and worth_compiling(config, args, precision, device, steps)
-    ops = PlainOps()
+    compiles = compiles_on_cpu(config, args, precision, device, steps)
+    ops = None
     if compiles and not recurrent:
         ops = building.choose_ops(config, device, args.compile, "sampling")
     model = building.build_model(
@@ -160,9 +152,8 @@ def make_sampler(config, args, precision, device, checkpoint, path, steps):
         checkpoint=checkpoint,
         path=path,
     ).eval()
-    if not recurrent:
-        sampler = partial(sample_batched, model)
-    else:
+    sampler = partial(sample_batched, model)
+    if recurrent:
         decoder = make_decoder(model, args, precision, device, compiles)
         sampler = partial(sample_recurrent, model, decoder=decoder)
     if precision == "bf16":
@@ -170,29 +161,37 @@ def make_sampler(config, args, precision, device, checkpoint, path, steps):
     return model, sampler
 
 
-def can_compile(config, args, device):
-    """Whether there is anything to compile for these flags."""
+def check_compile_flag(config, args, device):
+    """Raise a `UserError` for --compile or --no-compile if nothing can be compiled."""
     recurrent = args.sampler == "recurrent"
-    if args.backend != "native":
-        return False
+    possible = recurrent
     if device.type == "cpu":
-        return config.attention_type == "causal-linear" or not recurrent
-    return recurrent
+        possible = config.attention_type == "causal-linear" or not recurrent
+    if args.compile is not None and not (possible and args.backend == "native"):
+        raise UserError(
+            f"--{'compile' if args.compile else 'no-compile'} has no effect with these flags: only "
+            "--backend native compiles, on a CPU with --attention_type causal-linear or "
+            "the batched sampler, on a GPU with --recurrent: leave it out"
+        )
 
 
-def worth_compiling(config, args, precision, device, steps):
-    """Whether to compile: as the flag says; without it, on a CPU, if it is done or pays off."""
-    if args.compile is not None or device.type != "cpu":
-        return args.compile is not None
-    if args.sampler == "recurrent":
-        source, sizes = cpu.sampler.SOURCE, cpu.sampler.sizes(config, precision)
-    else:
-        source, sizes = cpu.ops.SOURCE, cpu.ops.sizes(config)
-    return steps >= STEPS_WORTH_COMPILING or is_cached(source, sizes)
+def compiles_on_cpu(config, args, precision, device, steps):
+    """Whether to try the compiled code of cpu/. With neither --compile nor --no-compile, only if
+    there are enough `steps` to make up for the compilation, or the library is cached."""
+    recurrent = args.sampler == "recurrent"
+    if device.type != "cpu" or args.backend != "native":
+        return False
+    if recurrent and config.attention_type != "causal-linear":
+        return False
+    if args.compile is not None or steps >= STEPS_WORTH_COMPILING:
+        return True
+    if recurrent:
+        return is_cached(cpu.sampler.SOURCE, cpu.sampler.sizes(config, precision))
+    return is_cached(cpu.ops.SOURCE, cpu.ops.sizes(config))
 
 
 def make_decoder(model, args, precision, device, compiles):
-    """What draws the bytes of the recurrent sampler."""
+    """The decoder of the recurrent sampler (runs/sampling.py)."""
     if device.type == "cpu":
         build = partial(cpu.sampler.CompiledDecoder, model, precision)
         decoder = try_compile(build, args.compile, "sampling") if compiles else None
@@ -203,7 +202,7 @@ def make_decoder(model, args, precision, device, compiles):
 
 
 def store_as_bfloat16(model):
-    """Store the weights of the products as autocast would round them again for every byte."""
+    """Round the weights of linear layers once; autocast would round them for every byte."""
     for module in model.modules():
         if isinstance(module, torch.nn.Linear):
             module.bfloat16()

@@ -1,4 +1,4 @@
-"""What every other file may use: errors, messages, whole files, device and precision."""
+"""Shared helpers: errors, messages, atomic file writes, device and precision."""
 
 import errno
 import os
@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-# Where Linux lists the instructions of a CPU, and those for bfloat16 (x86; ARM).
+# Where Linux lists the instruction sets of a CPU, and those with bfloat16 (x86; ARM).
 CPU_FLAGS = Path("/proc/cpuinfo")
 BFLOAT16_FLAGS = {"avx512_bf16", "amx_bf16", "bf16"}
 # errno values of an invalid path.
@@ -29,14 +29,15 @@ class UserError(Exception):
 
 
 def is_first_process():
-    """Whether this is the first process of those that torchrun started, or the only one."""
+    """Whether this is the first of the processes that torchrun started, or the only process."""
     return int(os.environ.get("WORLD_SIZE", 1)) == 1 or os.environ.get("RANK", "0") == "0"
 
 
 def say(text):
     """Print a line on stdout, from the first process only, without breaking a progress bar.
 
-    Training goes on when stdout is closed, as in `| head`: SIGPIPE then tells `StopSignals`.
+    When stdout is closed, as in `| head`, later lines are dropped and SIGPIPE is raised: training
+    then saves and exits (`StopSignals`), sampling continues.
     """
     if not is_first_process():
         return
@@ -69,7 +70,7 @@ def one_line(error, longest=200):
     return " ".join(str(error).split())[:longest] or type(error).__name__
 
 
-# The messages of torch that have no exception class of their own
+# Errors of torch that only their message identifies
 
 
 def is_out_of_memory(error):
@@ -87,8 +88,8 @@ def is_lost_process(error):
 
 
 def write_whole(path, write, durable=False):
-    """Call `write` with a temporary file beside `path`, then rename it to `path`: whoever reads
-    `path` finds the old file or the new one, never a part. Missing folders are created.
+    """Call `write` with a temporary file beside `path`, then rename it to `path`: readers of
+    `path` see the old file or the new one, never a part of it. Missing folders are created.
 
     With `durable` that holds even if the machine crashes. Raises OSError.
     """
@@ -117,7 +118,7 @@ def umask():
 
 
 def sync_folder(folder):
-    """Flush a renaming to the disk."""
+    """Flush a rename in this folder to the disk."""
     handle = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -126,7 +127,7 @@ def sync_folder(folder):
 
 
 def check_writable(path, flag):
-    """Raise a `UserError` where the file `path` could not be written; creates nothing.
+    """Raise a `UserError` if the file `path` could not be written; creates nothing.
 
     Its folder may be missing: then the nearest existing parent must be writable.
     """
@@ -150,7 +151,7 @@ def check_writable(path, flag):
 
 
 def select_device(name):
-    """The torch.device of --device; raises a `UserError` where this machine does not have it."""
+    """The torch.device of --device; raises a `UserError` if this machine does not have it."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
         name = "mps" if name == "cpu" and torch.backends.mps.is_available() else name
@@ -178,21 +179,21 @@ def to_device(tensor, device):
 def select_precision(name, device):
     """The precision, "fp32" or "bf16", that --precision names.
 
-    "bf16" is refused where it would be slow; "bf16-emulated" is bf16 anyway; "auto" is bf16
-    where the device has it.
+    "bf16" is refused if the device has no bfloat16 instructions, since emulating them is slow;
+    "bf16-emulated" is bf16 in any case; "auto" is bf16 if the device has them.
     """
     if name == "auto":
         return "bf16" if has_bfloat16(device) else "fp32"
     if name == "bf16" and not has_bfloat16(device):
         raise UserError(
-            f"--precision bf16: this {device.type} device has no bfloat16 instructions and would "
-            "be slower: use fp32, or bf16-emulated to do it anyway"
+            f"--precision bf16: this {device.type} device has no bfloat16 instructions, so bf16 "
+            "would be slower: use fp32, or bf16-emulated to use bf16 anyway"
         )
     return name.removesuffix("-emulated")
 
 
 def has_bfloat16(device):
-    """Whether the device multiplies in bfloat16; for a CPU, as Linux or macOS report it."""
+    """Whether the device has bfloat16 instructions; for a CPU, as Linux or macOS reports it."""
     if device.type == "cuda":
         return torch.cuda.get_device_capability(device) >= (8, 0)
     if device.type == "mps":
@@ -218,10 +219,10 @@ def device_memory(device):
 
 
 def check_memory(needed, device):
-    """Raise a `UserError` where `needed` bytes, a lower bound, exceed the memory of the device."""
+    """Raise a `UserError` if `needed` bytes, a lower bound, exceed the memory of the device."""
     available = device_memory(device)
     if needed > available:
         raise UserError(
             f"this model and --batch_size need at least {needed / 1e9:.1f} GB of memory, "
-            f"and the {device.type} device has {available / 1e9:.1f}: lower one of them"
+            f"and the {device.type} device has {available / 1e9:.1f}: reduce one of them"
         )

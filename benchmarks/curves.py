@@ -1,4 +1,4 @@
-"""Bits/dim over images and over minutes, from the metrics files of runs.
+"""Bits/dim against training images and minutes, from metrics files of main.py.
 
 python -m benchmarks.curves paper.jsonl fast.jsonl --plot curves.png
 """
@@ -22,13 +22,17 @@ def main():
 def read_curve(name, split):
     """The records of one split of a metrics file, with the images and seconds since its start.
 
-    A run that was continued writes seconds since its own start, and iterations since the last
-    checkpoint twice: the seconds are added up and the repeated records replaced.
+    A run that continues counts its seconds from 0 again and repeats the iterations since the last
+    checkpoint: the seconds are summed and the repeated records replaced. A line that was
+    cut off when a run was killed is left out.
     """
     points, before, last = {}, 0.0, 0.0
     for line in Path(name).read_text().splitlines():
-        record = json.loads(line)
-        if record["seconds"] < last:  # the next start
+        try:
+            record = json.loads(line)
+        except json.JSONDecodeError:
+            continue
+        if record["seconds"] < last:  # the run was continued
             before += last
         last = record["seconds"]
         if record["split"] == split:
@@ -39,7 +43,7 @@ def read_curve(name, split):
 
 
 def plot(curves, args):
-    """Two panels: bits/dim over images, and over minutes."""
+    """Two panels: bits/dim against images, and against minutes."""
     import matplotlib
 
     matplotlib.use("Agg")

@@ -2,8 +2,8 @@
 
 python -m benchmarks.digit_quality 'demo/mnist.{}.pth'
 
-A sample counts if the network is more than 0.8 sure of a digit. The network learns the embedded
-10,000 digits; of real test digits it is that sure of about 0.97.
+A sample counts if the network gives one digit a probability above 0.8. It is trained on the
+embedded 10,000 digits; of real test digits about 0.97 count.
 """
 
 import argparse
@@ -63,7 +63,7 @@ def sample(args):
 
 @torch.no_grad()
 def sure(classifier, images):
-    """The fraction of images (n, 784), uint8, of which the classifier is sure."""
+    """The fraction of images (n, 784), uint8, with a class probability above CONFIDENCE."""
     confidence = classifier(images / 255).softmax(-1).amax(-1)  # (n,)
     return (confidence > CONFIDENCE).float().mean().item()
 

@@ -23,18 +23,18 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 def add_arguments(parser, batches):
-    """The flags that both benchmarks take."""
+    """The flags that both benchmarks share."""
     parser.add_argument("--configs", nargs="+", choices=CONFIGS, default=list(CONFIGS))
     parser.add_argument("--batches", nargs="+", type=int, default=batches, metavar="N")
     parser.add_argument("--precisions", nargs="+", choices=DTYPES, default=list(DTYPES))
-    parser.add_argument("--rounds", type=int, default=5, metavar="N", help="times of each (5)")
+    parser.add_argument("--rounds", type=int, default=5, metavar="N", help="repetitions (5)")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--json", metavar="FILE", help="write the records")
     parser.add_argument("--plot", metavar="FILE", help="write a bar chart")
 
 
 def make_pair(config, ops=None):
-    """Our model and the library's with the same weights, or None where it is not installed."""
+    """Our model and the library's with the same weights, or None if it is not installed."""
     torch.manual_seed(0)
     ours = ImageTransformer(config, ops)
     try:
@@ -48,11 +48,11 @@ def make_pair(config, ops=None):
 
 
 def compiled_ops(config):
-    """The compiled operations, or None, with a line that says why, where they cannot be built."""
+    """The compiled operations, or None, with a message, if they cannot be built."""
     try:
         return CompiledOps(config)
     except UserError as error:
-        print(f"{error}; measuring without", file=sys.stderr)
+        print(f"{error}; measuring without them", file=sys.stderr)
 
 
 def timed(run, device):
@@ -71,7 +71,7 @@ def synchronize(device):
 
 def interleaved(candidates, rounds, device):
     """Median seconds of each of `candidates`, {name: function}, called alternately after a
-    warm-up, so that whatever slows the machine for a while slows all of them."""
+    warm-up, so that a slow phase of the machine affects all of them."""
     for run in candidates.values():
         run()
     times = {name: [] for name in candidates}

@@ -1,4 +1,4 @@
-"""Time of a sampled byte, beside pytorch-fast-transformers and beside what the machine can do.
+"""Time per sampled byte, compared with pytorch-fast-transformers and with the machine's limits.
 
 python -m benchmarks.sampling --json sampling.json --plot sampling.png
 """
@@ -24,7 +24,7 @@ from runs.sampling import (
 )
 from utils import autocast
 
-# Bytes of one measurement: enough for this many seconds, at least two.
+# Seconds of one measurement, which determine its number of bytes (at least two).
 SECONDS = 0.3
 LENGTHS = [784, 3072, 12288]
 LENGTH_BATCH = 4
@@ -46,7 +46,7 @@ def main():
     with torch.inference_mode():
         for config in args.configs:
             records += measure_config(config, args, rates, device)
-        print("\nmilliseconds for one more byte of all images of the batch")
+        print("\nmilliseconds per byte of the whole batch")
         measure.table(records, COLUMNS)
         lengths = measure_lengths(args.rounds, device)
         print(f"\nthe last bytes of longer images, {LENGTH_BATCH} at a time, fp32")
@@ -104,7 +104,7 @@ def measure_config(config, args, rates, device):
 
 
 def milliseconds_per_byte(runs, rounds, device):
-    """Medians of {name: function that draws so many bytes}, interleaved."""
+    """Median times of `runs`, {name: function that draws a given number of bytes}."""
     counts = {name: choose_count(run, device) for name, run in runs.items()}
     runs = {name: partial(run, counts[name]) for name, run in runs.items()}
     seconds = measure.interleaved(runs, rounds, device)
@@ -112,7 +112,7 @@ def milliseconds_per_byte(runs, rounds, device):
 
 
 def new_batch(model, n, device):
-    """Images to fill, from their first byte on."""
+    """A `Batch` of n images at their first byte."""
     length = model.config.length
     images = torch.zeros(n, length, dtype=torch.int64, device=device)
     noise = image_noise(0, [0], length).expand(n, -1, -1).contiguous().to(device)
@@ -122,13 +122,13 @@ def new_batch(model, n, device):
 
 
 def uncompiled_decoder(model, device):
-    """What draws the bytes in plain PyTorch."""
+    """The decoder in plain PyTorch."""
     graph = device.type == "cuda" and model.has_constant_state
     return (GraphDecoder if graph else EagerDecoder)(model)
 
 
 def loop(model, decoder, n, precision, device):
-    """A function that draws so many bytes of n images from their beginning."""
+    """A function that draws a given number of bytes of n images from the first one on."""
     batch = new_batch(model, n, device)
 
     def run(count):

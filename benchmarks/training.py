@@ -1,4 +1,4 @@
-"""Time and memory of a training step and of an evaluation, beside pytorch-fast-transformers.
+"""Time and memory of a training step and of an evaluation, compared with the library.
 
 python -m benchmarks.training --json training.json --plot training.png
 """
@@ -20,7 +20,7 @@ from runs.recipes import Settings
 from runs.training import NegativeLogLikelihood, train_step
 from utils import autocast
 
-# Random images cost what real ones do.
+# On random images, which take as long as real ones.
 CASES = {"mnist": [4, 16], "cifar10": [4]}
 DROPOUTS = [0.1, 0.0]
 COLUMNS = {
@@ -128,7 +128,7 @@ def peak_mb(*case):
 
 
 def use_memory(who, precision, config, batch, dropout, mode, device):
-    """What the case adds to the peak of this process, or on a GPU to that of its tensors."""
+    """MB that the case adds to the peak of this process, or on a GPU the peak of its tensors."""
     keep_freed_memory()
     nll = make_models(config, dropout, device)[who]
     images = make_images(nll.model, batch, device)

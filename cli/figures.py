@@ -8,14 +8,14 @@ import numpy as np
 
 from utils import write_whole
 
-# Colours that a grey image does not contain.
+# Colours of the given part and of bytes not yet drawn; grey images do not contain them.
 GIVEN_TINT = np.array([60, 120, 255])
 NOT_YET = np.array([40, 20, 60], np.uint8)
 # Small images are enlarged in a GIF until their longer side has about this many pixels.
 GIF_SIDE = 128
-# Frames of a GIF, seconds: smooth enough, and longer than the 0.02 that browsers respect.
+# Seconds per frame of a GIF: smooth, and above 0.02, the shortest that browsers respect.
 FRAME_SECONDS = 0.04
-# The part of an animation that shows the finished image.
+# The fraction of an animation that shows the finished image.
 FINISHED = 1 / 4
 
 
@@ -41,8 +41,8 @@ def save_image(path, image):
 
 
 def save_gif(path, image, offset, seconds):
-    """Write an animation of `seconds` in which an image appears from byte `offset` on, the given
-    part tinted; the finished image stays for the last quarter."""
+    """Write an animation of an image appearing from byte `offset` on, with the given part tinted.
+    It lasts `seconds`; the last quarter shows the finished image."""
     counts = frame_counts(offset, image.size, seconds)
     frames = [enlarged(partial_image(image, offset, count)) for count in counts]
     ends = np.linspace(0, (1 - FINISHED) * seconds, len(frames))  # of all frames but the last
@@ -101,7 +101,7 @@ def figure(rows, offset, caption):
 
 def draw(cells, caption, titles=(), labels=()):
     """The figure of a table of images (None for an empty cell)."""
-    import matplotlib.pyplot as plt  # imports for a second, and only figures need it
+    import matplotlib.pyplot as plt  # takes a second, and only figures need it
 
     n_rows, n_columns = len(cells), max(map(len, cells))
     # 0.6 inches per cell, and room for the caption.

@@ -1,4 +1,4 @@
-"""The flags that both scripts take, and a parser with one-line errors.
+"""The flags that both scripts share, and a parser with one-line errors.
 
 Flags are tables {name: arguments of argparse's add_argument}, added with `add_flags`.
 """
@@ -19,8 +19,8 @@ from utils import UserError
 class ArgumentParser(argparse.ArgumentParser):
     """argparse with one-line errors that suggest the flag that was meant.
 
-    The parsed arguments have one more attribute, `given`: the names of the flags that stood on
-    the command line.
+    The parsed arguments have one more attribute, `given`: the names of the flags on the
+    command line.
     """
 
     def __init__(self, **kwargs):
@@ -33,7 +33,7 @@ class ArgumentParser(argparse.ArgumentParser):
             near = difflib.get_close_matches(flag, self._option_string_actions, 1)
             hint = f"did you mean {near[0]}?" if near else "see --help"
             raise UserError(f"unrecognized argument {unknown[0]}: {hint}")
-        # argparse leaves an attribute that exists alone unless its flag is given.
+        # argparse overwrites an existing attribute only if its flag is given.
         given = argparse.Namespace(**dict.fromkeys(vars(args)))
         self.parse_known_args(argv, given)
         args.given = {name for name, value in vars(given).items() if value is not None}
@@ -44,13 +44,13 @@ class ArgumentParser(argparse.ArgumentParser):
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
-    """A wide column for the flags, and the default of those that have one."""
+    """A wide column for the flags; shows the default of a flag if it has one."""
 
     def __init__(self, prog):
         super().__init__(prog, max_help_position=34, width=min(100, shutil.get_terminal_size()[0]))
 
     def _get_help_string(self, action):
-        # 0 is a default, and equal to False.
+        # Compared with `is`: 0 is a default, but equals False.
         without = any(action.default is x for x in (None, False, argparse.SUPPRESS))
         if without or not action.option_strings or "(default" in action.help:
             return action.help
@@ -65,7 +65,7 @@ def add_flags(parser, flags, title=None, description=None):
 
 
 def refuse_given(args, flags, reason):
-    """Raise a `UserError` where one of the flags stood on the command line."""
+    """Raise a `UserError` if one of these flags was given."""
     for name in flags:
         if name in args.given:
             raise UserError(f"--{name} has no effect {reason}: leave it out")
@@ -123,7 +123,7 @@ MODEL = {
     "attention_dropout": {**PROBABILITY, "help": "dropout of softmax's attention weights"},
     "softmax_temp": {
         **POSITIVE,
-        "help": "factor of q.k before the softmax (default: 1/sqrt(d_query))",
+        "help": "scale of q.k before the softmax (default: 1/sqrt(d_query))",
     },
     "bits": {**COUNT, "help": "hash bits (reformer only)"},
     "rounds": {**COUNT, "help": "hashing rounds (reformer only)"},
@@ -142,7 +142,7 @@ MODEL = {
 OF_THE_IMAGES = ("length", "width", "channels")
 FAST_MODEL = RECIPES["fast"][1]
 SOFTMAX_ATTENTIONS = ["full", "reformer", "exact-topk", "local"]
-# Flags that act with some attentions only.
+# Flags that only some attention types use.
 ONLY_FOR = {
     "softmax_temp": SOFTMAX_ATTENTIONS,
     "attention_dropout": SOFTMAX_ATTENTIONS,
@@ -167,7 +167,7 @@ def add_model_flags(parser, more=None):
         if defaults[name] not in (MISSING, None, False):
             fast = f", fast: {FAST_MODEL[name]}" if name in FAST_MODEL else ""
             flags[name]["help"] = f"{options['help']} (default: {defaults[name]}{fast})"
-    description = "A checkpoint knows its model: these are for a new one, or the original's."
+    description = "For a new model or a checkpoint of the original; other checkpoints store these."
     add_flags(parser, {**flags, **(more or {})}, "model", description)
 
 
@@ -182,13 +182,20 @@ def model_fields(args, stored, recipe=None):
     for name, value in given.items():
         if name not in MAY_CHANGE and stored.get(name, value) != value:
             raise UserError(
-                f"--{name} {value} contradicts the checkpoint, which has {stored[name]}: "
-                "leave the flag out, or give another checkpoint"
+                f"{typed(name, value)} contradicts the checkpoint, whose {name} is "
+                f"{stored[name]}: leave the flag out, or give another checkpoint"
             )
     known = stored or recipe or {}
     chosen = {**{name: known[name] for name in names if name in known}, **given}
     check_model(ModelConfig(length=2, **chosen), given, args.backend)
     return chosen
+
+
+def typed(name, value):
+    """A model flag as it is typed."""
+    if isinstance(value, bool):
+        return f"--{name}" if value else f"--no-{name}"
+    return f"--{name} {value}"
 
 
 def check_model(config, given, backend):
@@ -207,7 +214,7 @@ def check_model(config, given, backend):
     if config.d_model % 4:
         raise UserError(
             f"--n_heads {config.n_heads} times --d_query {config.d_query} is {config.d_model}: "
-            "it must be a multiple of 4, for sines and cosines in half of it"
+            "it must be a multiple of 4, since half of it holds sines and cosines"
         )
 
 
@@ -219,9 +226,9 @@ MACHINE = {
     "precision": {
         "choices": ["fp32", "bf16", "bf16-emulated", "auto"],
         "default": "fp32",
-        "help": "of the matrix products; attention sums and the loss remain fp32; bf16-emulated "
-        "also where the device has no bfloat16 instructions and is slower with it; auto: bf16 "
-        "where it is fast",
+        "help": "of the matrix products; attention sums and the loss remain fp32; bf16-emulated: "
+        "bf16 even if the device has no bfloat16 instructions, which is slow; auto: bf16 if it "
+        "has them",
     },
     "backend": {
         "choices": ["native", "fast-transformers"],

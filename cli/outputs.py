@@ -1,5 +1,4 @@
-"""What prediction.py writes and shows: its output flags, checked before sampling and acted on
-after it."""
+"""The output flags of prediction.py, checked before sampling and carried out after it."""
 
 import string
 from pathlib import Path
@@ -7,13 +6,13 @@ from pathlib import Path
 from cli import figures
 from utils import UserError, check_writable, say
 
-# Limits of a figure: each row and image takes matplotlib some ten milliseconds.
+# Limits of a figure: matplotlib needs about ten milliseconds for each row and image.
 MAX_FIGURE_ROWS, MAX_FIGURE_IMAGES = 200, 1000
 
 
 def check_outputs(args):
-    """Raise a `UserError`, before minutes of sampling, for what could not be written or shown
-    after them."""
+    """Raise a `UserError`, before minutes of sampling, if an output could not be written or shown
+    after it."""
     if args.save_image:
         check_fields("--save_image", args.save_image, 2, "as in images/{}.{}.png")
         path = figures.image_path(args.save_image, "pred", 0)
@@ -36,7 +35,7 @@ def check_outputs(args):
 
 
 def check_fields(flag, pattern, least, example):
-    """Raise a `UserError` where a pattern does not have a {} for each value put into it."""
+    """Raise a `UserError` if a pattern does not have one {} for each of its values."""
     try:
         fields = [
             field for _, field, _, _ in string.Formatter().parse(pattern) if field is not None
@@ -49,7 +48,7 @@ def check_fields(flag, pattern, least, example):
 
 
 def check_figure_size(args):
-    """Raise a `UserError` where a figure would have too many images."""
+    """Raise a `UserError` if a figure would have too many images."""
     images, rows = len(args.index), 1 if args.offset == 0 else len(set(args.index))
     if images > MAX_FIGURE_IMAGES or rows > MAX_FIGURE_ROWS:
         raise UserError(
@@ -59,7 +58,7 @@ def check_figure_size(args):
 
 
 def check_figure_format(path):
-    """Raise a `UserError` where matplotlib does not write files with this extension."""
+    """Raise a `UserError` if matplotlib does not write files with this extension."""
     from matplotlib.backend_bases import FigureCanvasBase
 
     extension = Path(path).suffix.lower()[1:] or "png"
@@ -69,7 +68,7 @@ def check_figure_format(path):
 
 
 def check_display():
-    """Raise a `UserError` where matplotlib cannot open a window."""
+    """Raise a `UserError` if matplotlib cannot open a window."""
     import matplotlib.pyplot as plt
     from matplotlib.backends import BackendFilter, backend_registry
 

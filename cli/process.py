@@ -11,7 +11,7 @@ from utils import BAD_PATHS, UserError, is_out_of_memory, print_error
 # Exit statuses, documented in docs/checkpoints.md.
 INVALID = 2
 YIELDED = 75  # "temporary failure, try again" in sysexits.h
-# Of glibc's malloc.h.
+# From glibc's malloc.h.
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
 
 
@@ -19,7 +19,7 @@ def run(main):
     """Run a script's `main()` and exit: a `UserError` is one line on stderr and status 2."""
     name = Path(sys.argv[0]).name
     keep_freed_memory()
-    sys.stdout.reconfigure(errors="backslashreplace")  # paths may hold what it cannot encode
+    sys.stdout.reconfigure(errors="backslashreplace")  # for paths it cannot encode
     try:
         status = main()
         sys.stdout.flush()
@@ -36,10 +36,10 @@ def run(main):
 
 
 def explain(error):
-    """The line and the exit status of an exception; raises it again if it is a bug."""
+    """The message and the exit status for an exception, which is re-raised if it is a bug."""
     if isinstance(error, UserError):
         return str(error), INVALID
-    if isinstance(error, OSError):  # a disk that is full or gone in the middle of writing
+    if isinstance(error, OSError):  # for example, the disk filled up while writing
         return str(error), INVALID if error.errno in BAD_PATHS else 1
     if is_out_of_memory(error):
         return "out of memory: lower --batch_size or the size of the model", INVALID
@@ -49,8 +49,8 @@ def explain(error):
 def keep_freed_memory():
     """Let glibc keep the memory of freed tensors for the next ones.
 
-    Returned to the system, it would come back zeroed page by page, which on virtual machines
-    takes several times longer than what is then computed in it.
+    New memory from the system is zeroed page by page, which on virtual machines takes several
+    times longer than the computation that uses it.
     """
     try:
         mallopt = ctypes.CDLL(None).mallopt
@@ -62,7 +62,7 @@ def keep_freed_memory():
 
 class StopSignals:
     """Remembers the first SIGINT, SIGTERM or SIGPIPE (stdout was closed), so that the training
-    loop can save and exit; a second one ends the program at once. True once there was one."""
+    loop can save and exit; a second one ends the program at once. True after a signal."""
 
     NUMBERS = signal.SIGINT, signal.SIGTERM, signal.SIGPIPE
 
@@ -89,5 +89,5 @@ class StopSignals:
 
     @property
     def exit_status(self):
-        """What a shell reports for a program that a signal ended; 0 without one."""
+        """128 + the number of the signal, as shells report it; 0 without a signal."""
         return 128 + self.number if self else 0

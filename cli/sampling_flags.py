@@ -32,7 +32,7 @@ def index_list(text):
         first, stop, times = (int(group or 0) for group in match.groups())
         many = stop - first if match[2] else times if match[3] else 1
         if many < 1:
-            raise ArgumentTypeError(f"{part!r} in {text!r} is empty: a range is FIRST-AFTER_LAST")
+            raise ArgumentTypeError(f"{part!r} in {text!r} is empty: write FIRST-STOP, as in 0-10")
         if len(indices) + many > MAX_IMAGES:
             raise ArgumentTypeError(f"{text!r} asks for more than {MAX_IMAGES} images at once")
         indices += range(first, stop) if match[2] else [first] * many
@@ -60,7 +60,7 @@ SAMPLING = {
     "offset": {
         "type": number(int, 0),
         "metavar": "BYTES",
-        "help": "given bytes of each image: 0 is unconditional, 1 the original's unconditional "
+        "help": "number of given bytes: 0 is unconditional (the original used 1 for that) "
         f"(default: {DEFAULT_OFFSET}, or half of a smaller image)",
     },
     "sampler": {
@@ -83,22 +83,22 @@ TRAINING_SET = {"action": "store_true", "help": "complete training images instea
 OUTPUT = {
     "save_image": {
         "metavar": "PATTERN",
-        "help": "an image file each: the first {} becomes pred or real, the second a number",
+        "help": "write image files: the first {} becomes pred or real, the second a number",
     },
     "save_gif": {
         "metavar": "PATTERN",
-        "help": "an animation of each image appearing byte by byte, the given part in blue; {} "
-        "becomes a number",
+        "help": "write an animation of each image appearing byte by byte, the given part in blue; "
+        "{} becomes a number",
     },
     "gif_seconds": {
         "type": number(float, 0.1, 600),  # a frame of a GIF lasts 655 seconds at most
         "metavar": "X",
         "default": GIF_SECONDS,
-        "help": "how long an animation lasts",
+        "help": "seconds that an animation lasts",
     },
     "save_grid": {
         "metavar": "FILE",
-        "help": "a figure: given part, completions, real image",
+        "help": "write a figure: given part, completions, real image",
     },
     "plot": {"action": "store_true", "help": "show that figure in a window"},
     "image_shape": {
@@ -131,7 +131,7 @@ def parse(argv=None):
     add_flags(parser, OUTPUT, "output", "Without any of these: --save_grid samples.png")
     add_model_flags(parser, {"load_pytorch": LOAD_PYTORCH})
     compile_help = (
-        "compile first, which takes seconds; changes speed only (default: if it is faster)"
+        "compile first, which takes seconds; changes speed only (default: if that is faster)"
     )
     add_machine_flags(parser, compile_help, {"force_cpu": FORCE_CPU})
     args = parser.parse_args(argv)

@@ -53,16 +53,16 @@ SETTINGS = {
     },
     "weight_decay": {
         **NOT_NEGATIVE,
-        "help": f"decoupled from the gradient; that of Muon is {MUON_WEIGHT_DECAY}",
+        "help": f"decoupled weight decay; that of Muon is {MUON_WEIGHT_DECAY}",
     },
-    "clip_norm": {**NOT_NEGATIVE, "help": "clip the norm of the whole gradient at X, 0 for never"},
+    "clip_norm": {**NOT_NEGATIVE, "help": "clip the global gradient norm at X; 0 for no clipping"},
 }
 
 OPTIMISATION = {
     "batch_size": {
         **COUNT,
         "default": 4,
-        "help": "images at a time, shared by the processes of torchrun",
+        "help": "images per batch, split over the processes of torchrun",
     },
     "accumulate": {
         **COUNT,
@@ -72,7 +72,7 @@ OPTIMISATION = {
     },
     "no_shuffle": {
         "action": "store_true",
-        "help": "take the images in their order, as the original does",
+        "help": "keep the images in file order, as the original does",
     },
     "iterations": {**COUNT, "default": 100, "help": "total number of iterations"},
     "seed": {
@@ -89,7 +89,7 @@ SAVING = {
     },
     "continue_from": {
         "metavar": "PATTERN",
-        "help": "continue from a checkpoint, or from the newest of a pattern; where no file "
+        "help": "continue from a checkpoint, or from the newest of a pattern; if no file "
         "matches the pattern, start from scratch",
     },
     "save_frequency": {
@@ -119,7 +119,7 @@ LOGGING = {
     "log_frequency": {
         **COUNT,
         "default": 100,
-        "help": "print a line and write a record every N iterations, their mean",
+        "help": "print and record the mean loss of every N iterations",
     },
     "metrics_file": {"metavar": "FILE", "help": "append records as JSON lines"},
     "log_dir": {"metavar": "FOLDER", "help": "write TensorBoard events"},
@@ -135,7 +135,7 @@ def parse(argv=None):
     add_flags(parser, {**DATA, **EVALUATED}, "data")
     add_model_flags(parser)
     settings = {name: with_defaults(name, options) for name, options in SETTINGS.items()}
-    description = "A checkpoint knows these settings: a run continues with its own."
+    description = "Checkpoints store the flags up to --clip_norm: a run continues with its own."
     add_flags(parser, {**settings, **OPTIMISATION}, "optimisation", description)
     add_flags(parser, SAVING, "checkpoints and evaluation")
     add_flags(parser, LOGGING, "logging")

@@ -25,8 +25,8 @@ CONSTANTS = {
 
 
 def try_compile(build, required, purpose):
-    """The result of `build()`, which compiles, or None where plain PyTorch is to be used: a line
-    says why. `required` is --compile: True makes a failure a `UserError`, False compiles nothing.
+    """The result of `build()`, which compiles, or None, with a message, if plain PyTorch is to be
+    used. `required` is --compile: True makes a failure a `UserError`, False compiles nothing.
     """
     if required is False:
         say(f"--no-compile: {purpose} in plain PyTorch, which is slower")
@@ -46,7 +46,7 @@ def find_compiler():
 
 
 def check_compiler():
-    """Raise a `UserError` where there is no C++ compiler."""
+    """Raise a `UserError` if there is no C++ compiler."""
     if not find_compiler():
         raise UserError("--compile: no C++ compiler found: install g++, or give --no-compile")
 
@@ -64,7 +64,7 @@ def cache_path(source, sizes):
     macros = subprocess.run(
         [command[0], target, "-dM", "-E", "-x", "c++", os.devnull], capture_output=True
     ).stdout
-    # g++ brings the OpenMP runtime that torch uses too; clang may have none.
+    # With g++, OpenMP uses the same runtime as torch; clang may have none.
     command += ["-fopenmp-simd" if b"__clang__" in macros else "-fopenmp"]
     command += ["-fno-math-errno", "-fno-trapping-math"]
     command += [f"-D{name}={value}" for name, value in (CONSTANTS | sizes).items()]
@@ -74,7 +74,7 @@ def cache_path(source, sizes):
     try:
         cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     except RuntimeError:
-        raise UserError("--compile: you have no home folder: set XDG_CACHE_HOME, or --no-compile")
+        raise UserError("--compile: no home folder found: set XDG_CACHE_HOME or use --no-compile")
     name = f"{Path(source).stem}-{hashlib.sha256(content).hexdigest()[:32]}.so"
     return cache / "image-transformers" / name, command
 
@@ -90,7 +90,7 @@ def is_cached(source, sizes):
 def load_library(source, sizes):
     """The library as a `ctypes.CDLL`, and the seconds its compilation took, 0 if it was cached.
 
-    Raises `UserError` where it cannot be compiled or loaded.
+    Raises `UserError` if it cannot be compiled or loaded.
     """
     check_compiler()
     path, command = cache_path(source, sizes)
@@ -115,7 +115,7 @@ def compile_to(path, command):
         with tempfile.TemporaryDirectory(dir=path.parent) as folder:
             library = Path(folder) / path.name
             subprocess.run([*command, "-o", library], check=True, capture_output=True)
-            os.replace(library, path)  # two runs at once build the same file
+            os.replace(library, path)  # two runs may build the same file
     except subprocess.CalledProcessError as error:
         lines = error.stderr.decode(errors="replace").strip().splitlines() or ["no message"]
         raise UserError(f"--compile: {command[0]} failed ({lines[0]}): use --no-compile") from None

@@ -1,7 +1,7 @@
 // What ops.cpp and sampler.cpp share: bfloat16, the layer norm, the step of linear attention, and
 // threads.
 //
-// Constants of the compilation, from Python: SIZE, of a head's queries, keys and values, and
+// Compile-time constants, set by Python: SIZE, the size of a head's queries, keys and values, and
 // ATTENTION_EPSILON and NORM_EPSILON, which keep two divisions finite.
 
 #pragma once
@@ -26,7 +26,7 @@ inline float load(BFloat16 x) {
     return value;
 }
 inline void store(float* target, float x) { *target = x; }
-inline void store(BFloat16* target, float x) {  // to the nearest, ties to even
+inline void store(BFloat16* target, float x) {  // rounds to nearest, ties to even
     uint32_t bits;
     memcpy(&bits, &x, 4);
     target->bits = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
@@ -42,8 +42,9 @@ void run_threads(int n, const Run& run) {
     for (auto& thread : threads) thread.join();
 }
 
-// Calls run(task) for every task, in any order, on so many threads. With OpenMP they are those of
-// torch's own operations: after one, they spin for a while, and would slow down any others.
+// Calls run(task) for every task, in any order, on `threads` threads. With OpenMP these are the
+// threads of torch's own operations, which spin for a while after each operation and would slow
+// down any others.
 template <class Run>
 void run_tasks(int64_t tasks, int threads, const Run& run) {
 #ifdef _OPENMP
@@ -62,7 +63,7 @@ struct Moments {
 };
 
 // The layer norm of the row read(0), ..., read(width - 1): calls write(d, value) for every d. `row`
-// is room for the row, so that `read` is called once for every d. Both functions are passed by
+// is a buffer, so that `read` is called once for every d. Both functions are passed by
 // value: through a reference the compiler would load what they captured again for every d.
 template <class Read, class Write>
 inline Moments normalise(Read read, float* __restrict row, const float* __restrict weight,
@@ -118,7 +119,7 @@ inline float dot(const float* a, const float* b) {
     return sum;
 }
 
-// A row of SIZE numbers is COUNT vectors, the widest that fill it.
+// A row of SIZE numbers is COUNT vectors, the widest that divide it evenly.
 constexpr int WIDTH = std::min(16, SIZE & -SIZE), COUNT = SIZE / WIDTH;
 typedef float RowVector __attribute__((vector_size(4 * WIDTH), aligned(4), may_alias));
 
@@ -153,7 +154,7 @@ inline float normalizer(const float* phi_q, const float* phi_k, float* Z) {
 }
 
 // linear_recurrent of layers/attention.py for one head and N positions, one after the other; the
-// state S (E, M) and Z (E) is updated in place. The strides lead from one position to the next.
+// state S (E, M) and Z (E) is updated in place. The strides are from one position to the next.
 template <int N, class T, class Output>
 inline void attend(const T* q, const T* k, const T* v, int64_t stride, float* S, float* Z,
                    Output* out, int64_t out_stride) {

@@ -3,13 +3,13 @@
 // sum (add_norm of layers/ops.py), and dropout (keep_mask of layers/dropout.py).
 //
 // Tensors are float32 or bfloat16; everything between reading and writing a row is float32. The
-// constants of the compilation are those of common.h.
+// compile-time constants are those of common.h.
 
 #include <type_traits>
 
 #include "common.h"
 
-// Positions that go through `update` at once: as many as have their rows in registers.
+// Positions per call of `update`: as many as keep their rows in registers.
 #ifdef __AVX512F__
 constexpr int GROUP = std::max(1, std::min(4, 8 / COUNT));
 #else
@@ -49,7 +49,7 @@ void in_groups(int64_t length, const Run& run) {
     for (; first < length; first++) run(first, std::integral_constant<int, 1>());
 }
 
-// S (N, H, E, M) and Z (N, H, E) are brought up to date; null: the images begin here.
+// Updates S (N, H, E, M) and Z (N, H, E); if they are null, the sums start at zero.
 template <class T>
 void forward(const T* qkv, T* out, float* S, float* Z, Shape shape, int threads) {
     run_tasks(shape.images * shape.heads, threads, [&](int64_t task) {
@@ -74,7 +74,7 @@ inline void write_gradient(const float* gradient, const float* phi, T* target) {
     for (int e = 0; e < SIZE; e++) store(target + e, gradient[e] * std::min(phi[e], 1.f));
 }
 
-// What the gradients at N positions are made from.
+// The inputs of the gradients at N positions.
 template <int N>
 struct Positions {
     float phi_q[N][SIZE], phi_k[N][SIZE], value[N][SIZE], gradient[N][SIZE];
@@ -153,8 +153,8 @@ void backward(const T* qkv, const T* g, T* gradients, Shape shape, int threads) 
     });
 }
 
-// One row of out = norm(x + y). The gradient needs `sums`, x + y, and the moments; `row` is room
-// for the sums in float32.
+// One row of out = norm(x + y). The gradient needs `sums`, x + y, and the moments; `row` is a
+// buffer for the sums in float32.
 template <class X, class T>
 Moments norm_row(const T* __restrict y, const X* __restrict x, const float* weight,
                  const float* bias, X* __restrict sums, X* __restrict out, float* __restrict row,
@@ -171,7 +171,7 @@ Moments norm_row(const T* __restrict y, const X* __restrict x, const float* weig
 template <class X, class T>
 void norm(const T* y, const X* x, const float* weight, const float* bias, X* sums, X* out,
           float* means, float* inverses, int64_t rows, int64_t width, int threads) {
-    constexpr int64_t ROWS = 64;  // of a task
+    constexpr int64_t ROWS = 64;  // per task
     run_tasks((rows + ROWS - 1) / ROWS, threads, [=](int64_t task) {
         std::vector<float> row(width);
         for (int64_t i = task * ROWS; i < std::min(rows, (task + 1) * ROWS); i++) {
@@ -184,7 +184,7 @@ void norm(const T* y, const X* x, const float* weight, const float* bias, X* sum
     });
 }
 
-// keep_mask of layers/dropout.py: a hash of a number's place and its image's two keys decides.
+// keep_mask of layers/dropout.py: a hash of an element's index and its image's two keys.
 inline bool keep(uint32_t place, uint32_t first, uint32_t second, uint32_t threshold) {
     uint32_t x = place ^ first;
     x = (x ^ (x >> 16)) * 0x7feb352du;
@@ -200,7 +200,7 @@ struct Dropout {
     float scale;
 };
 
-// y = x * scale where kept, else 0, for `count` numbers of an image from the place `start` on.
+// y = x * scale where kept, else 0, for `count` elements of an image from index `start` on.
 template <class T>
 void drop_part(const T* __restrict x, T* __restrict y, uint32_t start, int count,
                const uint32_t* keys, Dropout dropout) {
@@ -211,7 +211,7 @@ void drop_part(const T* __restrict x, T* __restrict y, uint32_t start, int count
     }
 }
 
-// `size` numbers of each image, with its keys (N, 2).
+// Dropout of images with `size` elements each; keys (N, 2).
 template <class T>
 void drop(const T* x, T* y, const uint32_t* keys, int64_t images, int64_t size, Dropout dropout,
           int threads) {

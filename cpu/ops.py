@@ -22,9 +22,9 @@ def sizes(config):
 class CompiledOps(PlainOps):
     """As `PlainOps`, for a float32 model of this configuration, under bfloat16 autocast or not.
 
-    Where gradients are needed, the residual sums and norms stay float32 under autocast, since in
-    bfloat16 training learns less; without gradients all activations between the products are
-    bfloat16. Tensors of another type or device are a TypeError. Raises `UserError` where ops.cpp
+    With gradients, the residual sums and norms stay float32 under autocast, since training learns
+    less with them in bfloat16; without gradients all activations between the products are
+    bfloat16. Tensors of another type or device raise a TypeError. Raises `UserError` if ops.cpp
     cannot be compiled.
     """
 
@@ -60,7 +60,7 @@ class CompiledOps(PlainOps):
 
     def linear_attention(self, qkv, state=None):
         if qkv.shape[-1] != self.size:
-            raise ValueError(f"ops.cpp is compiled for heads of {self.size}: not {qkv.shape[-1]}")
+            raise ValueError(f"ops.cpp is compiled for heads of {self.size}, not {qkv.shape[-1]}")
         if state is None:
             return Attention.apply(self.library, qkv)
         N, _, _, H, E = qkv.shape
@@ -113,13 +113,13 @@ class AddNorm(torch.autograd.Function):
     def backward(ctx, gradient):
         backward = torch_private.choose("norm_backward")
         sums, *others = ctx.saved_tensors
-        # In bfloat16 torch would add up the gradients of weight and bias in bfloat16 too.
+        # In bfloat16 torch would also sum the gradients of weight and bias in bfloat16.
         inputs, *parameters = backward(gradient.float().contiguous(), sums.float(), *others)
         return None, inputs.to(sums.dtype), inputs.to(ctx.y_type), *parameters
 
 
 class Dropout(torch.autograd.Function):
-    """The mask is computed again for the gradient instead of being kept."""
+    """The mask is recomputed for the gradient instead of being kept in memory."""
 
     @staticmethod
     def forward(ctx, library, x, keys, threshold):

@@ -2,10 +2,11 @@
 // ImageTransformer.step and sample of layers/mixture.py compute, without returning to Python after
 // each byte.
 //
-// Constants of the compilation, beside those of common.h: LAYERS, HEADS, MIXTURES, MIN_LOG_SCALE,
-// NEIGHBOURS (0: the model has none) and CHANNELS of layers/neighbours.py, and BF16: with 1 the operands of the matrix products are bfloat16, with 0 float32. Everything
-// else, the sums of the products too, is float32. Loops over constant sizes are left to the
-// compiler's vectoriser; only the matrix product says how it uses registers.
+// Compile-time constants, in addition to those of common.h: LAYERS, HEADS, MIXTURES, MIN_LOG_SCALE,
+// NEIGHBOURS (0: the model has none) and CHANNELS of layers/neighbours.py, and BF16: with 1 the
+// operands of the matrix products are bfloat16, with 0 float32. Everything else, including the sums
+// of the products, is float32. Loops over constant sizes are left to the compiler's vectoriser;
+// only the matrix product lays out its registers explicitly.
 
 #include <deque>
 #include <limits>
@@ -24,7 +25,8 @@ constexpr int LANES = 8, VECTORS = 2;  // of 16
 constexpr int LANES = 4, VECTORS = 4;  // of 32 on ARM
 #endif
 constexpr int ROWS = 6, PANEL = LANES * VECTORS;
-// With fewer rows a thread shares them with another, and each reads a part of the weights.
+// With fewer rows per thread, a team of threads shares its rows, and each reads a part of the
+// weights.
 constexpr int ROWS_PER_TEAM = 8;
 constexpr int D = HEADS * SIZE;
 
@@ -62,7 +64,7 @@ struct Model {
     Norm norm;
     Linear<D, 3 * MIXTURES> predictor;
     const float *values, *positions;  // embeddings: (256, D / 2), (length - 1, D / 2)
-    const int* table;                 // (length - 1, NEIGHBOURS), as the following with NEIGHBOURS
+    const int* table;                 // (length - 1, NEIGHBOURS); from here on if NEIGHBOURS > 0
     const float *projection, *prediction;  // (CHANNELS, NEIGHBOURS, 2, D or 3 * MIXTURES)
 };
 
@@ -82,7 +84,7 @@ struct Job {
     std::atomic<int64_t> failed;  // the first byte that could not be drawn, or `length`
 };
 
-// Lets all of `size` threads through when the last of them has come.
+// Lets all of `size` threads through when the last of them has arrived.
 struct Barrier {
     const int size;
     std::atomic<int> waiting{0}, round{0};
@@ -111,7 +113,7 @@ struct Rows {
 };
 
 // Threads that work on the same images, from `first` on, and wait for each other after every
-// phase. Rows that a product writes are whole panels.
+// phase. Outputs of a product are padded to whole panels.
 struct Team {
     int64_t first, n;
     Barrier barrier;
@@ -166,7 +168,7 @@ inline void accumulate(Vector (&sums)[R][VECTORS], const BFloat16* a, int stride
     }
 }
 
-// R rows of one panel: outputs = inputs * weight + bias, rectified if RELU. The strides lead from
+// R rows of one panel: outputs = inputs * weight + bias, with a relu if RELU. The strides are from
 // one row to the next.
 template <int R, int INPUTS, bool RELU, class Output>
 void tile(const Operand* inputs, int stride, const Operand* weight, const float* bias,
@@ -183,7 +185,7 @@ void tile(const Operand* inputs, int stride, const Operand* weight, const float*
     }
 }
 
-// Calls run(R) for at most ROWS rows; R is a std::integral_constant.
+// Calls run(R) with R = min(rows, ROWS) as a std::integral_constant.
 template <class Run>
 inline void with_constant(int64_t rows, const Run& run) {
     switch (rows) {
@@ -196,7 +198,7 @@ inline void with_constant(int64_t rows, const Run& run) {
     }
 }
 
-// sample of layers/mixture.py for one image; -1 where a parameter is not finite.
+// sample of layers/mixture.py for one image; -1 if a parameter is not finite.
 inline int draw(const float* parameters, const float* noise, float temperature) {
     for (int i = 0; i < 3 * MIXTURES; i++)
         if (!std::isfinite(parameters[i])) return -1;
@@ -207,7 +209,7 @@ inline int draw(const float* parameters, const float* noise, float temperature) 
     int k = 0;
     while (k < MIXTURES - 1 && noise[0] >= sums[k] / total) k++;
     float scale = std::exp(std::max(log_scales[k], float(MIN_LOG_SCALE))) * temperature;
-    scale = std::min(scale, std::numeric_limits<float>::max());  // infinity times 0 is no number
+    scale = std::min(scale, std::numeric_limits<float>::max());  // infinity times 0 is nan
     float x = means[k] + scale * (std::log(noise[1]) - std::log1p(-noise[1]));
     return int(std::rint(std::min(std::max(0.f, (x + 1) * 127.5f), 255.f)));
 }
@@ -267,7 +269,7 @@ struct Member {
         }
     }
 
-    // x of image r becomes the norm of the row that read(d) gives; it is the next product's input.
+    // Writes the norm of the row read(0), ..., read(D - 1) to x of image r and to the next input.
     template <class Read>
     void write_norm(int64_t r, const Norm& norm, Read read) {
         float row[D], *x = team.x[r];
@@ -324,7 +326,7 @@ struct Member {
         });
     }
 
-    // Other teams may have failed already, at a later byte.
+    // Keeps the earliest byte: another team may have failed at a later one.
     void fail(int64_t byte) {
         int64_t failed = job.failed;
         while (byte < failed && !job.failed.compare_exchange_weak(failed, byte)) continue;

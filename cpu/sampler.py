@@ -25,8 +25,8 @@ def sizes(config, precision):
 
 
 def pack(linears, panel, dtype):
-    """Weight and bias of the linear layers, concatenated, in the layout of sampler.cpp: `panel`
-    outputs side by side, input after input, or for bfloat16 pair after pair of inputs."""
+    """Weight and bias of the linear layers, concatenated, in the layout of sampler.cpp's Linear:
+    (panels, inputs, panel), or for bfloat16 (panels, inputs / 2, panel, 2)."""
     weight = torch.cat([linear.weight for linear in linears])
     return pack_weights(weight, torch.cat([linear.bias for linear in linears]), panel, dtype)
 
@@ -42,7 +42,7 @@ def pack_weights(weight, bias, panel, dtype):
 class CompiledDecoder:
     """A decoder of runs/sampling.py for a causal-linear model on the CPU.
 
-    The weights are copied when it is made. Raises `UserError` where it cannot be compiled.
+    The weights are copied at construction. Raises `UserError` if it cannot be compiled.
     """
 
     def __init__(self, model, precision):
@@ -66,7 +66,7 @@ class CompiledDecoder:
         self.run(batch, count)
 
     def run(self, batch, count):
-        """As a call; returns the parameters (N, 3K) of the last byte drawn."""
+        """As `__call__`; returns the parameters (N, 3K) of the last byte drawn."""
         n, length = batch.images.shape
         first = batch.position.item()
         if first + count >= length:
@@ -114,7 +114,7 @@ def pack_model(model, panel, dtype):
     tensors += [model.value_embedding.weight.float(), model.pos_embedding.pe.float()]
     if model.neighbours:
         tensors += [model.neighbours.table.int(), model.neighbour_projection.weight.float().t()]
-        tensors += [neighbours.float().t()]  # (C * W * 2, 3K), as the one before (C * W * 2, D)
+        tensors += [neighbours.float().t()]  # (C * W * 2, 3K); the one before: (C * W * 2, D)
     return tensors
 
 

@@ -1,8 +1,8 @@
 """Private functions of torch that save time, each with a public equivalent.
 
 Such a function may disappear or change with any release. `choose` therefore tries it once, on a
-small example, and takes the public one, with a warning, where the private one is missing or
-gives something else.
+small example, and uses the public one, with a warning, if the private one is missing or returns
+something else.
 """
 
 from functools import cache
@@ -90,7 +90,7 @@ def linear_example(dtype, activation):
 
 
 def transposed_example():
-    """As in the gradient: without a bias, with a transposed weight."""
+    """As in `Linear.backward`: without a bias, with a transposed weight."""
     x, weight, _, _ = linear_example(torch.float32, None)
     return x[..., :5].contiguous(), weight.t(), None, None
 

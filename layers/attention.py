@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.nn.functional import elu, pad, scaled_dot_product_attention
 
-# Keeps the division finite where every feature of a query has underflowed.
+# Keeps the division finite when every feature of a query has underflowed.
 EPSILON = 1e-6
 # Positions in a chunk: enough for efficient matrix products, few enough that the quadratic part
 # inside a chunk stays cheaper than the sums of size E x M.
@@ -97,7 +97,7 @@ def linear_recurrent(queries, keys, values, state):
 
 
 class LinearAttention(nn.Module):
-    """Causal linear attention, with the interface that it shares with `SoftmaxAttention`.
+    """Causal linear attention, with the same interface as `SoftmaxAttention`.
 
     `ops` computes it over a whole sequence (layers/ops.py).
     """
@@ -155,8 +155,8 @@ class SoftmaxAttention(nn.Module):
             past = state.length
             keys, values = state.append(keys, values)
             queries, keys, values = (x.to(keys.dtype) for x in (queries, keys, values))
-        # Position i of these sees the whole past and the positions up to itself. With an empty
-        # past the kernels know this mask, and a single position needs none.
+        # Position i attends to the whole past and to the new positions up to i. Without a past
+        # that is the kernels' `is_causal`; a single position needs no mask.
         mask = None
         if past and L > 1:
             mask = torch.ones(L, past + L, dtype=torch.bool, device=queries.device).tril(past)

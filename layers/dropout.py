@@ -13,7 +13,7 @@ KEY_STEP = -7046029254386353131
 
 
 class DropoutNoise:
-    """The keys of the images that go through a model, new ones for each of its dropout layers."""
+    """The keys of the images in a batch, with new ones for each dropout layer of the model."""
 
     def start(self, keys):
         """Begin a forward pass with `keys` (N,), int64, one for each image of the batch."""
@@ -41,7 +41,7 @@ def keep_mask(keys, size, threshold):
 def mix(x):
     """A bijection of 32-bit integers, in place, in which flipping one bit of `x` flips each bit of
     the result with probability 1/2."""
-    x ^= (x >> 16) & 0xFFFF  # torch's shift extends the sign
+    x ^= (x >> 16) & 0xFFFF  # torch's shift is arithmetic
     x *= 0x7FEB352D
     x ^= (x >> 15) & 0x1FFFF
     x *= 0x846CA68B - 2**32

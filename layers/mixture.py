@@ -15,7 +15,7 @@ NATS_PER_BIT = math.log(2)
 # explode.
 MIN_LOG_SCALE = -7.0
 BIN_WIDTH = 2 / 255
-# Widths (in scales) below this need no exactness: expm1(x) equals x in every precision.
+# A lower bound of the widths (in scales), to avoid 0 / 0: below it expm1(x) rounds to x.
 TINY = 1e-30
 
 
@@ -70,7 +70,7 @@ def sample(parameters, noise, temperature=1.0):
     component = (noise[..., :1] >= cumulative[..., :-1]).sum(-1, keepdim=True)  # (..., 1)
     mean = means.gather(-1, component).squeeze(-1)
     scale = log_scales.gather(-1, component).squeeze(-1).exp() * temperature
-    scale = scale.clamp(max=torch.finfo(scale.dtype).max)  # infinity times 0 would be no number
+    scale = scale.clamp(max=torch.finfo(scale.dtype).max)  # infinity times 0 would be nan
     x = mean + scale * torch.logit(noise[..., 1])
     return torch.round((x + 1) * 127.5).clamp(0, 255).long()
 

@@ -1,24 +1,24 @@
-"""The bytes around the one to be predicted, as numbers: the input of a masked convolution.
+"""Features of the bytes around the one to be predicted: the input of a masked convolution.
 
-An image of rows is read as one sequence, so the pixel above the next one is a whole row back. A
-linear map of the neighbouring values, added to what the network reads and to what it predicts,
-spares it from learning where they are.
+An image is read row by row as one sequence, so the pixel above the next one is a whole row back.
+Linear maps of the neighbouring values are added to the input and the output of the network, so that
+it need not learn where these values are.
 """
 
 import torch
 from torch import nn
 
-# How many pixels the window reaches to the left, to the right and up, for grey and for colour.
+# Pixels from the predicted one to the left, right and upper end of the window, {channels: pixels}.
 REACH = {1: 3, 3: 2}
-# A neighbour is two numbers: its value, and whether it is 0, which is background.
+# Features per neighbour: its value, and whether it is 0 (the background).
 FEATURES = 2
 
 
 class Neighbours(nn.Module):
     """Features of the known bytes in a window around the byte after each position.
 
-    For colour images each channel of the predicted byte has features of its own (the others are
-    0), so that a linear map of them has its own weights for each channel.
+    For colour images each channel of the predicted byte has its own features (those of the other
+    channels are 0), so that a linear map has separate weights for each channel.
     """
 
     def __init__(self, length, width, channels):
@@ -38,7 +38,7 @@ class Neighbours(nn.Module):
     def forward(self, images, positions):
         """Features (N, P, size) of the bytes after `positions` (P,) of images (N, L)."""
         table = self.table[positions]  # (P, W)
-        # Outside the image any byte is read, and its features are multiplied by 0.
+        # Neighbours outside the image read the first byte, and their features are multiplied by 0.
         values = images.index_select(1, table.clamp(min=0).flatten())
         values = values.unflatten(1, table.shape).to(self.channel.dtype)  # (N, P, W)
         # 128 and not 127.5: these fractions are exact in bfloat16.
@@ -65,7 +65,7 @@ def neighbour_count(channels):
 
 
 def neighbour_table(length, width, channels):
-    """Which byte each neighbour of the byte after each position is, (L - 1, W), -1 for none."""
+    """Indices (L - 1, W) of the neighbours of the byte after each position, -1 for none."""
     byte = torch.arange(1, length)  # the predicted bytes
     row, column, channel = byte // channels // width, byte // channels % width, byte % channels
     columns = []

@@ -1,7 +1,7 @@
-"""The operations of a layer that also have a faster form, here in plain PyTorch.
+"""The operations of a layer that also have a compiled form, here in plain PyTorch.
 
 A model holds one such object and calls it. cpu/ops.py has the same operations compiled for the
-CPU; a further device would be one more subclass.
+CPU; another device would need another subclass.
 """
 
 import torch
@@ -33,7 +33,7 @@ class PlainOps:
         """Causal linear attention of queries, keys and values (N, L, 3, H, E): (N, L, H, E).
 
         `state`, the sums S (N, H, E, E) and Z (N, H, E) over earlier positions, is updated in
-        place; without one, the first position is the start.
+        place; without one, the sums start at zero.
         """
         outputs, final = linear_chunked(*qkv.unbind(2), state)
         for old, new in zip(state or (), final, strict=False):

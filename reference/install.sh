@@ -6,7 +6,7 @@
 set -eu
 python=$1
 
-# Where the compiler that Python was built with is not here, setuptools would look for it anyway.
+# By default setuptools calls the compiler that Python was built with, even if it is missing.
 CC=${CC:-cc} CXX=${CXX:-c++}
 export CC CXX
 for compiler in "$CC" "$CXX"; do
@@ -21,8 +21,8 @@ headers='import os, sysconfig; os.stat(sysconfig.get_path("include") + "/Python.
     exit 1
 }
 
-# CUDA kernels only with torch's own release of nvcc, and one that still knows the library's
-# oldest architecture (13 does not).
+# CUDA kernels are built only if nvcc has torch's CUDA version and still supports the library's
+# oldest architecture (CUDA 13 does not).
 usable='import shutil, subprocess, torch
 def nvcc(*flags):
     return subprocess.run(["nvcc", *flags], capture_output=True, text=True)

@@ -2,7 +2,7 @@
 implementation.
 
 The parameters have the names of models.py, so a checkpoint of either loads in the other. What is
-said about the library was read in its version 0.4.0, the last.
+said about the library refers to 0.4.0, its last version.
 """
 
 import torch
@@ -48,8 +48,8 @@ def chunk_size(config):
     return min(config.chunk_size, config.length - 1)
 
 
-# The library's causal attentions and the arguments of each; exact-topk keeps the library's 32
-# keys. Left out: "causal-improved-clustered", whose number of clusters no flag sets;
+# The library's causal attentions and the arguments of each; exact-topk uses the library's
+# default of 32 keys. Left out: "causal-improved-clustered", whose number of clusters no flag sets;
 # "conditional-full", which is one function up to some length and another beyond it, so that a
 # prefix would not be predicted as in training. The others reject a causal mask.
 ATTENTION_TYPES = {
@@ -141,9 +141,9 @@ class ReferenceTransformer(ImageTransformer):
         """As `encode_all`, for the reformer, which the library implements for whole chunks only.
 
         Copies of the last position fill the last chunk. They come after all others, so the causal
-        mask hides them, and unlike zeros they have a norm by which a query can be divided. Which
-        of the earlier positions share a chunk still depends on the hashes of all positions, as in
-        the Reformer's paper: later bytes may change an output, though none is attended to.
+        mask hides them, and unlike zeros they have norms that the library can divide by. Which of
+        the earlier positions share a chunk still depends on the hashes of all positions, as in the
+        Reformer's paper: later bytes may change an output, though none is attended to.
         In evaluation every call draws the same hashes, so that neither its results nor the
         samples depend on the batch size.
         """

@@ -14,8 +14,8 @@ from utils import has_bfloat16, warn
 
 
 def make_config(fields, image_shape):
-    """The ModelConfig for images of this shape, (H, W) or (H, W, 3), and `fields` without those
-    that follow from it."""
+    """The ModelConfig of `fields`, which lack those that follow from the image shape, (H, W) or
+    (H, W, 3)."""
     length = math.prod(image_shape)
     if not fields.get("neighbours"):
         return ModelConfig(length, **fields)
@@ -26,7 +26,7 @@ def make_config(fields, image_shape):
 def choose_ops(config, device, required, purpose):
     """The operations of a native model: compiled on a CPU if possible, else plain.
 
-    `required` is --compile, None for "if possible"; `purpose` is what for, in words.
+    `required` is --compile, None for "if possible"; messages name the `purpose`, "training".
     """
     if device.type != "cpu":
         return PlainOps()
@@ -58,8 +58,8 @@ def check_backend(backend, config, device, precision, compiled):
 
 
 def training_memory(config, batch_size, accumulate, evaluate_only):
-    """A lower bound of the bytes of training: weights, gradients and moments; ten 2-byte values
-    per channel, layer and position of the images at a time; the images of an iteration. An
+    """A lower bound of the bytes that training needs: weights, gradients and moments; ten 2-byte
+    activations per channel, layer and position of a batch; the images of an iteration. An
     evaluation keeps the activations of one layer only."""
     layers = 1 if evaluate_only else config.n_layers
     activations = 20 * layers * config.d_model * batch_size // distributed.world_size()
@@ -67,14 +67,14 @@ def training_memory(config, batch_size, accumulate, evaluate_only):
 
 
 def sampling_memory(config, n_images):
-    """A lower bound of the bytes of sampling: the weights, and the states of the images."""
+    """A lower bound of the bytes that sampling needs: the weights, and the images' states."""
     per_channel = 2 * config.length if config.attention_type == "full" else config.d_query
     states = n_images * config.n_layers * config.d_model * per_channel
     return 4 * (config.n_parameters + states)
 
 
 def warn_about_threads(checkpoint, device):
-    """Another number of threads adds in another order, so results agree only up to rounding."""
+    """Warn if the number of threads has changed: sums in another order are rounded differently."""
     threads = torch.get_num_threads()
     stored = checkpoint.get("threads", threads)
     if device.type == "cpu" and stored != threads:
@@ -85,8 +85,8 @@ def warn_about_threads(checkpoint, device):
 
 
 def warn_about_muon(settings, device):
-    """Muon multiplies in bfloat16: emulated, one step of the paper's MNIST model took 5 to 34 s
-    on one core instead of 0.5."""
+    """Warn if Muon's bfloat16 products would be emulated: one step of the paper's MNIST model then
+    took 5 to 34 s on one core instead of 0.5."""
     if settings.optimizer == "muon" and not has_bfloat16(device):
         warn(
             f"--optimizer muon: this {device.type} device has no bfloat16 instructions, which Muon "

@@ -11,7 +11,7 @@ from runs.recipes import OPTIMIZERS, is_settings
 
 
 def check_checksums(file):
-    """Raise ValueError where the file is a zip archive, as torch writes, whose checksums do not
+    """Raise ValueError if the file is a zip archive, as torch writes, whose checksums do not
     match: torch does not verify them. torch never compresses, so a compressed one is refused."""
     if not zipfile.is_zipfile(file):
         file.seek(0)

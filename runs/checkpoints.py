@@ -1,7 +1,7 @@
-"""Checkpoint files: written whole or not at all, found by pattern, loaded without running code.
+"""Checkpoint files: written atomically, found by pattern, loaded without executing code.
 
 A checkpoint has the three entries of the original experiment (`model_state`, `optimizer_state`,
-`iteration`), so that its loader reads ours, and what makes it complete: `config` (the fields
+`iteration`), so that its loader reads ours, and what else a run needs: `config` (the fields
 of ModelConfig), `dataset` (its name and image_shape), `first_byte_counts` (256), `seed`,
 `optimizer` (its name), `settings` (of the optimisation), `threads` (of the CPU) and
 `format_version`.
@@ -62,7 +62,7 @@ def save(pattern, checkpoint, keep=None):
     """Write a checkpoint for its iteration; a crash leaves the old file or the new one.
 
     With `keep`, only that many files of the pattern up to this iteration remain; later ones
-    belong to another run, or are damaged. Raises OSError and then leaves what was there.
+    belong to another run, or are damaged. If it raises OSError, the old files are intact.
     """
     iteration = checkpoint["iteration"]
     path = format_path(pattern, iteration)
@@ -77,7 +77,7 @@ def save(pattern, checkpoint, keep=None):
 
 
 def write(checkpoint, file):
-    """torch.save, raising the OSError that it hides behind an error of its own."""
+    """torch.save, raising the OSError behind a RuntimeError of torch."""
     try:
         torch.save(checkpoint, file)
     except RuntimeError as error:
@@ -98,8 +98,8 @@ def remove_abandoned(folder, pattern):
 def load_newest(name, or_none=False):
     """The checkpoint `name`, or the newest readable one of a pattern, and its path.
 
-    Raises `UserError` for a file that is missing, damaged or something else, and where a pattern
-    matches only such files or none; with `or_none`, no match gives ({}, None).
+    Raises `UserError` if the file is missing, damaged or not a checkpoint, or if a pattern matches
+    only such files or none; with `or_none`, no match gives ({}, None).
     """
     if not is_pattern(name) or Path(name).exists():
         found = [Path(name)]
@@ -113,7 +113,7 @@ def load_newest(name, or_none=False):
         except UserError as error:
             if not older:
                 raise
-            warn(f"{error}; going back to {older}")
+            warn(f"{error}; falling back to {older}")
         else:
             say(f"loaded {path}, iteration {checkpoint['iteration']}")
             return checkpoint, path
@@ -130,13 +130,13 @@ def load(path):
             checkpoint = torch.load(file, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise UserError(f"{path} does not exist: give a checkpoint or a pattern") from None
-    except Exception as error:  # torch raises many kinds of exceptions for foreign files
+    except Exception as error:  # torch raises many types for foreign files
         first_line = str(error).strip().partition("\n")[0][:120]
         raise damaged(path, first_line or type(error).__name__) from None
     entries = checkpoint if isinstance(checkpoint, dict) else {}
     version = entries.get("format_version", 0)
     if is_count(version) and version > FORMAT_VERSION:
-        raise UserError(f"{path} was written by a newer version of this program: update it")
+        raise UserError(f"{path} was written by a newer version: update this program")
     required = CHECKS.keys() - OPTIONAL if "format_version" in entries else ORIGINAL
     if missing := [name for name in CHECKS if name in required and name not in entries]:
         raise UserError(f"{path} is not a checkpoint: it has no {' and no '.join(missing)}")

@@ -1,6 +1,6 @@
-"""Several processes that work as one: started by torchrun, connected by torch.distributed.
+"""Data parallelism: processes started by torchrun and connected by torch.distributed.
 
-In a process that runs alone every function here does nothing, or the obvious.
+In a single process every function here is trivial.
 """
 
 import gc
@@ -18,13 +18,13 @@ from utils import UserError, is_lost_process, one_line
 @contextmanager
 def process_group(device):
     """Connect the processes that torchrun started, and disconnect them at the end. Raises
-    ConnectionError where one of them is lost."""
+    ConnectionError if one of them is lost."""
     if int(os.environ.get("WORLD_SIZE", 1)) == 1:
         yield
         return
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    # gloo for what the CPUs agree on, NCCL for the gradients of GPUs.
+    # gloo for CPU tensors and objects, NCCL for the gradients on GPUs.
     dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
     try:
         yield
@@ -33,7 +33,7 @@ def process_group(device):
             raise
         raise ConnectionError(f"another process has ended ({one_line(error)})") from None
     finally:
-        gc.collect()  # a parallel model that outlives its group aborts the process
+        gc.collect()  # a DistributedDataParallel that outlives its group aborts
         dist.destroy_process_group()
 
 
@@ -81,7 +81,7 @@ def gather(tensor):
 
 
 def check_agreement(what, value):
-    """Raise a `UserError` where processes have different values, for example because their
+    """Raise a `UserError` if processes have different values, for example because their
     folders are not shared."""
     values = [value]
     if world_size() > 1:
@@ -93,7 +93,7 @@ def check_agreement(what, value):
 
 @contextmanager
 def first_process_first():
-    """Let the first process of each machine go first, for work that the others then find done."""
+    """The first process of each machine runs first, to do work once (such as a download)."""
     waits = world_size() > 1 and os.environ.get("LOCAL_RANK") != "0"
     if waits:
         dist.barrier()

@@ -6,6 +6,9 @@ import torch
 
 # Muon's learning rates are an order of magnitude above AdamW's, and so is its weight decay.
 MUON_WEIGHT_DECAY = 0.1
+# AdamW's beside Muon. The usual 0.999 remembers gradients for longer than a short run lasts: after
+# 700 iterations it was 0.016 bits/dim worse.
+BETA2 = 0.95
 
 
 def make_optimizer(model, settings):
@@ -20,7 +23,7 @@ def make_optimizer(model, settings):
         others = [p for p in model.parameters() if p not in chosen]
         return OptimizerPair(
             torch.optim.Muon(matrices, settings.muon_lr, weight_decay=MUON_WEIGHT_DECAY),
-            adamw(others, settings.lr, decay),
+            adamw(others, settings.lr, decay, betas=(0.9, BETA2)),
         )
     if settings.optimizer == "radam":
         return torch.optim.RAdam(
@@ -29,10 +32,10 @@ def make_optimizer(model, settings):
     return adamw(model.parameters(), settings.lr, decay)
 
 
-def adamw(parameters, lr, decay):
+def adamw(parameters, lr, decay, betas=(0.9, 0.999)):
     parameters = list(parameters)
     fused = all(p.is_cuda for p in parameters)  # one kernel for all parameters
-    return torch.optim.AdamW(parameters, lr, weight_decay=decay, fused=fused or None)
+    return torch.optim.AdamW(parameters, lr, betas, weight_decay=decay, fused=fused or None)
 
 
 def set_rates(optimizer, settings, factor):
@@ -63,7 +66,7 @@ class OptimizerPair:
             part.step()
 
     def state_dict(self):
-        """As that of one optimiser: parameters are numbered through both."""
+        """As of one optimiser, with the parameters of both numbered consecutively."""
         state, groups, start = {}, [], 0
         for part in self.parts:
             own = part.state_dict()

@@ -1,6 +1,7 @@
 """The settings of the optimisation, and two recipes that set them."""
 
 import math
+import sys
 from dataclasses import dataclass, fields, replace
 
 from utils import UserError
@@ -23,11 +24,11 @@ class Settings:
     warmup: int = 0  # iterations
 
     def rate_factor(self, iteration, iterations):
-        """What multiplies the learning rates at an iteration, from 1 to `iterations`: a linear
+        """The factor of the learning rates at an iteration, from 1 to `iterations`: a linear
         warm-up and, with the cosine schedule, half a cosine down to 0."""
         factor = min(1.0, iteration / self.warmup) if self.warmup else 1.0
         if self.lr_schedule == "cosine":
-            # The last iteration still moves: it is the end of the last step, not its beginning.
+            # iteration - 1: the first rate is the full one, and the last one is above 0.
             factor *= 0.5 * (1 + math.cos(math.pi * (iteration - 1) / iterations))
         return factor
 
@@ -64,9 +65,11 @@ def choose_settings(given, stored):
 
 
 def stored_settings(checkpoint):
-    """The settings of the run that a checkpoint continues; older ones know the optimiser only."""
-    known = {name: checkpoint[name] for name in ("optimizer",) if name in checkpoint}
-    return checkpoint.get("settings", known)
+    """The settings stored in a checkpoint. Older checkpoints have only the optimiser: their recipe
+    was always the paper's."""
+    if "settings" in checkpoint or "optimizer" not in checkpoint:
+        return checkpoint.get("settings", {})
+    return {"recipe": "paper", "optimizer": checkpoint["optimizer"]}
 
 
 def choose_seed(given, checkpoint):
@@ -84,13 +87,12 @@ def is_settings(x):
     """Whether a checkpoint's entry has the names and types of `Settings`."""
     if not (isinstance(x, dict) and set(x) <= {field.name for field in fields(Settings)}):
         return False
-    numbers = ("lr", "muon_lr", "weight_decay", "clip_norm", "warmup")
+    numbers = [x.get(name, 0) for name in ("lr", "muon_lr", "weight_decay", "clip_norm")]
+    warmup = x.get("warmup", 0)
     return (
-        x.get("recipe", "paper") in RECIPES
+        x.get("recipe", "paper") in tuple(RECIPES)  # a tuple: x may be unhashable
         and x.get("optimizer", "radam") in OPTIMIZERS
         and x.get("lr_schedule", "constant") in SCHEDULES
-        and all(
-            type(x.get(name, 0)) in (int, float) and 0 <= x.get(name, 0) < math.inf
-            for name in numbers
-        )
+        and all(type(n) in (int, float) and 0 <= n <= sys.float_info.max for n in numbers)
+        and (type(warmup) is int and 0 <= warmup < 2**63)
     )

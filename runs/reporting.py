@@ -14,7 +14,7 @@ from layers.mixture import NATS_PER_BIT
 from runs import distributed
 from utils import UserError, is_first_process, say, warn
 
-# Without a terminal, a line of progress this often.
+# Between lines of progress when there is no terminal.
 SECONDS_PER_LINE = 10
 
 
@@ -31,7 +31,7 @@ def clock(seconds):
 
 
 class Metrics:
-    """Writes records to a file of JSON lines and to TensorBoard, each if it is given."""
+    """Writes records to a file of JSON lines and to TensorBoard; both are optional."""
 
     def __init__(self, path=None, log_dir=None):
         if not is_first_process():
@@ -64,7 +64,7 @@ def append_line(path, record):
 
 
 def open_tensorboard(log_dir):
-    """A writer of TensorBoard events. Raises a `UserError` where TensorBoard is not installed."""
+    """A writer of TensorBoard events. Raises a `UserError` if TensorBoard is not installed."""
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
@@ -100,13 +100,13 @@ class TrainingLog:
 
     @contextmanager
     def paused(self):
-        """Time that does not count as training."""
+        """A context whose time does not count in the training speed."""
         start = time.perf_counter()
         yield
         self.window += time.perf_counter() - start
 
     def step(self, iteration, loss, rates):
-        """After an iteration: its loss in nats per byte, and learning rates by name."""
+        """Record an iteration: its loss in nats per byte, and its learning rates by name."""
         self.losses.append(loss)
         self.iteration, self.rates = iteration, rates
         self.bar.update()

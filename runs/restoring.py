@@ -1,4 +1,4 @@
-"""From a checkpoint's entries to a model and an optimiser, also from those of the original."""
+"""Restores a model and an optimiser from a checkpoint, including checkpoints of the original."""
 
 import math
 
@@ -40,8 +40,8 @@ def upgrade_layout(checkpoint, path):
 def stored_config(checkpoint, path, n_heads=None, d_query=None):
     """The fields of ModelConfig that a checkpoint ({} for none) determines.
 
-    One of the original's does not determine the number of heads, since 8 of 32 and 4 of 64 have
-    equal tensors: `n_heads` or `d_query` must be given.
+    A checkpoint of the original does not determine the number of heads, since 8 heads of 32 and 4
+    of 64 have equal shapes: `n_heads` or `d_query` must be given.
     """
     if not checkpoint:
         return {}
@@ -56,7 +56,7 @@ def stored_config(checkpoint, path, n_heads=None, d_query=None):
         return config
     if not (n_heads or d_query):
         raise UserError(
-            f"{path} does not determine how many heads its {d_model} channels form: "
+            f"{path} does not determine how many heads its {d_model} channels have: "
             "give --n_heads or --d_query"
         )
     n_heads = n_heads or d_model // d_query
@@ -71,7 +71,7 @@ def stored_config(checkpoint, path, n_heads=None, d_query=None):
 
 
 def config_from_tensors(state, path="the checkpoint"):
-    """What the shapes in a `model_state` determine: n_layers, d_model, mixtures and, where it has
+    """What the shapes in a `model_state` determine: n_layers, d_model, mixtures and, if it has
     a position table, length."""
     try:
         outputs = len(state["predictor.bias"])
@@ -94,8 +94,8 @@ def optimizer_state(optimizer):
 
 
 def load_optimizer_state(optimizer, checkpoint, path):
-    """Give the optimiser the moments of a checkpoint, which loses them; without any they start
-    anew. Raises `UserError` for those of another model."""
+    """Move the moments from a checkpoint to the optimiser; without any they start at zero. Raises
+    `UserError` for those of another model."""
     state = checkpoint.pop("optimizer_state", None)
     if not state:
         return
@@ -140,13 +140,13 @@ def import_optimizer_state(state, optimizer):
 
 
 def load_model_state(model, checkpoint, path):
-    """Copy the weights of a checkpoint, which loses them, into the model. Every name and shape
-    must agree and every number be finite, else a `UserError`."""
+    """Move the weights from a checkpoint to the model. Raises `UserError` unless every name and
+    shape agrees and every number is finite."""
     weights = checkpoint.pop("model_state")
     for name, tensor in weights.items():
         if not torch.isfinite(tensor).all():
-            raise UserError(f"{path}: {name} is not finite, the run diverged: give an earlier one")
-    # Positions are not trained: where an upgraded layout has none, the model's own remain.
+            raise UserError(f"{path}: {name} is not finite: give an earlier checkpoint")
+    # Positions are not trained: if an upgraded layout has none, the model keeps its own.
     weights = {"pos_embedding.pe": model.pos_embedding.pe, **weights}
     if difference := first_difference(model.state_dict(), weights):
         raise UserError(f"the weights in {path} do not fit the model: {difference}")

@@ -12,7 +12,7 @@ import torch
 from layers import mixture
 from utils import UserError
 
-# Bytes drawn before a byte's work is recorded as a CUDA graph: libraries initialise lazily.
+# Bytes drawn before a CUDA graph is captured, since libraries initialise lazily.
 WARM_UP_BYTES = 3
 # Bytes of each image between two checks and progress reports of `EagerDecoder`; a GPU is
 # synchronised once per block.
@@ -53,8 +53,8 @@ class Batch:
     def check_finite(self):
         if not self.finite:
             raise UserError(
-                "the model's distribution of a byte is not finite: the weights are too large, the "
-                "training diverged: give an earlier checkpoint"
+                "the model's distribution of a byte is not finite because the weights are too "
+                "large (the training diverged): give an earlier checkpoint"
             )
 
 
@@ -85,7 +85,7 @@ class EagerDecoder:
 
 
 class GraphDecoder(EagerDecoder):
-    """As `EagerDecoder`, replaying a CUDA graph: one launch per byte instead of some hundred.
+    """As `EagerDecoder`, replaying a CUDA graph: one launch per byte instead of hundreds.
 
     For models whose states keep their addresses. The graph belongs to one `Batch`.
     """
@@ -112,7 +112,7 @@ def sample_recurrent(
 
     The given bytes go through the model in one parallel pass; the `decoder` draws the others one
     by one with a state of constant size. `offset` is at least 1; `advance(n)` is called after
-    each n bytes. Raises `UserError` where a distribution is not finite.
+    each n bytes. Raises `UserError` if a distribution is not finite.
     """
     n, length = images.shape
     if offset == length:

@@ -29,7 +29,7 @@ def train_step(nll, optimizer, images, *, seed, iteration, accumulate, precision
     `nll` is a `NegativeLogLikelihood`, or one that `distributed.parallel` has wrapped. The batch
     goes through it in `accumulate` parts, and each process takes its shard of every part. The
     noise of dropout depends on (seed, iteration) and the image alone: neither a restart nor
-    another split of the batch changes it. Raises `UserError`, and changes no weight, where the
+    another split of the batch changes it. Raises `UserError`, and changes no weight, if the
     loss or the gradient is not finite.
     """
     keys = set_noise(seed, iteration, len(images)).to(images.device)
@@ -51,8 +51,8 @@ def train_step(nll, optimizer, images, *, seed, iteration, accumulate, precision
             name = first_non_finite(unwrap(nll).model, images, keys)
         raise UserError(
             f"iteration {iteration}: {name} is not finite: lower --lr "
-            f"{optimizer.param_groups[-1]['lr']:g} or --clip_norm; the last checkpoint is older "
-            "and intact"
+            f"{optimizer.param_groups[-1]['lr']:g} or --clip_norm; the last checkpoint is "
+            "intact"
         )
     optimizer.step()
     return loss
@@ -74,8 +74,8 @@ def unwrap(nll):
 
 
 def clip(parameters, max_norm):
-    """Clip the norm of the whole gradient at `max_norm` (0: never). Returns False, with the
-    gradient unchanged, if the norm is not finite."""
+    """Clip the global gradient norm at `max_norm` (0: never). Returns False, with the gradients
+    unchanged, if the norm is not finite."""
     parameters = [p for p in parameters if p.grad is not None]
     norm = torch.nn.utils.get_total_norm([p.grad for p in parameters])
     if not norm.isfinite():
@@ -86,11 +86,11 @@ def clip(parameters, max_norm):
 
 @torch.no_grad()
 def first_non_finite(model, images, keys):
-    """Name what was not finite first in a step on these images: a parameter, the output of a
-    module, or a gradient."""
+    """The first thing that was not finite in a step on these images, in words: a parameter, the
+    output of a module, or a gradient."""
     if name := non_finite_parameter(model):
         return f"the parameter {name}"
-    plain = type(model)(model.config).to(images.device)  # its modules can be watched one by one
+    plain = type(model)(model.config).to(images.device)  # plain PyTorch: hooks see every module
     plain.load_state_dict(model.state_dict())
     found = []
 
@@ -141,7 +141,8 @@ def evaluate(nll, images, counts, *, batch_size, precision, device, stop=False):
 
 
 def bits_per_dim(nats, images, counts):
-    """Bits/dim, in both conventions, of images (n, L) whose bytes but the first cost `nats`."""
+    """Bits/dim, in both conventions, of images (n, L) with a total loss of `nats`, which excludes
+    their first bytes."""
     first = -first_byte_log_probs(counts)[images[:, 0].long()].sum().item()
     n, length = images.shape
     scale = n * NATS_PER_BIT

@@ -83,6 +83,16 @@ def tiny_checkpoint(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
+def fast_checkpoint(tmp_path_factory):
+    """As `tiny_checkpoint`, of a run with --recipe fast, 10 iterations old."""
+    folder = tmp_path_factory.mktemp("fast")
+    arguments = ["--dataset", "digits", *TINY, "--recipe", "fast", "--iterations", 10]
+    arguments += ["--save_to", folder / "fast.{}.pth", "--evaluate_images", 8]
+    main.main([str(argument) for argument in arguments])
+    return folder / "fast.10.pth"
+
+
+@pytest.fixture(scope="session")
 def colour_folder(tmp_path_factory):
     """A data set of 12 + 4 colour images of 6 x 5, as train.npy and test.npy."""
     folder = tmp_path_factory.mktemp("colour")

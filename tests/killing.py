@@ -2,7 +2,7 @@
 
 python tests/killing.py KILLS ARGUMENTS...    prints how often it was killed
 
-Each run is a fork of this process, which has loaded torch and computed nothing: it starts at once.
+Each run is a fork of this process, which has imported torch, so that it starts at once.
 """
 
 import os
@@ -14,7 +14,7 @@ from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-import torch._dynamo  # noqa: F401 - the optimisers load it, a second that would delay each start
+import torch._dynamo  # noqa: F401 - the optimisers import it, which would delay each start
 
 import main
 from cli.process import run
@@ -40,7 +40,7 @@ def kill_until_done(kills, arguments):
         os.kill(child, signal.SIGKILL)
         if os.WIFEXITED(os.waitpid(child, 0)[1]):
             return killed
-        # However fast the machine is, about two thirds of the processes live to save something.
+        # Adapts to the machine, so that about two thirds of the processes live long enough to save.
         seconds *= 1.25 if checkpoints.find(pattern) == before else 0.9
     status = os.waitpid(start(arguments), 0)[1]
     assert status == 0, status

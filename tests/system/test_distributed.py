@@ -87,6 +87,19 @@ def test_two_processes_train_what_one_trains(alone, parts):
     assert second.splitlines()[-1].split(": ")[1] == alone[0].splitlines()[-1].split(": ")[1]
 
 
+def test_two_processes_train_the_fast_recipe_as_one(succeed):
+    """Muon multiplies in bfloat16 and makes all directions of a step equally long, so what differs
+    in the last digit of a gradient differs more in the weights than with the others."""
+    train = [*DIGITS, "--recipe", "fast", "--warmup", 3, "--dropout", 0.1, "--iterations", 8]
+    train += ["--lr", 4e-3, "--batch_size", 4, "--accumulate", 2, "--log_frequency", 2]
+    two = run_two("main.py", *train, "--save_to", "two.pth")
+    one = succeed("main.py", *train, "--save_to", "one.pth").out
+    bits = [[float(x) for x in losses(out)] for out in (two, one)]
+    assert len(bits[0]) == 4
+    assert np.allclose(*bits, atol=1e-3)
+    assert_same_weights("one.pth", "two.pth", tolerance=2e-2)
+
+
 @pytest.mark.parametrize("sampler", ["recurrent", "batched"])
 @pytest.mark.parametrize("index", ["0-5", "3"])
 def test_two_processes_sample_what_one_samples(succeed, tiny_checkpoint, tmp_path, sampler, index):
@@ -102,7 +115,7 @@ def test_two_processes_sample_what_one_samples(succeed, tiny_checkpoint, tmp_pat
         assert np.array_equal(imageio.v3.imread(file), imageio.v3.imread(other))
 
 
-def test_each_process_drops_other_attention_weights(monkeypatch):
+def test_each_process_has_other_attention_dropout(monkeypatch):
     """All processes seeded torch alike, so that their different images got the same masks. The
     dropout of the layers must remain the same with any number of processes."""
     alone = set_noise(3, 7, 4), torch.get_rng_state()
@@ -116,8 +129,8 @@ def test_each_process_drops_other_attention_weights(monkeypatch):
 
 
 def start_training(*flags):
-    """Start two processes that train for a long time, and wait until they do. They form a process
-    group of their own."""
+    """Start two processes that train for a long time, in a new process group, and wait until they
+    have begun."""
     train = [*DIGITS, "--batch_size", 2, "--iterations", 10**6, "--log_frequency", 5, *flags]
     with open("out", "w") as out, open("err", "w") as err:
         process = start_two("main.py", *train, stdout=out, stderr=err, start_new_session=True)

@@ -1,4 +1,4 @@
-"""Full disks, read-only folders, users without rights, closed pipes, odd names, long runs."""
+"""Full disks, read-only folders, missing permissions, closed pipes, odd names, long runs."""
 
 import os
 import resource
@@ -32,7 +32,7 @@ def limit_files(size):
     return lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
 
 
-def test_a_full_disk_costs_no_training(succeed, tmp_path):
+def test_a_full_disk_loses_no_training(succeed, tmp_path):
     """Every failed save is a warning and leaves the old checkpoint intact; at the end the run fails
     and names the problem. Once there is space, it continues as if nothing had happened."""
     command = [*DIGITS, "--log_frequency", 1, "--save_frequency", 2]
@@ -84,17 +84,17 @@ def works(command):
 
 
 def as_a_user():
-    """The words before a command that take the rights of root from it, if we have them."""
+    """The prefix of a command that runs it without the capabilities of root, if we have them."""
     command = ["setpriv", "--bounding-set=-all", "--inh-caps=-all"]
     if os.geteuid() != 0:
         return []
     if not works(command):
-        pytest.skip("we are root and cannot drop its rights here")
+        pytest.skip("we are root and cannot drop its capabilities here")
     return command
 
 
 def offline():
-    """The words before a command that run it without a network, where that is possible."""
+    """The prefix of a command that runs it without a network, if that is possible."""
     command = ["unshare", "-n"]
     return command if works(command) else []
 
@@ -118,7 +118,7 @@ def test_a_folder_that_becomes_read_only(tmp_path):
     assert "iteration 80: Permission denied; trying again" in err
 
 
-def test_a_user_without_rights_home_or_network(tiny_checkpoint, tmp_path):
+def test_a_user_without_permissions_home_or_network(tiny_checkpoint, tmp_path):
     """In a folder whose name has spaces and non-ASCII letters, the only one that is writable."""
     folder = tmp_path / "größte Läufe 画像"
     folder.mkdir()
@@ -160,7 +160,7 @@ def test_training_whose_output_is_closed_saves_and_exits(tmp_path):
 
 @pytest.mark.parametrize("script", ["main.py", "prediction.py"])
 def test_output_to_head(script, tiny_checkpoint, tmp_path):
-    """The work is finished although the output is closed after a line."""
+    """The work is finished although stdout is closed after a line."""
     flags = {
         "main.py": [*DIGITS, "--iterations", 3, "--save_to", "x.pth", "--log_frequency", 3],
         "prediction.py": [tiny_checkpoint, "--save_grid", "x.png", "--recurrent"],

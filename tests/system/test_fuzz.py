@@ -57,17 +57,18 @@ def peak_bytes():
 
 @pytest.fixture
 def bounded_memory():
-    """Fails where the test raises the peak of memory by a gigabyte or more."""
+    """Fails if the test raises the peak of memory by a gigabyte or more."""
     before = peak_bytes()
     yield
     assert peak_bytes() - before < 10**9
 
 
 @pytest.fixture
-def prepared(tiny_checkpoint, tmp_path, monkeypatch):
+def prepared(tiny_checkpoint, fast_checkpoint, tmp_path, monkeypatch):
     """Good and bad files for the command lines. Nothing is downloaded."""
     shutil.copy(tiny_checkpoint, tmp_path / "good.pth")
     shutil.copy(tiny_checkpoint, tmp_path / "w.7.pth")
+    shutil.copy(fast_checkpoint, tmp_path / "fast.pth")
     (tmp_path / "bad.pth").write_bytes(b"PK\x03\x04 bad")
     (tmp_path / "folder").mkdir()
     np.save(tmp_path / "folder" / "train.npy", np.zeros((3, 4, 4), np.uint8))
@@ -92,11 +93,12 @@ LETTERS = st.characters(exclude_characters="\0/", exclude_categories=["Cs"])
 NUMBERS = ["0", "1", "2", "3", "-1", "1e3", "nan", "inf", "-inf", "", " 2", "0x1", "1_0", "9" * 30,
            "1e400", "2.5", "1e-320", "1000000000", str(2**62), str(2**63), "³", "٣"]  # fmt: skip
 WORDS = [
-    "good.pth", "bad.pth", "w.{}.pth", "w.7.pth", "none.pth", "none.{}.pth", "folder",
+    "good.pth", "fast.pth", "bad.pth", "w.{}.pth", "w.7.pth", "none.pth", "none.{}.pth", "folder",
     "folder/x", "good.pth/x", "/proc/x", ".", "-", "{}", "{}{}", "{", "}", "{0}", "{1}", "{x}",
     "{0.x}", "{:d}", "{:999999999}", "{!r}", "new/{}.{}.png", "{}.gif", "x.png", "x.pdf",
     "digits", "imagenet64", "cpu", "cuda", "meta", "bf16", "bf16-emulated", "full", "reformer",
     "causal-linear", "native", "recurrent", "batched", "adam", "8,8", "64,1", "8,8,3", "0-3",
+    "muon", "cosine", "fast", "paper", "mnist-10k",
     "5-2", "1,,2", "3*", "0-1000000000", "2*1000000000000", "0-2,1*2", "", "a" * 300,
 ]  # fmt: skip
 INDICES = st.from_regex(r"[0-9,*\- ]{0,9}", fullmatch=True)
@@ -110,7 +112,7 @@ def command_lines(draw, script):
     for flag in draw(st.lists(st.sampled_from(flags_of(script)), max_size=4)):
         value = draw(VALUES | st.none())
         if flag == "--iterations" and value in ("1000000000", str(2**62)):
-            value = "2"  # which would be right, and take too long
+            value = "2"  # valid, but it would take too long
         arguments += [flag] if value is None else [flag, value]
     return arguments
 
@@ -134,7 +136,7 @@ def test_command_lines_of_training(arguments, saving, prepared, bounded_memory):
 
 @cases(700)
 @given(
-    model=st.sampled_from(["good.pth"] * 6 + ["w.{}.pth", "-", *WORDS[:13]]),
+    model=st.sampled_from(["good.pth", "fast.pth"] * 3 + ["w.{}.pth", "-", *WORDS[:14]]),
     arguments=command_lines("prediction.py"),
 )
 def test_command_lines_of_prediction(model, arguments, prepared, bounded_memory):
@@ -187,6 +189,7 @@ def test_checkpoint_files(content, edits, prepared, bounded_memory):
 ENTRIES = ["model_state", "iteration", "config", "dataset", "optimizer_state", "format_version"]
 ENTRIES += ["seed", "optimizer", "first_byte_counts", "state", "param_groups", "params", "name"]
 ENTRIES += ["image_shape", "n_layers", "n_heads", "predictor.weight", "pos_embedding.pe", "length"]
+ENTRIES += ["settings", "lr", "recipe", "warmup", "neighbours", "width", "channels"]
 PLAIN = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=3)
 PLAIN |= st.sampled_from([torch.zeros(3), torch.zeros(2, 3), torch.zeros(1, dtype=torch.int64)])
 KEYS = st.sampled_from(ENTRIES) | st.integers() | st.text(max_size=2)

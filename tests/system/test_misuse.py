@@ -14,10 +14,11 @@ DIGITS = ["--dataset", "digits", *TINY, "--iterations", "2"]
 
 
 @pytest.fixture
-def prepared(tmp_path, tiny_checkpoint):
-    """A folder with many kinds of damaged or wrong files, and a good checkpoint."""
+def prepared(tmp_path, tiny_checkpoint, fast_checkpoint):
+    """A folder with many kinds of damaged or wrong files, and two good checkpoints."""
     good = tiny_checkpoint.read_bytes()
     (tmp_path / "good.pth").write_bytes(good)
+    (tmp_path / "fast.pth").write_bytes(fast_checkpoint.read_bytes())
     (tmp_path / "empty.pth").write_bytes(b"")
     (tmp_path / "half.pth").write_bytes(good[: len(good) // 2])
     (tmp_path / "text.pth").write_text("hello")
@@ -56,6 +57,15 @@ TRAINING = [
     ("--weight_decay -1", "--weight_decay"),
     ("--clip_norm nan", "--clip_norm"),
     ("--optimizer sgd", "sgd"),
+    ("--recipe slow", "slow"),
+    ("--lr_schedule linear", "linear"),
+    ("--warmup -1", "--warmup"),
+    ("--warmup 1.5", "'1.5'"),
+    ("--warmup nan", "'nan'"),
+    ("--muon_lr 0", "--muon_lr"),
+    ("--muon_lr inf", "inf"),
+    ("--muon_lr 0.1", "--muon_lr has no effect with --optimizer radam"),
+    ("--recipe fast --optimizer adam --muon_lr 0.1", "--muon_lr has no effect"),
     ("--attention_type linear", "causal-linear"),
     ("--attention_type reformer", "reformer"),
     ("--attention_dropout 0.2", "--attention_type full"),
@@ -102,10 +112,21 @@ TRAINING = [
     ("--continue_from good.pth --dataset colour", "digits"),
     ("--continue_from good.pth --seed 9", "9"),
     ("--continue_from good.pth --optimizer adam", "adam"),
+    ("--continue_from good.pth --optimizer muon", "muon"),
+    ("--continue_from good.pth --recipe fast", "--recipe fast contradicts"),
+    ("--continue_from good.pth --muon_lr 0.1", "--muon_lr has no effect with --optimizer radam"),
+    ("--continue_from good.pth --neighbours", "--neighbours contradicts"),
+    ("--continue_from fast.pth --recipe paper", "--recipe paper contradicts"),
+    ("--continue_from fast.pth --optimizer radam", "--optimizer radam contradicts"),
+    # A flag is named as it is typed: the value of this one is False.
+    ("--continue_from fast.pth --no-neighbours", "--no-neighbours contradicts"),
     ("--save_frequency 5", "--save_frequency has no effect without --save_to"),
     ("--evaluate_only --continue_from good.pth --lr 0.1", "--lr has no effect"),
     ("--evaluate_only --continue_from good.pth --iterations 5", "--iterations has no effect"),
     ("--evaluate_only --continue_from good.pth --seed 0", "--seed has no effect"),
+    ("--evaluate_only --continue_from good.pth --recipe paper", "--recipe has no effect"),
+    ("--evaluate_only --continue_from good.pth --warmup 0", "--warmup has no effect"),
+    ("--evaluate_only --continue_from fast.pth --muon_lr 0.1", "--muon_lr has no effect"),
     ("--evaluate_only --continue_from good.pth --no_shuffle", "--no_shuffle has no effect"),
     ("--evaluate_only --continue_from good.pth --save_to w.pth", "--save_to has no effect"),
     ("--evaluate_only --continue_from good.pth --log_frequency 1", "--log_frequency has no effect"),
@@ -127,6 +148,9 @@ PREDICTION = [
     ("good.pth --n_heads 4", "2"),
     ("good.pth --mixtures 10", "3"),
     ("good.pth --attention_type full", "causal-linear"),
+    ("good.pth --neighbours", "--neighbours contradicts"),
+    ("fast.pth --no-neighbours", "--no-neighbours contradicts"),
+    ("good.pth --recipe fast", "--recipe"),
     ("good.pth --dataset mnist", "digits"),
     ("good.pth --index 5-2", "5-2"),
     ("good.pth --index 1,,2", "1,,2"),
@@ -198,8 +222,8 @@ def test_one_line_and_status_2(script, arguments, names, prepared, call, monkeyp
 
 
 def test_yielding_needs_a_checkpoint(call, tmp_path):
-    """It exited with 75, "start me again", but had saved nothing: a queue would have started it
-    for ever."""
+    """It exited with 75, "start me again", but had saved nothing: a queue would have restarted
+    it forever."""
     result = call("main.py", *DIGITS, "--yield_frequency", 1)
     assert result.status == 2
     assert "--yield_frequency needs --save_to" in result.err
@@ -209,7 +233,7 @@ def test_yielding_needs_a_checkpoint(call, tmp_path):
 
 @pytest.mark.parametrize("command", [["main.py"], ["prediction.py", "-"]], ids=lambda c: c[0])
 @pytest.mark.parametrize("flag", ["--compile", "--no-compile"])
-def test_compiling_is_not_for_the_other_backend(command, flag, call):
+def test_compile_flags_are_refused_for_the_other_backend(command, flag, call):
     """Only --compile was refused; --no-compile was silently ignored."""
     require_library()
     model = ["--dataset", "digits", *TINY, "--backend", "fast-transformers"]
@@ -236,7 +260,7 @@ def test_no_compiler(call, monkeypatch):
 
 
 @pytest.mark.parametrize("script", ["main.py", "prediction.py"])
-def test_errors_as_a_process_of_its_own(script, tmp_path):
+def test_errors_in_a_separate_process(script, tmp_path):
     process = start(script, "--dataset", "nowhere", "-" if script == "prediction.py" else "--lr=1")
     out, err = process.communicate(timeout=120)
     assert (process.returncode, out.count("Traceback"), err.count("\n")) == (2, 0, 1)
@@ -259,7 +283,7 @@ def help_of(call, script, flag):
 
 @pytest.mark.parametrize("script", ["main.py", "prediction.py"])
 def test_help_says_where_the_default_folder_comes_from(call, script):
-    """It showed the present value of the environment variable as if it were a fixed default."""
+    """It showed the current value of the environment variable as if it were a fixed default."""
     entry = help_of(call, script, "dataset_directory")
     assert "(default: the environment variable DATASET_DIRECTORY, else ./data)" in entry
 

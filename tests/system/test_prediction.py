@@ -46,7 +46,7 @@ def test_the_batch_size_does_not_matter(sample, sampler):
     assert np.array_equal(sample(*flags), sample(*flags, "--batch_size", 2))
 
 
-def test_the_seed_and_the_temperature_act(sample):
+def test_the_seed_and_the_temperature_have_an_effect(sample):
     flags = ["--index", "0-4", "--recurrent"]
     assert np.array_equal(sample(*flags), sample(*flags, "--seed", 0))
     assert not np.array_equal(sample(*flags), sample(*flags, "--seed", 1))
@@ -111,7 +111,7 @@ def test_colour_images_are_written_in_colour(succeed, colour_folder, tmp_path):
     assert sum(frames) == 6000  # a byte of 0 changes no pixel: frames merge
 
 
-def test_the_gif_of_a_small_image_has_a_frame_per_byte_and_a_tinted_given_part(
+def test_the_gif_of_a_small_image_has_a_frame_per_byte_and_tints_the_given_part(
     succeed, tiny_checkpoint, tmp_path
 ):
     succeed(
@@ -158,7 +158,7 @@ def test_a_gif_is_short_and_small_whatever_the_image(shape, tmp_path):
     assert (np.abs(below - figures.NOT_YET) < 12).all()  # nothing is drawn yet
 
 
-def test_gif_seconds_acts(succeed, tiny_checkpoint, tmp_path):
+def test_gif_seconds_has_an_effect(succeed, tiny_checkpoint, tmp_path):
     flags = ["--recurrent", "--offset", 16, "--save_gif", "a.gif"]
     lasting = []
     for more in ([], ["--gif_seconds", 2], ["--gif_seconds", 20]):
@@ -168,7 +168,7 @@ def test_gif_seconds_acts(succeed, tiny_checkpoint, tmp_path):
 
 
 def test_the_pattern_of_the_original_is_written_as_png(succeed, tiny_checkpoint, tmp_path):
-    """It ended in .pth, which is no image format."""
+    """It ended in .pth, which is not an image format."""
     result = succeed(
         "prediction.py", tiny_checkpoint, "--index", "0-2", "--save_image", "images/d.{}.{}.pth"
     )
@@ -250,7 +250,7 @@ def test_the_caption_evaluates_a_few_images_at_a_time(succeed, tiny_checkpoint, 
     assert abs(float(real) - float(bits)) < 1e-3
 
 
-def test_nothing_is_drawn_before_the_outputs_are_known_to_work(call, tiny_checkpoint, monkeypatch):
+def test_the_outputs_are_checked_before_sampling(call, tiny_checkpoint, monkeypatch):
     monkeypatch.setattr(prediction, "sample", None)
     result = call("prediction.py", tiny_checkpoint, "--save_image", "/proc/{}.{}.png")
     assert result.status == 2

@@ -160,12 +160,12 @@ def test_make_demo(tmp_path):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_bytes((ROOT / name).read_bytes())
     (tmp_path / ".venv").symlink_to(ROOT / ".venv")
-    command = ["make", "demo", "-o", ".venv/installed", "ITERATIONS=3", "MORE_ITERATIONS=5"]
+    command = ["make", "demo", "-o", ".venv/installed", "ITERATIONS=2"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert "test" in done.stdout
     assert imageio.v3.imread(tmp_path / "demo" / "samples.png").std() > 10
-    assert len(imageio.v3.imread(tmp_path / "demo" / "completion.gif")) == 64 - 24 + 1
+    assert len(imageio.v3.imread(tmp_path / "demo" / "completion.gif")) > 100
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.stem)

@@ -21,7 +21,7 @@ PARTS += ["--metrics_file", "part.jsonl"]
 
 
 def all_losses(path):
-    """{iteration: the set of its losses, of all times that it was trained}."""
+    """{iteration: the set of its losses, from every time that it was trained}."""
     seen = {}
     for record in records(path):
         if record["split"] == "train":
@@ -52,8 +52,8 @@ def test_killed_thirty_times(flags, succeed, tmp_path):
 
 
 def kill_with_children(process):
-    """Kill torchrun and its processes, which would wait for it for minutes. It is stopped first,
-    so that it starts no others meanwhile."""
+    """Kill torchrun and its processes, which would otherwise wait for it for minutes. torchrun is
+    stopped first, so that it does not restart them."""
     process.send_signal(signal.SIGSTOP)
     for pid in [*children(process), process.pid]:
         with contextlib.suppress(ProcessLookupError):
@@ -75,8 +75,8 @@ def test_two_processes_killed_at_random_moments(tmp_path):
     assert_equal_weights("part.200.pth", "whole.pth")
 
 
-def test_a_line_of_metrics_that_was_cut_off_stays_alone(succeed, tmp_path):
-    """As a run leaves it that is killed while writing: the next record must start a new line."""
+def test_a_record_after_a_truncated_line_of_metrics(succeed, tmp_path):
+    """If a run is killed while writing a line, the next record must start a new one."""
     file = tmp_path / "m.jsonl"
     file.write_text('{"iteration": 1}\n{"iterat')
     succeed("main.py", *DIGITS, "--iterations", 1, "--metrics_file", file)

@@ -17,6 +17,8 @@ import datasets
 import main
 from models import ImageTransformer, ModelConfig
 from runs import checkpoints
+from runs.optimizers import make_optimizer
+from runs.recipes import Settings
 from runs.training import NegativeLogLikelihood, train_step
 from utils import UserError
 
@@ -80,19 +82,33 @@ def test_tensorboard(succeed, tmp_path):
 
 
 @pytest.mark.parametrize("attention_type", ["causal-linear", "full"])
-@pytest.mark.parametrize("optimizer", ["radam", "adam"])
-def test_a_resumed_run_equals_an_uninterrupted_one(attention_type, optimizer, succeed, tmp_path):
-    """Losses and weights, bit for bit, with dropout and beyond the end of an epoch. The original
-    started again at image 0 with different dropout."""
-    command = ["main.py", *DIGITS, "--attention_type", attention_type, "--optimizer", optimizer]
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--optimizer", "radam"],
+        ["--optimizer", "adam"],
+        ["--recipe", "fast", "--warmup", 7, "--dropout", 0.1],
+        ["--optimizer", "muon", "--lr_schedule", "cosine", "--neighbours", "--accumulate", 2],
+    ],
+    ids=["radam", "adam", "fast", "muon-accumulated"],
+)
+def test_a_resumed_run_equals_an_uninterrupted_one(attention_type, flags, call, succeed, tmp_path):
+    """Losses and weights, bit for bit, with dropout and beyond the end of an epoch, in the middle
+    of a warm-up and a schedule. The original started again at image 0 with different dropout."""
+    command = ["main.py", *DIGITS, "--attention_type", attention_type, *flags]
     command += ["--log_frequency", 1, "--batch_size", 200, "--iterations", 12]
     succeed(*command, "--save_to", "whole.{}.pth", "--metrics_file", "whole.jsonl")
     parts = ["--save_to", "part.{}.pth", "--continue_from", "part.{}.pth"]
     parts += ["--metrics_file", "part.jsonl"]
-    succeed(*command, *parts, "--iterations", 5)
+    assert call(*command, *parts, "--yield_frequency", 5).status == 75
     succeed(*command, *parts)
     assert losses(tmp_path / "part.jsonl") == losses(tmp_path / "whole.jsonl")
     assert_equal_weights("part.12.pth", "whole.12.pth")
+    rates = [
+        [(r["iteration"], r["lr"]) for r in records(tmp_path / name) if r["split"] == "train"]
+        for name in ("part.jsonl", "whole.jsonl")
+    ]
+    assert rates[0] == rates[1]
 
 
 def test_evaluating_does_not_change_training(succeed):
@@ -103,7 +119,7 @@ def test_evaluating_does_not_change_training(succeed):
     assert_equal_weights("often.pth", "once.pth")
 
 
-def test_dropout_and_seed_act(succeed):
+def test_optimisation_flags_have_an_effect(succeed):
     command = ["main.py", *DIGITS, "--iterations", 2, "--save_to"]
     succeed(*command, "a.pth")
     for i, flags in enumerate((["--dropout", 0], ["--seed", 1], ["--clip_norm", 1e-3],
@@ -113,7 +129,7 @@ def test_dropout_and_seed_act(succeed):
         assert not torch.equal(a, b), flags
 
 
-def test_yield_has_its_own_status_and_the_same_command_finishes(call):
+def test_yielding_has_its_own_status_and_the_same_command_continues(call):
     command = ["main.py", *DIGITS, "--iterations", 5, "--yield_frequency", 2]
     command += ["--save_to", "w.{}.pth", "--continue_from", "w.{}.pth"]
     results = [call(*command) for _ in range(4)]
@@ -123,7 +139,7 @@ def test_yield_has_its_own_status_and_the_same_command_finishes(call):
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_saves_and_leaves(number, tmp_path):
+def test_a_signal_saves_and_exits(number, tmp_path):
     process = start(
         "main.py", *DIGITS, "--iterations", 10**6, "--log_frequency", 1, "--save_to", "w.{}.pth",
         cwd=tmp_path,
@@ -273,8 +289,10 @@ def test_a_checkpoint_without_the_number_of_threads_loads(succeed, tiny_checkpoi
     succeed("prediction.py", "old.pth", "--offset", 60)
 
 
-def test_a_diverged_run_stops_and_saves_nothing(call, tmp_path):
-    result = call("main.py", *DIGITS, "--lr", 1e30, "--clip_norm", 0, "--save_to", "w.{}.pth")
+@pytest.mark.parametrize("optimizer", ["radam", "muon"])
+def test_a_diverged_run_stops_and_saves_nothing(call, tmp_path, optimizer):
+    flags = ["--lr", 1e30, "--clip_norm", 0, "--optimizer", optimizer]
+    result = call("main.py", *DIGITS, *flags, "--save_to", "w.{}.pth")
     assert result.status == 2
     assert "is not finite: lower --lr 1e+30" in result.err
     assert not list(tmp_path.iterdir())
@@ -303,11 +321,36 @@ def test_a_gradient_that_is_not_finite_is_named(factor):
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
 
 
+@pytest.mark.parametrize("name", ["radam", "adam", "muon"])
+def test_a_gradient_that_is_not_finite_changes_no_moments(name):
+    """Nor weights: a run that is started again continues as if the step had not been tried."""
+    model = ImageTransformer(ModelConfig(8, n_layers=1, n_heads=1, d_query=4))
+    settings = Settings(optimizer=name)
+    optimizer, nll = make_optimizer(model, settings), NegativeLogLikelihood(model)
+    images = torch.randint(0, 256, (4, 8), dtype=torch.uint8)
+    step = {"seed": 0, "accumulate": 2, "precision": "fp32", "clip_norm": 1}
+    train_step(nll, optimizer, images, iteration=1, **step)
+    weight = model.transformer.layers[0].linear1.weight
+    moments = {p: copy.deepcopy(state) for part in getattr(optimizer, "parts", [optimizer])
+               for p, state in part.state.items()}  # fmt: skip
+    assert len(moments) == len(list(model.parameters()))
+    before = copy.deepcopy(model.state_dict())
+    weight.register_hook(lambda gradient: gradient * math.inf)
+    message = "iteration 2: the gradient of transformer.layers.0.linear1.weight is not finite"
+    with pytest.raises(UserError, match=message):
+        train_step(nll, optimizer, images, iteration=2, **step)
+    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+    for part in getattr(optimizer, "parts", [optimizer]):
+        for parameter, state in part.state.items():
+            for key, value in state.items():
+                assert torch.equal(torch.as_tensor(value), torch.as_tensor(moments[parameter][key]))
+
+
 def test_without_save_to_a_warning(succeed):
     assert "without --save_to" in succeed("main.py", *DIGITS, "--iterations", 1).err
 
 
-def test_seed_and_optimizer_of_the_checkpoint_go_on(call, succeed):
+def test_seed_and_optimizer_of_the_checkpoint_are_kept(call, succeed):
     succeed("main.py", *DIGITS, "--iterations", 1, "--seed", 5, "--save_to", "w.pth")
     command = ["main.py", *DIGITS, "--iterations", 2, "--continue_from", "w.pth", "--save_to"]
     succeed(*command, "next.pth")
@@ -316,7 +359,7 @@ def test_seed_and_optimizer_of_the_checkpoint_go_on(call, succeed):
     assert "contradicts" in call(*command, "no.pth", "--optimizer", "adam").err
 
 
-def test_learning_rate_may_change_on_the_way(succeed):
+def test_learning_rate_may_change_when_a_run_continues(succeed):
     succeed("main.py", *DIGITS, "--iterations", 1, "--save_to", "w.pth")
     succeed(
         "main.py", *DIGITS, "--iterations", 2, "--lr", 0.5, "--continue_from", "w.pth",

@@ -78,8 +78,8 @@ def test_query_and_value_sizes_may_differ(E, M):
 
 
 @pytest.mark.parametrize("split", range(1, 20))
-def test_handing_the_state_over_at_any_point_equals_one_pass(split):
-    """Outputs, states and gradients; a normaliser that forgets the handed sum fails here."""
+def test_two_parts_with_a_state_equal_one_pass(split):
+    """Outputs, states and gradients; fails if the normaliser ignores the Z of the given state."""
 
     def in_two_parts(queries, keys, values, state):
         first, state = linear_chunked(

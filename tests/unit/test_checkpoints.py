@@ -1,4 +1,4 @@
-"""Checkpoints: whole or not at all, found by pattern, and never executed."""
+"""Checkpoints: written atomically, found by pattern, and never executed."""
 
 import copy
 import os
@@ -26,7 +26,7 @@ def make(iteration, value=0.0):
 
 
 def test_the_newest_of_a_pattern_is_the_largest_iteration(tmp_path, capsys):
-    """The original took the file written last: a copy of an old one won over a newer."""
+    """The original loaded the file written last, which could be a copy of an old checkpoint."""
     pattern = str(tmp_path / "w.{}.pth")
     for iteration in (100, 20, 3):
         checkpoints.save(pattern, make(iteration))
@@ -47,7 +47,7 @@ def test_a_pattern_without_files_and_a_missing_file(tmp_path):
             checkpoints.load_newest(str(tmp_path / "w.pth"), or_none)
 
 
-def test_a_damaged_newest_falls_back_with_a_warning(tmp_path, capsys):
+def test_a_damaged_newest_file_is_skipped_with_a_warning(tmp_path, capsys):
     pattern = str(tmp_path / "w.{}.pth")
     for iteration in (1, 2):
         checkpoints.save(pattern, make(iteration))
@@ -116,7 +116,7 @@ def test_keep_deletes_the_oldest_only(tmp_path):
 
 
 def test_files_are_readable_for_others_as_the_umask_says(tmp_path):
-    """A temporary file is private, and the renamed checkpoint must not stay so."""
+    """A temporary file is private, but the renamed checkpoint must not be."""
     old = os.umask(0o022)
     try:
         path = checkpoints.save(str(tmp_path / "w.pth"), make(1))
@@ -126,7 +126,7 @@ def test_files_are_readable_for_others_as_the_umask_says(tmp_path):
 
 
 def damage(content, random):
-    """The bytes with one of the faults of disks and transfers."""
+    """The bytes with one kind of damage that disks and transfers cause."""
     at, length = random.integers(len(content)), random.integers(1, 4096)
     kind = random.integers(5)
     if kind < 2:
@@ -147,8 +147,8 @@ def equal(a, b):
 
 
 def test_four_hundred_damaged_files(tiny_checkpoint, tmp_path):
-    """Refused in one line; or the fault hit what carries nothing, and the content is the same.
-    torch itself reads flipped bits as other weights: it does not look at the sums in its files."""
+    """Each is refused in one line, unless the damage hit unused bytes and the content is equal.
+    torch itself loads flipped bits as other weights: it does not verify checksums."""
     content, random = tiny_checkpoint.read_bytes(), np.random.default_rng(0)
     good, path, refused = checkpoints.load(tiny_checkpoint), tmp_path / "w.pth", []
     for _ in range(400):
@@ -164,8 +164,8 @@ def test_four_hundred_damaged_files(tiny_checkpoint, tmp_path):
 
 
 def with_changes(checkpoint, path):
-    """The checkpoint with the entry at a path, such as ("config", "n_heads"), given as keys and,
-    last, the new value; ... deletes it."""
+    """A copy of the checkpoint with one entry changed: `path` has its keys and the new value, such
+    as ("config", "n_heads", 3); the value ... deletes it."""
     *keys, last, value = path
     changed = copy.deepcopy(checkpoint)
     place = changed
@@ -208,18 +208,25 @@ WRONG = [
     ("first_byte_counts", torch.full((256,), -1)), ("first_byte_counts", torch.zeros(256)),
     ("seed", -1), ("seed", 0.5), ("optimizer", "sgd"), ("optimizer", ["radam"]),
     ("threads", -1), ("threads", "2"),
+    ("config", "neighbours", 1), ("config", "neighbours", True), ("config", "width", -1),
+    ("config", "width", "8"), ("config", "channels", 1.0),
+    ("settings", None), ("settings", []), ("settings", "unknown", 1), ("settings", "lr", "x"),
+    ("settings", "lr", float("nan")), ("settings", "lr", -1.0), ("settings", "muon_lr", True),
+    ("settings", "clip_norm", float("inf")), ("settings", "warmup", 2.5),
+    ("settings", "warmup", -1), ("settings", "recipe", "slow"), ("settings", "recipe", ["paper"]),
+    ("settings", "optimizer", "sgd"), ("settings", "lr_schedule", "linear"),
     ("format_version", "1"), ("format_version", None), ("format_version", 2), ("seed", ...),
     ("config", ...), ("dataset", ...), ("first_byte_counts", ...), ("optimizer", ...),
 ]  # fmt: skip
 
 
 @pytest.mark.parametrize("wrong", WRONG, ids=[".".join(map(str, w[:-1])) for w in WRONG])
-def test_entries_of_the_wrong_kind_are_refused(wrong, tiny_checkpoint, call, tmp_path):
+def test_entries_of_the_wrong_type_or_value_are_refused(wrong, tiny_checkpoint, call, tmp_path):
     """By both scripts, before anything is built from them: one line, status 2."""
     torch.save(with_changes(checkpoints.load(tiny_checkpoint), wrong), "wrong.pth")
     train = ["--continue_from", "wrong.pth", "--iterations", 31, "--evaluate_images", 2]
     results = [call("main.py", *train, "--batch_size", 2)]
-    if wrong[0] != "optimizer_state" or len(wrong) == 2:  # of no interest to samples
+    if wrong[0] != "optimizer_state" or len(wrong) == 2:  # not used for sampling
         results.append(call("prediction.py", "wrong.pth", "--offset", 0))
         results.append(call("prediction.py", "wrong.pth", "--offset", 32))
     for result in results:
@@ -240,8 +247,8 @@ def test_keep_never_deletes_what_was_just_saved(tmp_path):
     assert checkpoints.load_newest(pattern)[0]["iteration"] == 2
 
 
-def test_what_killed_runs_were_writing_is_removed(tmp_path):
-    """After an hour; other files stay, and so does what another run writes now."""
+def test_temporary_files_of_killed_runs_are_removed(tmp_path):
+    """After an hour; other files stay, and so do those that another run is writing."""
     for name in ("w.1.pth.abc_12.tmp", "w.2.pth.abc_13.tmp", "w.x.pth.abc_12.tmp"):
         (tmp_path / name).write_bytes(b"half")
         os.utime(tmp_path / name, (0, 0))

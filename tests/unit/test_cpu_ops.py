@@ -53,8 +53,7 @@ def test_attention_and_its_gradients(dtype, tolerance, size, length):
 
 
 @DTYPES
-def test_states_are_handed_on(dtype, tolerance):
-    """One pass over two parts is one pass over the whole."""
+def test_two_parts_with_a_state_equal_one_pass(dtype, tolerance):
     qkv = torch.randn(2, 30, 3, 3, 8).to(dtype)
     expected, final = linear_quadratic(*qkv.double().unbind(2))
     state = torch.zeros(2, 3, 8, 8), torch.zeros(2, 3, 8)
@@ -86,8 +85,8 @@ def test_the_norm_of_a_sum_and_its_gradients(dtype, tolerance, shape, x_type):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("shape", [(1, 1), (3, 7, 5), (2, 300, 100)])
-def test_both_dropouts_are_one(dtype, shape):
-    """To the bit, in outputs and gradients."""
+def test_both_dropouts_are_equal(dtype, shape):
+    """Bit for bit, in outputs and gradients."""
     x = torch.randn(shape).to(dtype).requires_grad_()
     y = x.detach().clone().requires_grad_()
     actual = compiled().dropout(x, keys(len(x)), THRESHOLD)
@@ -110,8 +109,8 @@ def test_dropout_drops_with_its_probability(p):
         assert 0.7 < spread < 1.3
 
 
-def test_dropped_numbers_know_nothing_of_each_other():
-    """Neighbours, images, calls and shifts are uncorrelated."""
+def test_dropout_masks_are_uncorrelated():
+    """Between neighbouring elements, images, calls and shifts."""
     noise = dropout.DropoutNoise()
     torch.manual_seed(0)
     noise.start(dropout.draw_keys(8, "cpu"))
@@ -125,7 +124,7 @@ def test_dropped_numbers_know_nothing_of_each_other():
     assert together.abs().max() < 5 / 2**8.5
 
 
-def test_dropout_keeps_the_mean_and_rests_in_evaluation():
+def test_dropout_keeps_the_mean_and_is_off_in_evaluation():
     noise = dropout.DropoutNoise()
     noise.start(dropout.draw_keys(100, "cpu"))
     layer = dropout.Dropout(0.3, noise, PLAIN)
@@ -134,8 +133,8 @@ def test_dropout_keeps_the_mean_and_rests_in_evaluation():
     assert torch.equal(layer.eval()(x), x)
 
 
-def test_noise_belongs_to_the_image():
-    """However a batch is cut, its images lose the same numbers."""
+def test_dropout_does_not_depend_on_the_batch():
+    """However a batch is split, the same elements of its images are dropped."""
     model = ImageTransformer(ModelConfig(30, n_layers=2, n_heads=2, d_query=8)).train()
     images = torch.randint(0, 256, (6, 30))
     own = dropout.draw_keys(6, "cpu")
@@ -161,8 +160,8 @@ def test_a_compiled_model_is_the_same_model(precision):
         assert distance(x, y) < (1e-4 if precision == "fp32" else 0.1)
 
 
-def twisted(x):
-    """The same numbers with the first two dimensions exchanged in memory."""
+def permuted(x):
+    """The same values with the first two dimensions exchanged in memory."""
     return x.transpose(0, 1).contiguous().transpose(0, 1)
 
 
@@ -186,16 +185,16 @@ def make_layers(width, dtype=torch.float32):
 
 
 @EVERY_OPERATION
-@pytest.mark.parametrize("twist_gradient", [False, True], ids=["gradient", "twisted-gradient"])
-def test_tensors_that_are_not_contiguous_give_right_results(operation, twist_gradient):
-    """The C++ functions read rows one after the other, whatever the strides of a tensor are."""
+@pytest.mark.parametrize("permute_gradient", [False, True], ids=["gradient", "permuted-gradient"])
+def test_tensors_that_are_not_contiguous_give_correct_results(operation, permute_gradient):
+    """The C++ functions read consecutive rows, whatever the strides of a tensor are."""
     x, layers = torch.randn(4, 9, 48), make_layers(48)
     results = []
-    for ops, y in ((PLAIN, x), (compiled(), twisted(x))):
+    for ops, y in ((PLAIN, x), (compiled(), permuted(x))):
         y = y.detach().requires_grad_()
         outputs = operation(ops, y, layers)
         gradient = torch.randn(outputs.shape, generator=torch.Generator().manual_seed(2))
-        outputs.backward(twisted(gradient) if twist_gradient else gradient)
+        outputs.backward(permuted(gradient) if permute_gradient else gradient)
         results.append([outputs, y.grad])
     assert not y.is_contiguous()
     for expected, actual in zip(*results, strict=True):
@@ -203,16 +202,16 @@ def test_tensors_that_are_not_contiguous_give_right_results(operation, twist_gra
 
 
 def test_keys_that_are_not_contiguous_give_the_right_mask():
-    """Their two halves would be read from another image's keys."""
+    """The C++ function would read keys of other images."""
     x = torch.randn(6, 50)
     expected = compiled().dropout(x, keys(6), THRESHOLD)
-    assert torch.equal(compiled().dropout(x, twisted(keys(6)), THRESHOLD), expected)
+    assert torch.equal(compiled().dropout(x, permuted(keys(6)), THRESHOLD), expected)
 
 
 def test_a_state_that_is_not_contiguous_is_refused():
     """It is updated in place: the update of a contiguous copy would be lost."""
     S, Z = torch.zeros(2, 3, 8, 8), torch.zeros(2, 3, 8)
-    for state in ((twisted(S), Z), (S, twisted(Z))):
+    for state in ((permuted(S), Z), (S, permuted(Z))):
         with pytest.raises(TypeError, match="contiguous"):
             compiled().linear_attention(torch.randn(2, 5, 3, 3, 8), state)
 
@@ -227,7 +226,7 @@ UNREADABLE = pytest.mark.parametrize(
 @UNREADABLE
 def test_a_model_moved_to_another_type_or_device_is_a_type_error(target, word):
     """The C++ functions read addresses: they read float64 as float32, and crashed on the address
-    of a tensor that was not in this memory."""
+    of a tensor on another device."""
     config = ModelConfig(30, n_layers=1, n_heads=2, d_query=8)
     model = ImageTransformer(config, CompiledOps(config)).to(target)
     images = torch.zeros(2, 30, dtype=torch.int64, device=model.predictor.weight.device)

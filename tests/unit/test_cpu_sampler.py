@@ -1,4 +1,4 @@
-"""The compiled sampler: the same images as from the plain one, and fallbacks without it."""
+"""The compiled sampler: the same images as from the plain one, and fallbacks without a compiler."""
 
 import os
 import shutil
@@ -46,7 +46,7 @@ def make_batch(model, n_images=2, images=None, position=0, noise=None, states=No
     return Batch(images, noise, 1.0, torch.tensor([position]), states, torch.tensor(True))
 
 
-# Sizes that fill the registers' lanes and that do not.
+# Sizes that fill SIMD registers and sizes that do not.
 SIZES = [(1, 1, 4, 1), (2, 2, 6, 2), (2, 3, 20, 5), (3, 8, 32, 10), (1, 1, 64, 30)]
 
 
@@ -74,7 +74,7 @@ def test_the_number_of_threads_does_not_matter(threads, monkeypatch):
 
 
 @pytest.mark.parametrize(("precision", "tolerance"), [("fp32", 1e-5), ("bf16", 2e-2)])
-def test_its_distributions_and_states_are_the_steps(precision, tolerance):
+def test_its_distributions_and_states_equal_those_of_step(precision, tolerance):
     model, noise = make_model(3, 4, 16), image_noise(0, range(9), LENGTH)
     images = torch.randint(0, 256, (9, LENGTH))
     states, own = model.empty_states(9), model.empty_states(9)
@@ -92,7 +92,7 @@ def test_its_distributions_and_states_are_the_steps(precision, tolerance):
 
 
 def test_bfloat16_keeps_the_bits_per_dim(tiny_checkpoint):
-    """Of a trained model, on real images, by less than 0.002."""
+    """To within 0.002, for a trained model on real images."""
     checkpoint = torch.load(tiny_checkpoint, weights_only=True)
     model = ImageTransformer(ModelConfig(**checkpoint["config"])).eval()
     model.load_state_dict(checkpoint["model_state"])
@@ -138,12 +138,12 @@ def test_distributions_that_are_not_finite_are_an_error():
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
 @pytest.mark.parametrize("kind", ["logit", "mean", "log-scale"])
 def test_a_component_that_is_not_drawn_must_be_finite_too(kind, value):
-    """The compiled sampler looked only at the drawn component, so that it went on where the plain
-    one stopped; and its error did not say what to do."""
+    """The compiled sampler looked only at the drawn component, so that it continued where the
+    plain one stopped; and its error did not say what to do."""
     model = make_model(mixtures=3)
     with torch.no_grad():
         model.predictor.weight.zero_()
-        # The last component has no weight; with a logit of inf or nan, the others have none.
+        # The last component has probability 0; with a logit of inf or nan, the others have.
         model.predictor.bias.copy_(torch.tensor([0, 0, -1e30, 0, 0, 0, -2, -2, -2]))
         model.predictor.bias[{"logit": 2, "mean": 5, "log-scale": 8}[kind]] = value
     errors = []
@@ -186,8 +186,8 @@ WRONG = {
 
 @pytest.mark.parametrize("wrong", WRONG.values(), ids=WRONG)
 def test_tensors_that_it_would_misread_are_a_type_error(wrong):
-    """The C++ function reads addresses: an assertion, which python -O leaves out, saw to it that
-    the tensors were contiguous, and nothing to their types."""
+    """The C++ function reads raw memory: only an assertion, which python -O removes, checked that
+    the tensors were contiguous, and nothing checked their types."""
     model = make_model()
     with pytest.raises(TypeError, match="the compiled sampler takes contiguous"):
         CompiledDecoder(model, "fp32")(make_batch(model, **wrong), 5)
@@ -221,12 +221,12 @@ def test_a_model_in_float64_is_a_type_error():
 
 
 def test_a_model_on_another_device_is_a_type_error():
-    """Its weights have no address in this memory."""
+    """Its weights have no address in CPU memory."""
     with pytest.raises(TypeError, match="meta"):
         CompiledDecoder(make_model().to("meta"), "fp32")
 
 
-def test_compilation_is_told_and_kept(succeed, tiny_checkpoint, tmp_path, monkeypatch):
+def test_compilation_is_reported_and_cached(succeed, tiny_checkpoint, tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     first = succeed("prediction.py", tiny_checkpoint, *RECURRENT, "--compile").out
     second = succeed("prediction.py", tiny_checkpoint, *RECURRENT, "--compile").out
@@ -245,7 +245,7 @@ def test_the_batched_sampler_compiled_draws_the_same(succeed, tmp_path, attentio
     assert np.array_equal(*images)
 
 
-def test_without_being_asked_it_compiles_only_where_that_pays(succeed, tmp_path, monkeypatch):
+def test_without_flags_it_compiles_only_if_that_pays(succeed, tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     model = ["prediction.py", "-", "--dataset", "digits", "--n_layers", 1, "--n_heads", 2]
     few, many = [*model, *RECURRENT], [*model, *RECURRENT, "--batch_size", 1]
@@ -255,7 +255,7 @@ def test_without_being_asked_it_compiles_only_where_that_pays(succeed, tmp_path,
     assert "compiled" in succeed(*many).out
 
 
-def test_other_sources_and_sizes_are_other_libraries(monkeypatch, tmp_path):
+def test_other_sources_and_sizes_have_other_cache_paths(monkeypatch, tmp_path):
     def path(precision="fp32", **sizes):
         config = ModelConfig(**{"length": LENGTH, **sizes})
         return cache_path(sampler.SOURCE, sampler.sizes(config, precision))[0]
@@ -263,7 +263,7 @@ def test_other_sources_and_sizes_are_other_libraries(monkeypatch, tmp_path):
     first = path()
     assert first != path(n_heads=2)
     assert first != path("bf16")
-    assert first == path(length=99)  # the length is no constant
+    assert first == path(length=99)  # the length is not a compile-time constant
     for name in (sampler.SOURCE, build.HEADER):
         (tmp_path / name).write_bytes((build.FOLDER / name).read_bytes())
     monkeypatch.setattr(build, "FOLDER", tmp_path)
@@ -274,7 +274,7 @@ def test_other_sources_and_sizes_are_other_libraries(monkeypatch, tmp_path):
         first = path()
 
 
-def test_no_compiler_is_told_and_does_without(call, succeed, tiny_checkpoint, monkeypatch):
+def test_a_missing_compiler_is_reported_and_not_needed(call, succeed, tiny_checkpoint, monkeypatch):
     command = ["prediction.py", tiny_checkpoint, *RECURRENT, "--save_image", "x.{}.{}.png"]
     monkeypatch.setattr(prediction, "STEPS_WORTH_COMPILING", 10)
     monkeypatch.setenv("PATH", "")
@@ -316,8 +316,8 @@ def test_a_library_that_cannot_be_loaded_is_reported_and_not_needed(
     assert "cannot be loaded" in result.err
 
 
-def test_a_compiler_that_fails_is_told_and_does_without(call, tiny_checkpoint, monkeypatch):
-    """In one line, whether it was asked for or not."""
+def test_a_failing_compiler_is_reported_and_not_needed(call, tiny_checkpoint, monkeypatch):
+    """In one line, with or without --compile."""
     broken = os.path.abspath("broken")
     with open(broken, "w") as file:
         file.write("#!/bin/sh\necho no room >&2\nexit 1\n")

@@ -1,4 +1,4 @@
-"""Every kind of data set, its order in training, and what is said of damaged ones."""
+"""Every kind of data set, its order in training, and the errors for damaged ones."""
 
 import subprocess
 import sys
@@ -21,6 +21,30 @@ def test_digits_are_embedded():
     assert train.images.dtype == torch.uint8
     assert train.image_shape == (8, 8)
     assert {tuple(x) for x in train.images.tolist()}.isdisjoint(map(tuple, test.images.tolist()))
+
+
+def test_mnist_10k_is_embedded():
+    """And nothing is downloaded."""
+    train, test = (datasets.load("mnist-10k", "nowhere", split) for split in (True, False))
+    assert train.images.shape == (10000, 784)
+    assert test.images.shape == (1000, 784)
+    assert train.images.dtype == test.images.dtype == torch.uint8
+    assert train.image_shape == test.image_shape == (28, 28)
+    labels = datasets.mnist_10k_labels()
+    assert labels.shape == (10000,)
+    assert labels.unique().tolist() == list(range(10))
+
+
+def test_mnist_10k_holds_the_first_images_of_mnist(data_directory):
+    if len(datasets.load("mnist", data_directory, True)) != 60000:
+        pytest.skip("only a stand-in of MNIST is here")
+    for train in (True, False):
+        embedded = datasets.load("mnist-10k", "nowhere", train).images
+        whole = datasets.load("mnist", data_directory, train).images
+        assert torch.equal(embedded, whole[: len(embedded)])
+    raw = data_directory / "MNIST" / "raw" / "train-labels-idx1-ubyte"
+    labels = torch.tensor(list(raw.read_bytes()[8:10008]))
+    assert torch.equal(datasets.mnist_10k_labels(), labels)
 
 
 def test_mnist_is_read_as_bytes(data_directory):
@@ -151,8 +175,8 @@ def test_a_damaged_folder_is_an_error_that_names_the_file(damage, tmp_path):
 
 
 def test_batches_go_through_every_image_once_an_epoch(colour_folder):
-    """The original never shuffled; and the last, smaller batch of an epoch needs no special case
-    since batches are cut from an endless sequence."""
+    """The original never shuffled. Batches are cut from an endless sequence, so that an epoch has
+    no smaller last batch."""
     data = datasets.load(str(colour_folder), ".", True)
     seen = torch.cat([data.batch(i, 5, seed=1) for i in range(12)])  # 60 images, 5 epochs
     everything = sorted(map(tuple, data.images.tolist()))
@@ -173,10 +197,10 @@ def test_without_a_seed_the_order_is_the_files(colour_folder):
     assert torch.equal(data.batch(3, 5, None), data.images[[3, 4, 5, 6, 7]])
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="limits memory as Linux does")
+@pytest.mark.skipif(sys.platform != "linux", reason="needs the memory limits of Linux")
 def test_images_larger_than_memory(tmp_path):
-    """imagenet64 stays on the disk: an epoch over a file four times as large as the memory that
-    the process may have, which reading it would need."""
+    """imagenet64 is memory-mapped: an epoch over a file four times as large as the memory limit of
+    the process."""
     folder = tmp_path / "imagenet-64x64"
     folder.mkdir()
     size = 2**30 // 12288  # one GiB

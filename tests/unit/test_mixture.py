@@ -8,7 +8,7 @@ import torch
 
 from layers import mixture
 
-# Means far outside, scales from under the clamp to far over the range, one-sided logits.
+# Means far outside the range, scales from below the clamp to far above the range, one-sided logits.
 EXTREMES = {
     "ordinary": (1.0, 1.0, -2.0, 1.0),
     "narrow": (1.0, 0.7, -7.5, 1.0),
@@ -95,7 +95,7 @@ def test_gradients_are_right():
 
 
 def chi_square_p_value(counts, probabilities):
-    """P(a deviation as large) of observed counts (256,); bins of under 10 are taken together."""
+    """P(a deviation as large) of observed counts (256,); bins with under 10 expected are merged."""
     expected = probabilities * counts.sum()
     rare = expected < 10
     observed = torch.cat([counts[~rare], counts[rare].sum()[None]]).double()
@@ -109,7 +109,7 @@ def chi_square_p_value(counts, probabilities):
 @pytest.mark.parametrize("kind", ["ordinary", "narrow", "clamped", "wide"])
 @pytest.mark.parametrize("temperature", [1.0, 1.7])
 def test_samples_have_these_probabilities(kind, temperature):
-    """The original drew from scales elu(s) + 1 that its loss had never seen."""
+    """The original sampled with the scales elu(s) + 1, which its loss did not use."""
     parameters = make_parameters(kind, n=1, dtype=torch.float64)
     noise = torch.rand(400_000, 2, dtype=torch.float64)
     samples = mixture.sample(parameters.expand(len(noise), -1), noise, temperature)
@@ -127,7 +127,7 @@ def test_the_chi_square_test_can_fail():
     assert chi_square_p_value(counts, mixture.probabilities(parameters)[0]) < 1e-4
 
 
-def test_noise_at_its_ends_gives_bytes():
+def test_extreme_noise_gives_bytes():
     """A uniform number can be exactly 0, whose logit is minus infinity."""
     parameters = make_parameters("ordinary", n=2)
     noise = torch.tensor([[0.0, 0.0], [1 - 2**-24, 1 - 2**-24]])

@@ -1,4 +1,4 @@
-"""The model: its names, its equality across forms, and that it can learn."""
+"""The model: parameter names, equality of its parallel and recurrent forms, learning."""
 
 import math
 
@@ -53,7 +53,7 @@ def test_paper_configuration_has_its_number_of_parameters():
     assert round(sum(p.numel() for p in model.parameters()) / 1e6, 2) == 6.36
 
 
-def test_the_configuration_knows_its_number_of_parameters():
+def test_the_configuration_gives_the_number_of_parameters():
     config = ModelConfig(20, n_layers=3, n_heads=2, d_query=6, mixtures=5)
     assert config.n_parameters == sum(p.numel() for p in ImageTransformer(config).parameters())
 
@@ -112,9 +112,9 @@ def test_the_loss_sums_over_all_bytes_but_the_first():
 
 @ATTENTIONS
 def test_a_tiny_model_overfits_one_batch(attention_type):
-    """From 8 bits to few: every part of the model and the loss passes on gradients.
+    """From 8 bits to few: gradients flow through every part of the model and the loss.
 
-    Where it ends depends on how a CPU rounds: 0.1 to 0.9 bits in eight runs.
+    The final loss depends on how a CPU rounds: 0.1 to 0.9 bits in eight runs.
     """
     images = datasets.load("digits", ".", True).images[:2, :32]
     sizes = {"n_layers": 2, "n_heads": 2, "d_query": 16, "dropout": 0.0, "attention_dropout": 0.0}
@@ -133,7 +133,7 @@ def test_a_tiny_model_overfits_one_batch(attention_type):
 
 @ATTENTIONS
 def test_torch_can_compile_training_and_steps(attention_type):
-    """The graphs that --compile makes on a GPU hold the whole of both, without a break."""
+    """As --compile does on a GPU: one graph for each, without graph breaks."""
     sizes = {"dropout": 0.2, "attention_dropout": 0.0}
     model = make_model(dtype=torch.float32, attention_type=attention_type, **sizes).train()
     images, keys = make_images(), draw_keys(3, "cpu")

@@ -23,7 +23,7 @@ SIZES = {"n_layers": 2, "n_heads": 4, "d_query": 8, "mixtures": 3}
 
 @pytest.fixture(scope="module")
 def library():
-    """pytorch-fast-transformers. A machine without it skips; in CI that is a failure."""
+    """pytorch-fast-transformers. Without it a test is skipped; in CI it fails."""
     require_library()
     from fast_transformers.builders import TransformerEncoderBuilder
     from fast_transformers.masking import TriangularCausalMask
@@ -89,7 +89,7 @@ def new_state(parameters, names=None):
 @torch.no_grad()
 def original_step(parameters, gradients, state):
     """One step of the original's optimiser, on its state dict: RAdam (Liu et al., 2020,
-    algorithm 2) with decoupled decay, for gradients that its clipping leaves alone."""
+    algorithm 2) with decoupled decay, for gradients too small to be clipped."""
     group = state["param_groups"][0]
     lr, (beta1, beta2) = group["lr"], group["betas"]
     longest = 2 / (1 - beta2) - 1
@@ -169,12 +169,12 @@ def test_weights_that_do_not_fit_are_refused(original_file, change):
 
 
 @pytest.mark.parametrize("names", ["numbers", "addresses"])
-def test_the_originals_optimiser_goes_on_in_torchs(names):
+def test_the_originals_optimiser_continues_in_torchs(names):
     """Torch's RAdam takes over the groups of a state it loads: those of the original have no
-    decoupled_weight_decay, so that the decay would silently turn into the other kind."""
+    decoupled_weight_decay, so that the decay would silently become coupled."""
     theirs = [nn.Parameter(torch.randn(5, 4)), nn.Parameter(torch.randn(4))]
     state = new_state(theirs, [140234866534576, 140234866534432] if names == "addresses" else None)
-    # The first five steps of RAdam are of another kind than the others.
+    # The first five steps of RAdam follow another rule than later ones.
     for _ in range(4):
         original_step(theirs, random_gradients(theirs), state)
 
@@ -200,7 +200,7 @@ OPTIMIZERS = {
 
 
 @pytest.mark.parametrize("make_optimizer", OPTIMIZERS.values(), ids=OPTIMIZERS)
-def test_our_own_optimiser_state_goes_on_exactly(make_optimizer):
+def test_our_own_optimiser_state_continues_exactly(make_optimizer):
     first = [nn.Parameter(torch.randn(5, 4)), nn.Parameter(torch.randn(4))]
     optimizer, second = make_optimizer(first), None
     for iteration in range(12):
@@ -264,14 +264,14 @@ def test_the_older_layout_predicts_the_same(table):
     model = ImageTransformer(config).eval()
     restoring.load_model_state(model, checkpoint, "old.pth")
 
-    # In training mode, without dropout, torch leaves its fused kernels aside.
+    # In training mode (without dropout) torch does not use its fused kernels.
     mask = nn.Transformer.generate_square_subsequent_mask(DIGIT - 1)
     images = torch.randint(256, (2, DIGIT - 1))
     assert (model(images) - older.train()(images, mask)).abs().max() < 1e-5
 
 
 def test_the_older_layout_is_renamed_as_by_the_library(library):
-    """Its rules also know whole names of projections, and temperatures that were parameters."""
+    """Its rules also cover full names of projections and temperatures stored as parameters."""
     state = make_older(make_config(DIGIT)).state_dict()
     del state["pos_embedding.pe"]
     out = "transformer.layers.1.self_attn.out_proj"
@@ -306,7 +306,7 @@ def test_our_checkpoint_loads_in_the_original(library, tmp_path, length):
     assert data["iteration"] == 7
 
 
-def test_heads_that_the_tensors_do_not_show_must_be_given(original_file, call):
+def test_heads_that_the_tensors_do_not_determine_must_be_given(original_file, call):
     """Four heads of 8 and two of 16 have equal shapes: the original loaded one as the other."""
     path, _ = original_file(make_config(DIGIT))
     for command in (["prediction.py", path], ["main.py", "--continue_from", path]):
@@ -338,7 +338,7 @@ def test_a_checkpoint_of_the_original_is_sampled(original_file, call, tmp_path, 
     assert (result.status, output.exists()) == (0, True), result.err
 
 
-def test_training_goes_on_from_a_checkpoint_of_the_original(original_file, call, tmp_path):
+def test_training_continues_from_a_checkpoint_of_the_original(original_file, call, tmp_path):
     path, _ = original_file(make_config(DIGIT))
     arguments = ["--dataset", "digits", "--n_heads", 4, "--iterations", 3002, "--batch_size", 2]
     arguments += ["--continue_from", path, "--save_to", tmp_path / "ours.{}.pth"]

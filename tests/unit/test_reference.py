@@ -23,15 +23,15 @@ DIGIT = 64  # bytes of one of the embedded digits
 
 @pytest.fixture(scope="module")
 def reference():
-    """The module under test. A machine without its library skips; in CI that is a failure."""
+    """The module under test. Without its library a test is skipped; in CI it fails."""
     require_library()
     return importlib.import_module("reference.model")
 
 
 @pytest.fixture(scope="module", autouse=True)
 def one_thread():
-    """Two threads gain nothing on tiny models, and where other work shares the cores they wait
-    for each other twenty times longer than they compute."""
+    """Two threads gain nothing on tiny models, and if other work shares the cores they wait for
+    each other twenty times longer than they compute."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -81,15 +81,15 @@ def bits_per_dim(model, images):
 def gradient_scale(model, name):
     """The max norm of a parameter's gradient, to compare with.
 
-    Softmax does not see what is added to all keys alike: the bias of its keys has the gradient
-    zero, but for rounding, which is held against the gradient of the keys' weight.
+    Softmax ignores what is added to all keys alike: the gradient of the key bias is zero up to
+    rounding, which is compared with the gradient of the key weight instead.
     """
     if model.config.attention_type == "full" and name.endswith("key_projection.bias"):
         name = name.replace("bias", "weight")
     return model.get_parameter(name).grad.abs().max()
 
 
-def test_the_missing_library_is_one_line_that_says_how_to_get_it(monkeypatch):
+def test_the_missing_library_is_a_one_line_error_that_says_how_to_get_it(monkeypatch):
     monkeypatch.setitem(sys.modules, "fast_transformers", None)
     monkeypatch.setitem(sys.modules, "fast_transformers.builders", None)
     monkeypatch.delitem(sys.modules, "reference.model", raising=False)
@@ -114,7 +114,7 @@ def test_outputs_and_every_gradient_are_the_librarys(reference, attention_type, 
 
 @pytest.mark.parametrize("temperature", [None, 0.7])
 def test_softmax_temperature_multiplies_as_in_the_library(reference, temperature):
-    """A temperature that divides, or that replaces none, trains and looks almost right."""
+    """A wrong temperature, such as one that divides, would train and look almost right."""
     native, library = make_pair(reference, make_config("full", softmax_temp=temperature))
     images = digits(4)[:, :-1]
     assert relative(native(images), library(images)) < 1e-4
@@ -168,7 +168,7 @@ def test_fifty_training_steps_give_the_same_losses(reference, attention_type, op
 @torch.no_grad()
 @pytest.mark.parametrize("attention_type", NATIVE)
 def test_checkpoints_are_interchangeable(reference, attention_type, tmp_path):
-    """Their names and order are the same too: an optimiser's state goes by the order."""
+    """Their names and order are the same too: an optimiser's state relies on the order."""
     config, images = make_config(attention_type), digits(8)
     native, library = ImageTransformer(config).eval(), make_reference(reference, config, seed=1)
     assert list(native.state_dict()) == list(library.state_dict())
@@ -179,7 +179,7 @@ def test_checkpoints_are_interchangeable(reference, attention_type, tmp_path):
 
 
 def test_the_recurrence_follows_the_weights_that_are_loaded(reference):
-    """A recurrence with weights of its own would sample from the initial ones."""
+    """A recurrence with its own weights would sample with the initial ones."""
     _, library = make_pair(reference, make_config(), seed=3)
     recurrent = library.recurrence[0]
     assert all(p is library.transformer.get_parameter(n) for n, p in recurrent.named_parameters())
@@ -190,7 +190,7 @@ def test_the_recurrence_follows_the_weights_that_are_loaded(reference):
 
 
 @pytest.mark.parametrize("attention_type", ["causal-linear", "full", "reformer"])
-def test_a_seed_gives_both_backends_the_same_first_weights(reference, attention_type):
+def test_a_seed_gives_both_backends_the_same_initial_weights(reference, attention_type):
     config = make_config(attention_type)
     library = make_reference(reference, config, seed=4).state_dict()
     torch.manual_seed(4)
@@ -227,8 +227,8 @@ def test_local_attention_sees_as_many_bytes_as_asked_for(reference):
 
 
 @pytest.mark.parametrize("length", [63, 64], ids=["part of a chunk left over", "whole chunks"])
-def test_reformer_takes_nothing_from_later_bytes(reference, length):
-    """What a byte attends to never comes later, the filling of the last chunk included.
+def test_reformer_gets_no_gradient_from_later_bytes(reference, length):
+    """A byte attends neither to later bytes nor to the padding of the last chunk.
 
     Which of the earlier bytes it attends to does depend on the hashes of all, in the library
     as in the Reformer's paper: outputs may change with a later byte, their gradients may not.
@@ -242,10 +242,10 @@ def test_reformer_takes_nothing_from_later_bytes(reference, length):
 
 @torch.no_grad()
 @pytest.mark.parametrize("chunk_size", [63, 200])
-def test_the_filling_of_a_chunk_is_invisible(reference, chunk_size):
-    """Where one chunk holds the image no byte is left out, so a prefix, filled up to the chunk,
-    must be predicted as in the whole image. Zeros as filling would turn into NaN where a query
-    has no bias: the library divides by their norm."""
+def test_the_padding_of_a_chunk_has_no_effect(reference, chunk_size):
+    """If one chunk holds the image, a byte sees all earlier ones, so a prefix, padded to the chunk,
+    must be predicted as in the whole image. Padding with zeros would give NaN if a query has no
+    bias: the library divides by their norm."""
     model = make_reference(reference, make_config("reformer", chunk_size=chunk_size))
     for layer in model.transformer.layers:
         layer.attention.query_projection.bias.zero_()
@@ -267,7 +267,7 @@ def test_the_filling_of_a_chunk_is_invisible(reference, chunk_size):
     ],
     ids=lambda changes: next(iter(changes)),
 )
-def test_every_reformer_flag_acts(reference, changes):
+def test_every_reformer_flag_has_an_effect(reference, changes):
     """The original parsed two of them and ignored them."""
     images = digits(2)[:, :-1]
     usual = make_reference(reference, make_config("reformer"))(images)
@@ -279,7 +279,7 @@ def test_every_reformer_flag_acts(reference, changes):
 
 @torch.no_grad()
 def test_unmasked_reformer_lets_a_byte_attend_to_itself(reference):
-    """The original's flag is a store_false for "masked": it is easily built the wrong way round.
+    """The original's flag is a store_false for "masked": it is easily inverted.
 
     The second byte of a masked model sees the first alone, so its own value does not matter.
     """
@@ -300,7 +300,7 @@ def test_unmasked_reformer_lets_a_byte_attend_to_itself(reference):
 
 @pytest.mark.parametrize("attention_type", ["reformer", "exact-topk", "local"])
 def test_the_librarys_own_attentions_train(reference, attention_type):
-    """A reformer's keys are its queries: the projection of keys alone gets no gradient."""
+    """The reformer shares queries and keys: only the key projection gets no gradient."""
     model = make_reference(reference, make_config(attention_type, dropout=0.1))
     losses = train(model, OPTIMIZERS["Adam"], 40)
     assert losses[-5:].mean() < losses[:5].mean() - 0.1
@@ -324,13 +324,13 @@ def test_both_backends_and_both_samplers_draw_the_same_images(reference, attenti
         for model in pair
         for sampler in (sample_batched, sample_recurrent)
     )
-    assert len(first.unique()) > 20, "flat images would be equal for no reason"
+    assert len(first.unique()) > 20, "constant images would be trivially equal"
     assert all(torch.equal(first, other) for other in others)
 
 
 @pytest.mark.parametrize("attention_type", ["reformer", "exact-topk", "local"])
 def test_the_librarys_own_attentions_sample_in_batches_of_any_size(reference, attention_type):
-    """Hash planes drawn anew at every call would make a picture depend on its company."""
+    """If every call drew new hash planes, an image would depend on its batch."""
     model = make_reference(reference, make_config(attention_type, dropout=0.1))
     together = complete(sample_batched, model, [0, 1, 2])
     assert torch.equal(together[:, :5], digits(3)[:, :5].long())
@@ -340,7 +340,7 @@ def test_the_librarys_own_attentions_sample_in_batches_of_any_size(reference, at
 
 
 @pytest.mark.parametrize("attention_type", ["reformer", "exact-topk", "local"])
-def test_no_recurrent_form_is_said_in_one_line(reference, attention_type):
+def test_a_missing_recurrent_form_is_a_one_line_error(reference, attention_type):
     model = make_reference(reference, make_config(attention_type))
     with pytest.raises(UserError, match=f"{attention_type} has no recurrent form.* batched"):
         model.prefill(digits(1)[:, :5])
@@ -360,7 +360,7 @@ def test_no_recurrent_form_is_said_in_one_line(reference, attention_type):
 def test_what_cannot_run_is_refused_before_it_starts(
     reference, attention_type, device, flags, words
 ):
-    """The library itself would end in "expected scalar type Float" or a call of None."""
+    """The library itself would fail with "expected scalar type Float" or by calling None."""
     config = make_config(attention_type)
     flags = {"precision": "fp32", "compiled": None, **flags}
     if words is None:

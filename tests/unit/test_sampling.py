@@ -1,4 +1,4 @@
-"""The samplers: equal to each other, right at every offset, and independent of batching."""
+"""The samplers: equal to each other, correct at every offset, independent of batching."""
 
 import numpy as np
 import pytest
@@ -62,7 +62,7 @@ def test_seeds_and_images_differ(model, sampler):
 @BOTH
 @pytest.mark.parametrize("offset", [1, 7, LENGTH - 1])
 def test_every_byte_comes_from_its_own_distribution(model, sampler, offset):
-    """The original drew the last byte from the byte before's distribution."""
+    """The original drew the last byte from the distribution of the byte before it."""
     images = draw(sampler, model, offset)
     noise = image_noise(3, range(5), LENGTH)
     with torch.no_grad():
@@ -95,8 +95,8 @@ def test_blocks_of_any_size_draw_the_same(model, monkeypatch):
         assert torch.equal(draw(sample_recurrent, model, 4), expected)
 
 
-def test_a_low_temperature_draws_the_most_likely(model):
-    """With all noise in the middle of a component, temperature to 0 means its rounded mean."""
+def test_a_low_temperature_draws_the_most_likely_bytes(model):
+    """As the temperature goes to 0, samples become the rounded mean of the likeliest component."""
     images = [draw(sample_recurrent, model, 1, seed=s, temperature=1e-6) for s in (1, 2)]
     assert torch.equal(*images)
 
@@ -116,11 +116,11 @@ def test_first_bytes_follow_the_histogram():
     noise = torch.from_numpy(np.linspace(0, 1, 10_001)[:-1].astype(np.float32))
     drawn = torch.bincount(sample_first_byte(counts, noise), minlength=256)
     expected = torch.tensor([5000, 3000, 2000])
-    assert (drawn[[0, 10, 255]] - expected).abs().max() <= 20  # the pseudo-image takes a few
+    assert (drawn[[0, 10, 255]] - expected).abs().max() <= 20  # the pseudo-count shifts a few
 
 
-class NoVisitsToTheHost(TorchDispatchMode):
-    """Fails where an operation would make a GPU's numbers known to Python."""
+class NoSynchronization(TorchDispatchMode):
+    """Fails if an operation would copy values from a GPU to Python."""
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         name = func.overloadpacket.__name__
@@ -128,9 +128,9 @@ class NoVisitsToTheHost(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def test_a_step_can_be_recorded():
-    """What a CUDA graph needs: no number visits the host, every tensor that lives on between two
-    bytes stays where it is, and the next byte is right."""
+def test_a_step_can_be_captured_as_a_cuda_graph():
+    """That takes no device synchronisation, and states that keep their addresses; and the bytes
+    must be correct."""
     config = ModelConfig(LENGTH, n_layers=2, n_heads=2, d_query=8, mixtures=3)
     model = ImageTransformer(config).eval()
     images = torch.randint(0, 256, (4, LENGTH))
@@ -142,7 +142,7 @@ def test_a_step_can_be_recorded():
         batch = Batch(images, noise, 1.0, torch.tensor([5]), states, torch.tensor(True))
         places = [tensor.data_ptr() for state in states for tensor in state]
         decoder = EagerDecoder(model)
-        with NoVisitsToTheHost():
+        with NoSynchronization():
             for _ in range(6, LENGTH):
                 decoder.draw_next(batch)
     batch.check_finite()
@@ -151,7 +151,7 @@ def test_a_step_can_be_recorded():
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_the_recorded_step_draws_the_images_of_the_cpu():
+def test_a_cuda_graph_draws_the_images_of_the_cpu():
     config = ModelConfig(LENGTH, n_layers=2, n_heads=2, d_query=8, mixtures=3)
     model = ImageTransformer(config).double().eval()
     images = [draw(sample_recurrent, model, 1)]
@@ -167,7 +167,7 @@ def test_the_recorded_step_draws_the_images_of_the_cpu():
 @pytest.mark.parametrize("sampler", [sample_recurrent, sample_batched])
 @pytest.mark.parametrize("place", ["predictor", "transformer.layers.1.linear2"])
 def test_distributions_that_are_not_finite_are_an_error(sampler, place):
-    """Weights that are finite, and too large for what is computed from them."""
+    """Finite weights that are so large that activations overflow."""
     config = ModelConfig(LENGTH, n_layers=2, n_heads=2, d_query=8, mixtures=3)
     model = ImageTransformer(config).eval()
     model.get_submodule(place).weight.data.fill_(3e38)

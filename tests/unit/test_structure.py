@@ -8,7 +8,7 @@ from graphlib import CycleError, TopologicalSorter
 import pytest
 from conftest import ROOT
 
-# From the lowest to the highest. A module imports only from lower levels and from its own room.
+# From the lowest to the highest. A module imports only from lower levels and from its own package.
 LEVELS = [
     {"utils"},
     {"layers"},
@@ -18,12 +18,12 @@ LEVELS = [
     {"cli"},
     {"main", "prediction"},
 ]
-LEVEL = {room: level for level, rooms in enumerate(LEVELS) for room in rooms}
+LEVEL = {package: level for level, names in enumerate(LEVELS) for package in names}
 LONGEST_FUNCTION = 40  # lines
 
 
 def project_files():
-    """The project's .py files, {dotted name: path}, but for tests and benchmarks."""
+    """The project's .py files, {dotted name: path}, except tests and benchmarks."""
     files, paths = {}, [*ROOT.glob("*.py"), *(p for r in LEVEL for p in ROOT.glob(f"{r}/**/*.py"))]
     for path in sorted(paths):
         parts = path.relative_to(ROOT).with_suffix("").parts
@@ -54,7 +54,7 @@ def imported_modules(path, known):
 IMPORTS = {name: imported_modules(path, FILES) for name, path in FILES.items()}
 
 
-def room(name):
+def package(name):
     return name.partition(".")[0]
 
 
@@ -66,24 +66,23 @@ def test_only_the_scripts_and_three_modules_are_at_the_top_level():
         assert not list(ROOT.glob(pattern))
 
 
-def test_every_folder_with_code_is_a_room():
+def test_every_package_has_a_level():
     """As above, for folders."""
     folders = {p.parent.relative_to(ROOT).parts[0] for p in ROOT.glob("[!.]*/*.py")}
     assert folders - {"tests", "benchmarks"} == {r for r in LEVEL if (ROOT / r).is_dir()}
 
 
 @pytest.mark.parametrize("name", FILES)
-def test_a_module_imports_only_from_below_and_from_its_own_room(name):
-    """utils.py imported the models, so nothing was lower than they are, and no part could be read,
-    or used, without the others."""
+def test_a_module_imports_only_from_below_and_from_its_own_package(name):
+    """utils.py imported the models, so that no module could be read or used without them."""
     for imported in IMPORTS[name] - {name}:
-        below = LEVEL[room(imported)] < LEVEL[room(name)]
-        assert below or room(imported) == room(name), f"{name} imports {imported}"
+        below = LEVEL[package(imported)] < LEVEL[package(name)]
+        assert below or package(imported) == package(name), f"{name} imports {imported}"
 
 
-def test_no_module_imports_itself_by_way_of_others():
-    """An import inside a function hid such a cycle; here it counts too."""
-    graph = {name: imports - {name, room(name)} for name, imports in IMPORTS.items()}
+def test_no_circular_imports():
+    """An import inside a function hid a cycle; those count here too."""
+    graph = {name: imports - {name, package(name)} for name, imports in IMPORTS.items()}
     try:
         TopologicalSorter(graph).prepare()
     except CycleError as error:
@@ -96,12 +95,12 @@ def test_utils_imports_nothing_of_the_project():
 
 
 def test_distributed_does_not_import_the_models():
-    """What connects processes imported the models, by way of utils.py."""
+    """It imported the models indirectly, through utils.py."""
     code = "import sys, runs.distributed; print(*sys.modules)"
     run = subprocess.run(
         [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
     )
-    loaded = {name for name in run.stdout.split() if room(name) in LEVEL}
+    loaded = {name for name in run.stdout.split() if package(name) in LEVEL}
     assert loaded == {"utils", "runs", "runs.distributed"}
 
 
@@ -113,7 +112,7 @@ def functions(path):
 
 @pytest.mark.parametrize("name", FILES)
 def test_no_function_is_long(name):
-    """The parser of the flags had 128 lines and the training loop 79. Lists of things, such as
+    """The parser of the flags had 128 lines and the training loop 79. Lists, such as those of
     flags, are tables outside of functions."""
     for function in functions(FILES[name]):
         lines = function.end_lineno - function.lineno + 1

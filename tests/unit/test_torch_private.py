@@ -55,8 +55,8 @@ CHANGES = [missing, without_backend, with_other_arguments, with_other_results, w
 
 
 @pytest.fixture(autouse=True)
-def choose_anew():
-    """The choices of other tests do not count here, nor those made here in other tests."""
+def clear_choices():
+    """Choices are cached: neither those of other tests may count here, nor these elsewhere."""
     torch_private.choose.cache_clear()
     yield
     torch_private.choose.cache_clear()
@@ -82,15 +82,15 @@ def assert_equals_plain(precision):
 
 
 def test_every_private_function_is_tested():
-    """One that is added must be broken here too."""
+    """A new private function must be added to PRIVATE."""
     assert PRIVATE.keys() == torch_private.FUNCTIONS.keys()
 
 
 @pytest.mark.parametrize("precision", TOLERANCE)
 @pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__)
 @pytest.mark.parametrize("name", PRIVATE)
-def test_training_does_without_a_private_function(name, change, precision, monkeypatch, capsys):
-    """A torch without one, or with a changed one, ended training or would have spoilt it."""
+def test_training_works_without_a_private_function(name, change, precision, monkeypatch, capsys):
+    """A release of torch without one, or with a changed one, would make training fail or wrong."""
     place, attribute = PRIVATE[name]
     monkeypatch.setattr(place, attribute, change(getattr(place, attribute)))
     assert_equals_plain(precision)
@@ -100,8 +100,8 @@ def test_training_does_without_a_private_function(name, change, precision, monke
     assert f"no usable {name}: a slower one takes its place" in err
 
 
-def test_training_does_without_any_private_function(monkeypatch, capsys):
-    """Their public equivalents were only tried one at a time."""
+def test_training_works_without_any_private_function(monkeypatch, capsys):
+    """Their public equivalents were only tested one at a time."""
     for place, attribute in PRIVATE.values():
         monkeypatch.setattr(place, attribute, missing(getattr(place, attribute)))
     assert_equals_plain("fp32")
@@ -111,7 +111,7 @@ def test_training_does_without_any_private_function(monkeypatch, capsys):
 @pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="this torch has no oneDNN")
 @pytest.mark.parametrize("precision", TOLERANCE)
 def test_the_private_functions_are_chosen_where_they_work(precision, capsys):
-    """A trial that always fails would make training slower with every test still passing."""
+    """A trial that always failed would slow down training, and no other test would see it."""
     assert_equals_plain(precision)
     for name, (private, _, _) in torch_private.FUNCTIONS.items():
         assert torch_private.choose(name) is private

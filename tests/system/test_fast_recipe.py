@@ -1,0 +1,231 @@
+"""--recipe and the flags that it sets, through the command line."""
+
+import math
+import re
+from dataclasses import fields
+
+import pytest
+import torch
+from conftest import TINY
+from test_misuse import help_of
+from test_training import assert_equal_weights, records
+
+from models import ImageTransformer, ModelConfig
+from runs import checkpoints
+from runs.recipes import Settings
+
+DIGITS = ["--dataset", "digits", *TINY, "--batch_size", 8, "--evaluate_images", 8]
+FAST = ["main.py", *DIGITS, "--recipe", "fast"]
+NAMES = [field.name for field in fields(Settings) if field.name != "recipe"]
+
+
+def train(succeed, *flags):
+    """The settings and the config of a run of two iterations."""
+    succeed("main.py", *DIGITS, "--iterations", 2, "--save_to", "w.pth", *flags)
+    checkpoint = checkpoints.load("w.pth")
+    assert checkpoint["optimizer"] == checkpoint["settings"]["optimizer"]
+    return checkpoint["settings"], checkpoint["config"]
+
+
+def test_paper_is_the_default(succeed):
+    """With the settings and the model that there were before there were recipes."""
+    settings, config = train(succeed)
+    assert settings == {
+        "recipe": "paper", "optimizer": "radam", "lr": 1e-4, "muon_lr": 0.02, "weight_decay": 0.01,
+        "clip_norm": 1.0, "lr_schedule": "constant", "warmup": 0,
+    }  # fmt: skip
+    assert (config["dropout"], config["neighbours"], config["width"]) == (0.1, False, 0)
+    assert train(succeed, "--recipe", "paper") == (settings, config)
+
+
+def test_fast_sets_what_the_help_says(call, succeed):
+    """And nothing else."""
+    settings, config = train(succeed, "--recipe", "fast")
+    paper, plain = train(succeed, "--recipe", "paper")
+    out = " ".join(call("main.py", "--help").out.split("options:")[1].split())
+    defaults = re.compile(r"\(default: ([^,)]+)(?:, fast: ([^,)]+))?\)")
+    for name in NAMES:
+        default, fast = defaults.search(out.rsplit(f" --{name} ", 1)[1]).groups()
+        assert str(paper[name]) == default, name
+        assert str(settings[name]) == (fast or default), name
+    assert "(default: 0.1, fast: 0.0)" in help_of(call, "main.py", "dropout")
+    text = help_of(call, "main.py", "recipe")
+    for part in ("fast: Muon, a cosine schedule, no dropout, and --neighbours", "(default: paper)"):
+        assert part in text
+    changed = {name for name in config if config[name] != plain[name]}
+    assert changed == {"dropout", "neighbours", "width", "channels"}
+    assert (config["dropout"], config["neighbours"]) == (0.0, True)
+    assert (config["width"], config["channels"]) == (8, 1)
+
+
+@pytest.mark.parametrize(
+    ("flags", "name", "value"),
+    [
+        (["--optimizer", "adam"], "optimizer", "adam"),
+        (["--no-neighbours"], "neighbours", False),
+        (["--lr", 1e-3], "lr", 1e-3),
+        (["--muon_lr", 0.5], "muon_lr", 0.5),
+        (["--lr_schedule", "constant"], "lr_schedule", "constant"),
+        (["--warmup", 0], "warmup", 0),
+        (["--weight_decay", 0], "weight_decay", 0),
+        (["--dropout", 0.1], "dropout", 0.1),
+        (["--n_layers", 1], "n_layers", 1),
+    ],
+    ids=lambda x: x[0] if isinstance(x, list) else "",
+)
+def test_each_part_can_be_overridden(succeed, flags, name, value):
+    """And the others stay; a value of 0 is one, too."""
+    fast = {k: v for part in train(succeed, "--recipe", "fast") for k, v in part.items()}
+    own = {k: v for part in train(succeed, "--recipe", "fast", *flags) for k, v in part.items()}
+    changed = {k for k in fast if own[k] != fast[k]}
+    assert own[name] == value
+    assert changed == {name} | ({"width", "channels"} if name == "neighbours" else set())
+
+
+def test_every_part_of_the_fast_recipe_can_be_had_without_it(succeed):
+    """The recipe is its flags: to the bit."""
+    succeed(*FAST, "--iterations", 4, "--save_to", "recipe.pth")
+    flags = ["--optimizer", "muon", "--lr", 4e-3, "--muon_lr", 0.02, "--lr_schedule", "cosine"]
+    flags += ["--warmup", 100, "--dropout", 0, "--neighbours"]
+    succeed("main.py", *DIGITS, *flags, "--iterations", 4, "--save_to", "flags.pth")
+    assert_equal_weights("recipe.pth", "flags.pth")
+
+
+def test_a_run_continues_with_its_own_recipe_and_settings(call, succeed):
+    """Without the flag, and with it; another is refused, by its name."""
+    command = [*FAST, "--iterations", 8, "--lr", 1e-3, "--warmup", 3, "--save_to"]
+    succeed(*command, "whole.pth")
+    succeed(*command, "w.{}.pth", "--save_frequency", 4)
+    again = ["main.py", *DIGITS, "--iterations", 8, "--continue_from", "w.4.pth", "--save_to"]
+    succeed(*again, "next.pth")
+    succeed(*again, "same.pth", "--recipe", "fast")
+    for name in ("next.pth", "same.pth"):
+        assert checkpoints.load(name)["settings"] == checkpoints.load("whole.pth")["settings"]
+        assert_equal_weights(name, "whole.pth")
+    for flags in (["--recipe", "paper"], ["--optimizer", "radam"], ["--no-neighbours"]):
+        result = call(*again, "no.pth", *flags)
+        assert result.status == 2
+        assert f"{' '.join(flags)} contradicts the checkpoint" in result.err
+
+
+def test_dropout_may_change_on_the_way(succeed):
+    """Also from the recipe's none; the rest of the model is the checkpoint's."""
+    succeed(*FAST, "--iterations", 1, "--save_to", "w.pth")
+    more = ["main.py", *DIGITS, "--continue_from", "w.pth", "--save_to", "w.pth"]
+    succeed(*more, "--iterations", 2, "--dropout", 0.2)
+    config = checkpoints.load("w.pth")["config"]
+    assert (config["dropout"], config["neighbours"]) == (0.2, True)
+    succeed(*more, "--iterations", 3)
+    assert checkpoints.load("w.pth")["config"] == config
+
+
+def test_records_carry_rates_and_images(succeed, tmp_path):
+    """Of every iteration, by the schedule; images are those of all processes and parts."""
+    flags = ["--iterations", 8, "--warmup", 3, "--log_frequency", 1, "--accumulate", 2]
+    succeed(*FAST, *flags, "--metrics_file", "m.jsonl", "--evaluate_frequency", 5)
+    written = records(tmp_path / "m.jsonl")
+    assert all(record["images"] == 16 * record["iteration"] for record in written)
+    assert {record["split"] for record in written} == {"train", "test"}
+    for record in written:
+        if record["split"] == "train":
+            i = record["iteration"]
+            factor = min(1, i / 3) * 0.5 * (1 + math.cos(math.pi * (i - 1) / 8))
+            assert math.isclose(record["lr"], 4e-3 * factor)
+            assert math.isclose(record["muon_lr"], 0.02 * factor)
+    succeed("main.py", *DIGITS, "--iterations", 1, "--metrics_file", "paper.jsonl")
+    first = records(tmp_path / "paper.jsonl")[0]
+    assert (first["lr"], first["images"]) == (1e-4, 8)
+    assert "muon_lr" not in first
+
+
+def test_rates_change_on_a_continued_run(succeed, tmp_path):
+    """And stay changed when it continues once more."""
+    constant = [*DIGITS, "--recipe", "fast", "--lr_schedule", "constant", "--warmup", 0]
+    succeed("main.py", *constant, "--iterations", 1, "--save_to", "w.pth")
+    more = ["main.py", *DIGITS, "--continue_from", "w.pth", "--save_to", "w.pth"]
+    more += ["--metrics_file", "m.jsonl", "--log_frequency", 1]
+    succeed(*more, "--iterations", 2, "--lr", 0.5, "--muon_lr", 0.25)
+    succeed(*more, "--iterations", 3)
+    written = [record for record in records(tmp_path / "m.jsonl") if record["split"] == "train"]
+    assert [(r["iteration"], r["lr"], r["muon_lr"]) for r in written] == [
+        (2, 0.5, 0.25), (3, 0.5, 0.25),
+    ]  # fmt: skip
+
+
+def test_the_schedule_ends_with_the_run(succeed, tmp_path):
+    """A run that continues over more iterations takes the rates of the longer schedule."""
+    cosine = ["--lr_schedule", "cosine", "--metrics_file", "m.jsonl", "--log_frequency", 1]
+    cosine += ["--save_to", "w.{}.pth", "--continue_from", "w.{}.pth"]
+    succeed("main.py", *DIGITS, *cosine, "--iterations", 4)
+    succeed("main.py", *DIGITS, *cosine, "--iterations", 8)
+    rates = [r["lr"] for r in records(tmp_path / "m.jsonl") if r["split"] == "train"]
+    ends = [4] * 4 + [8] * 4
+    for i, (rate, end) in enumerate(zip(rates, ends, strict=True)):
+        assert math.isclose(rate, 1e-4 * 0.5 * (1 + math.cos(math.pi * i / end)))
+
+
+@pytest.mark.parametrize("optimizer", ["radam", "adam"])
+def test_a_checkpoint_without_settings_keeps_its_optimiser(call, succeed, optimizer):
+    """Earlier versions stored only its name; and there was one recipe."""
+    first = ["--iterations", 2, "--optimizer", optimizer, "--save_to", "w.pth"]
+    succeed("main.py", *DIGITS, *first)
+    old = torch.load("w.pth", weights_only=True)
+    del old["settings"]
+    torch.save(old, "old.pth")
+    command = ["main.py", *DIGITS, "--iterations", 4, "--save_to"]
+    succeed(*command, "new.pth", "--continue_from", "old.pth")
+    succeed(*command, "same.pth", "--continue_from", "w.pth")
+    assert_equal_weights("new.pth", "same.pth")
+    assert checkpoints.load("new.pth")["settings"] == checkpoints.load("w.pth")["settings"]
+    succeed("prediction.py", "old.pth", "--offset", 60)
+    for flags in (["--recipe", "fast"], ["--optimizer", "muon"]):
+        result = call(*command, "no.pth", "--continue_from", "old.pth", *flags)
+        assert result.status == 2
+        assert f"{' '.join(flags)} contradicts the checkpoint" in result.err
+
+
+def test_samples_of_a_model_with_neighbours(succeed, fast_checkpoint, colour_folder, tmp_path):
+    """Grey and colour, by both samplers, compiled and not: the same images."""
+    colour = ["--dataset", colour_folder, *TINY, "--batch_size", 4, "--recipe", "fast"]
+    succeed("main.py", *colour, "--iterations", 3, "--save_to", "colour.pth")
+    variants = (["--recurrent", "--compile"], ["--recurrent", "--no-compile"], ["--compile"])
+    for checkpoint in (fast_checkpoint, "colour.pth"):
+        images = []
+        for i, flags in enumerate(variants):
+            sample = ["prediction.py", checkpoint, "--index", "0-3", "--offset", 20, *flags]
+            succeed(*sample, "--device", "cpu", "--save_image", f"{i}.{{}}.{{}}.png")
+            images.append([(tmp_path / f"{i}.pred.{n}.png").read_bytes() for n in range(3)])
+        assert images[0] == images[1] == images[2]
+
+
+def test_random_weights_may_have_neighbours(succeed, tmp_path):
+    command = ["prediction.py", "-", "--dataset", "digits", *TINY, "--offset", 60]
+    succeed(*command, "--neighbours", "--save_grid", "with.png")
+    assert (tmp_path / "with.png").exists()
+
+
+@pytest.mark.parametrize("attention_type", ["causal-linear", "full"])
+def test_muon_trains_the_papers_architecture(succeed, attention_type):
+    """The checkpoint has the weights of the original, which its loader reads strictly."""
+    flags = ["--optimizer", "muon", "--attention_type", attention_type]
+    train(succeed, *flags)
+    checkpoint = torch.load("w.pth", weights_only=True)
+    sizes = {"n_layers": 2, "n_heads": 2, "d_query": 8, "mixtures": 3}
+    plain = ImageTransformer(ModelConfig(64, attention_type=attention_type, **sizes))
+    assert list(plain.state_dict()) == list(checkpoint["model_state"])
+    plain.load_state_dict(checkpoint["model_state"], strict=True)
+    groups = checkpoint["optimizer_state"]["param_groups"]
+    numbers = [number for group in groups for number in group["params"]]
+    assert numbers == list(range(sum(1 for _ in plain.parameters())))
+
+
+def test_bfloat16_trains_the_fast_recipe(succeed, tmp_path):
+    """As float32 does, within a fiftieth."""
+    bits = {}
+    for precision in ("fp32", "bf16-emulated"):
+        file = tmp_path / f"{precision}.jsonl"
+        flags = ["--iterations", 6, "--warmup", 0, "--precision", precision]
+        succeed(*FAST, *flags, "--metrics_file", file, "--log_frequency", 1)
+        bits[precision] = [r["bits_per_dim"] for r in records(file)]
+    for a, b in zip(*bits.values(), strict=True):
+        assert math.isclose(a, b, rel_tol=0.02)
