@@ -31,7 +31,7 @@ def main():
           f"temperature {args.temperature:g}")  # fmt: skip
 
 
-def train_classifier(seed, epochs=4):
+def train_classifier(seed, epochs=12):
     """A small convolutional network trained on the embedded digits, in about a minute."""
     torch.manual_seed(seed)
     images, labels = datasets.load("mnist-10k", ".", train=True).images, datasets.mnist_10k_labels()
