@@ -1,0 +1,61 @@
+"""A step whose gradient is not finite changes nothing and names it."""
+
+import copy
+import math
+
+import pytest
+import torch
+
+from models import ImageTransformer, ModelConfig
+from runs.optimizers import make_optimizer
+from runs.recipes import Settings
+from runs.training import NegativeLogLikelihood, train_step
+from utils import UserError
+
+
+@pytest.mark.parametrize("factor", [math.inf, math.nan])
+def test_a_gradient_that_is_not_finite_is_named(factor):
+    """Before it changes any weight."""
+    model = ImageTransformer(ModelConfig(8, n_layers=1, n_heads=1, d_query=4))
+    model.transformer.layers[0].norm1.weight.register_hook(lambda g: g * factor)
+    before = copy.deepcopy(model.state_dict())
+    optimizer = torch.optim.SGD(model.parameters(), lr=1)
+    images = torch.zeros(4, 8, dtype=torch.uint8)
+    name = "transformer.layers.0.norm1.weight"
+    with pytest.raises(UserError, match=f"iteration 3: the gradient of {name} is not finite"):
+        train_step(
+            NegativeLogLikelihood(model),
+            optimizer,
+            images,
+            seed=0,
+            iteration=3,
+            accumulate=2,
+            precision="fp32",
+            clip_norm=1,
+        )
+    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize("name", ["radam", "adam", "muon"])
+def test_a_gradient_that_is_not_finite_changes_no_moments(name):
+    """Nor weights: a run that is started again continues as if the step had not been tried."""
+    model = ImageTransformer(ModelConfig(8, n_layers=1, n_heads=1, d_query=4))
+    settings = Settings(optimizer=name)
+    optimizer, nll = make_optimizer(model, settings), NegativeLogLikelihood(model)
+    images = torch.randint(0, 256, (4, 8), dtype=torch.uint8)
+    step = {"seed": 0, "accumulate": 2, "precision": "fp32", "clip_norm": 1}
+    train_step(nll, optimizer, images, iteration=1, **step)
+    weight = model.transformer.layers[0].linear1.weight
+    moments = {p: copy.deepcopy(state) for part in getattr(optimizer, "parts", [optimizer])
+               for p, state in part.state.items()}  # fmt: skip
+    assert len(moments) == len(list(model.parameters()))
+    before = copy.deepcopy(model.state_dict())
+    weight.register_hook(lambda gradient: gradient * math.inf)
+    message = "iteration 2: the gradient of transformer.layers.0.linear1.weight is not finite"
+    with pytest.raises(UserError, match=message):
+        train_step(nll, optimizer, images, iteration=2, **step)
+    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+    for part in getattr(optimizer, "parts", [optimizer]):
+        for parameter, state in part.state.items():
+            for key, value in state.items():
+                assert torch.equal(torch.as_tensor(value), torch.as_tensor(moments[parameter][key]))
