@@ -10,7 +10,8 @@ import torch
 from torch import nn
 
 from layers import mixture
-from layers.attention import LinearAttention, SoftmaxAttention
+from layers.attention import KVCache, LinearAttention, SoftmaxAttention
+from layers.convolution import ShortConvolution, convolution_offsets
 from layers.dropout import Dropout, DropoutNoise, draw_keys
 from layers.neighbours import Neighbours
 from layers.ops import PlainOps
@@ -53,6 +54,19 @@ class ModelConfig:
         layer = 12 * self.d_model**2 + 13 * self.d_model
         rest = 130 * self.d_model + 3 * self.mixtures * (self.d_model + 1)
         return self.n_layers * layer + rest
+
+
+@dataclass
+class LayerState:
+    """What a layer keeps of the positions so far, updated in place."""
+
+    attention: tuple | KVCache
+    inputs: torch.Tensor | None  # (N, R, D), the last inputs, for the short convolution
+
+    @property
+    def tensors(self):
+        """All tensors, of causal linear attention: S, Z and perhaps the inputs."""
+        return [tensor for tensor in (*self.attention, self.inputs) if tensor is not None]
 
 
 class PositionalEncoding(nn.Module):
@@ -101,12 +115,15 @@ class AttentionLayer(nn.Module):
 
 class EncoderLayer(nn.Module):
     """Attention, then a feed-forward network of width 4D, each followed by a residual sum and a
-    layer norm."""
+    layer norm; with `neighbours`, a short convolution before them."""
 
     def __init__(self, config, noise, ops):
         super().__init__()
         D = config.d_model
-        self.ops = ops
+        self.ops, self.convolution = ops, None
+        if config.neighbours:
+            offsets = convolution_offsets(config.length, config.width, config.channels)
+            self.convolution = ShortConvolution(D, offsets, ops)
         self.attention = AttentionLayer(config, ops)
         self.linear1 = nn.Linear(D, 4 * D)
         self.linear2 = nn.Linear(4 * D, D)
@@ -114,10 +131,19 @@ class EncoderLayer(nn.Module):
         self.norm2 = nn.LayerNorm(D)
         self.dropout = Dropout(config.dropout, noise, ops)
 
-    def forward(self, x, state):
-        x = self.ops.add_norm(x, self.dropout(self.attention(x, state)), self.norm1)
+    def forward(self, x, positions, state=None):
+        if self.convolution:
+            x = self.convolution(x, positions, state and state.inputs)
+        attended = self.attention(x, state and state.attention)
+        x = self.ops.add_norm(x, self.dropout(attended), self.norm1)
         y = self.dropout(self.ops.linear(x, self.linear1, activation="relu"))  # (N, L, 4D)
         return self.ops.add_norm(x, self.dropout(self.ops.linear(y, self.linear2)), self.norm2)
+
+    def empty_state(self, n_images, config, like):
+        """The `LayerState` before the first position; `like` has its type and device."""
+        sizes = n_images, config.n_heads, config.d_query, config.length - 1
+        inputs = self.convolution and self.convolution.empty_state(n_images, like)
+        return LayerState(self.attention.attend.empty_state(*sizes, like=like), inputs)
 
 
 class Transformer(nn.Module):
@@ -129,9 +155,9 @@ class Transformer(nn.Module):
         self.layers = nn.ModuleList(layers)
         self.norm = nn.LayerNorm(config.d_model)
 
-    def forward(self, x, states):
+    def forward(self, x, positions, states):
         for layer, state in zip(self.layers, states, strict=True):
-            x = layer(x, state)
+            x = layer(x, positions, state)
         return self.norm(x)
 
 
@@ -176,14 +202,14 @@ class ImageTransformer(nn.Module):
         if self.neighbours:
             neighbours = self.neighbours(images, positions)  # (N, P, features)
             x = x + self.ops.linear(neighbours, self.neighbour_projection)
-        x = self.encode(x, states)  # (N, P, D)
+        x = self.encode(x, positions, states)  # (N, P, D)
         if self.neighbours:
             x = torch.cat([x, neighbours.to(x.dtype)], dim=-1)
         return self.ops.linear(x[:, -1:] if last_only else x, self.predictor)
 
-    def encode(self, x, states):
-        """The transformer: (N, P, D) -> (N, P, D)."""
-        return self.transformer(x, states or [None] * self.config.n_layers)
+    def encode(self, x, positions, states):
+        """The transformer: (N, P, D) at `positions` (P,) -> (N, P, D)."""
+        return self.transformer(x, positions, states or [None] * self.config.n_layers)
 
     def forward(self, images, keys=None):
         """Parameters (N, L, 3K) of the distribution of the byte after each of `images` (N, L)."""
@@ -221,12 +247,8 @@ class ImageTransformer(nn.Module):
 
     def empty_states(self, n_images):
         """One state per layer, for `n_images` images before their first byte is read."""
-        config = self.config
-        sizes = n_images, config.n_heads, config.d_query, config.length - 1
-        return [
-            layer.attention.attend.empty_state(*sizes, like=self.predictor.weight)
-            for layer in self.transformer.layers
-        ]
+        like = self.predictor.weight
+        return [layer.empty_state(n_images, self.config, like) for layer in self.transformer.layers]
 
 
 def positions_of(images):

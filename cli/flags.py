@@ -134,8 +134,8 @@ MODEL = {
     },
     "neighbours": {
         "action": argparse.BooleanOptionalAction,
-        "help": "show the network the pixels around the byte to be predicted (a masked "
-        "convolution of the image)",
+        "help": "show the network the pixels around the byte to be predicted: a masked "
+        "convolution of the image, and a short convolution in each layer",
     },
 }
 # Fields of ModelConfig that follow from the data set.

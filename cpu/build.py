@@ -52,8 +52,8 @@ def check_compiler():
 
 
 def cache_path(source, sizes):
-    """Where the library of a C++ file, compiled for sizes {macro: int}, is cached, and the command
-    that compiles it.
+    """Where the library of a C++ file, compiled for sizes {macro: value}, is cached, and the
+    command that compiles it.
 
     The name is a hash of everything that determines the library: the sources, the flags, and the
     compiler's predefined macros, which include its version and the CPU's instruction sets.

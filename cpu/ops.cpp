@@ -1,6 +1,7 @@
 // Operations of training and evaluation on CPUs: causal linear attention and its gradient
 // (linear_quadratic of layers/attention.py, computed as a recurrence), the layer norm of a residual
-// sum (add_norm of layers/ops.py), and dropout (keep_mask of layers/dropout.py).
+// sum and the short convolution (add_norm, short_convolution of layers/ops.py), and dropout
+// (keep_mask of layers/dropout.py).
 //
 // Tensors are float32 or bfloat16; everything between reading and writing a row is float32. The
 // compile-time constants are those of common.h.
@@ -184,6 +185,73 @@ void norm(const T* y, const X* x, const float* weight, const float* bias, X* sum
     });
 }
 
+// Where the short convolution of sequences (length, width) looks: `taps` positions before.
+struct Taps {
+    const int64_t* offsets;
+    int64_t length, width, taps;
+
+    int64_t size() const { return length * width; }  // of an image
+};
+
+// target += factors * source for a row of `width` numbers.
+template <class S, class T>
+inline void add_product(float* __restrict target, const S* __restrict factors,
+                        const T* __restrict source, int64_t width) {
+    for (int64_t d = 0; d < width; d++) target[d] += load(factors[d]) * load(source[d]);
+}
+
+// One image: y_i = x_i + the sum of weight_k x_(i - offset_k).
+template <class T>
+void convolve_image(const T* x, const float* weight, T* y, Taps taps) {
+    std::vector<float> row(taps.width);
+    for (int64_t i = 0; i < taps.length; i++) {
+        for (int64_t d = 0; d < taps.width; d++) row[d] = load(x[i * taps.width + d]);
+        for (int64_t k = 0; k < taps.taps; k++)
+            if (int64_t from = i - taps.offsets[k]; from >= 0)
+                add_product(row.data(), weight + k * taps.width, x + from * taps.width,
+                            taps.width);
+        for (int64_t d = 0; d < taps.width; d++) store(y + i * taps.width + d, row[d]);
+    }
+}
+
+// The gradients of one image: of x_i that of y_i and the sum of weight_k times those of
+// y_(i + offset_k), and of weight_k the sum of x_i times those of y_(i + offset_k).
+template <class T>
+void convolve_image_backward(const T* x, const float* weight, const T* g, T* inputs,
+                             float* weights, Taps taps) {
+    std::vector<float> row(taps.width);
+    std::fill_n(weights, taps.taps * taps.width, 0.f);
+    for (int64_t i = 0; i < taps.length; i++) {
+        for (int64_t d = 0; d < taps.width; d++) row[d] = load(g[i * taps.width + d]);
+        for (int64_t k = 0; k < taps.taps; k++) {
+            int64_t to = i + taps.offsets[k];
+            if (to >= taps.length) continue;
+            const T* later = g + to * taps.width;
+            add_product(row.data(), weight + k * taps.width, later, taps.width);
+            add_product(weights + k * taps.width, x + i * taps.width, later, taps.width);
+        }
+        for (int64_t d = 0; d < taps.width; d++) store(inputs + i * taps.width + d, row[d]);
+    }
+}
+
+template <class T>
+void convolve(const T* x, const float* weight, T* y, int64_t images, Taps taps, int threads) {
+    run_tasks(images, threads, [=](int64_t n) {
+        convolve_image(x + n * taps.size(), weight, y + n * taps.size(), taps);
+    });
+}
+
+// `weights` (N, taps, width) are those of each image, to be summed.
+template <class T>
+void convolve_backward(const T* x, const float* weight, const T* g, T* inputs, float* weights,
+                       int64_t images, Taps taps, int threads) {
+    run_tasks(images, threads, [=](int64_t n) {
+        int64_t at = n * taps.size();
+        convolve_image_backward(x + at, weight, g + at, inputs + at,
+                                weights + n * taps.taps * taps.width, taps);
+    });
+}
+
 // keep_mask of layers/dropout.py: a hash of an element's index and its image's two keys.
 inline bool keep(uint32_t place, uint32_t first, uint32_t second, uint32_t threshold) {
     uint32_t x = place ^ first;
@@ -231,6 +299,18 @@ void drop(const T* x, T* y, const uint32_t* keys, int64_t images, int64_t size, 
     extern "C" void backward_##NAME(const T* qkv, const T* g, T* gradients, int64_t images,       \
                                     int64_t length, int64_t heads, int64_t threads) {             \
         backward(qkv, g, gradients, {images, length, heads}, threads);                            \
+    }                                                                                             \
+    extern "C" void convolve_##NAME(const T* x, const float* weight, const int64_t* offsets, T* y,  \
+                                    int64_t images, int64_t length, int64_t width, int64_t taps,  \
+                                    int64_t threads) {                                            \
+        convolve(x, weight, y, images, {offsets, length, width, taps}, threads);                  \
+    }                                                                                             \
+    extern "C" void convolve_backward_##NAME(                                                     \
+        const T* x, const float* weight, const int64_t* offsets, const T* g, T* inputs,           \
+        float* weights, int64_t images, int64_t length, int64_t width, int64_t taps,              \
+        int64_t threads) {                                                                        \
+        convolve_backward(x, weight, g, inputs, weights, images, {offsets, length, width, taps},  \
+                          threads);                                                               \
     }                                                                                             \
     extern "C" void drop_##NAME(const T* x, T* y, const uint32_t* keys, int64_t images,           \
                                 int64_t size, int64_t threshold, int64_t threads, float scale) {  \

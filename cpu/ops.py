@@ -55,6 +55,9 @@ class CompiledOps(PlainOps):
         y = y if x.dtype == torch.float32 else y.to(x.dtype)
         return AddNorm.apply(self.library, x, y, norm.weight, norm.bias)
 
+    def short_convolution(self, x, weight, offsets):
+        return ShortConvolution.apply(self.library, x, weight, offsets)
+
     def dropout(self, x, keys, threshold):
         return Dropout.apply(self.library, x, keys, threshold)
 
@@ -116,6 +119,35 @@ class AddNorm(torch.autograd.Function):
         # In bfloat16 torch would also sum the gradients of weight and bias in bfloat16.
         inputs, *parameters = backward(gradient.float().contiguous(), sums.float(), *others)
         return None, inputs.to(sums.dtype), inputs.to(ctx.y_type), *parameters
+
+
+class ShortConvolution(torch.autograd.Function):
+    """x (N, L, D) and its rows at T offsets before, times weight (T, D)."""
+
+    @staticmethod
+    def forward(ctx, library, x, weight, offsets):
+        ctx.library, ctx.offsets = library, torch.tensor(offsets)
+        x, weight = x.contiguous(), weight.contiguous()
+        ctx.save_for_backward(x, weight)
+        y = torch.empty_like(x)
+        check(x, y)
+        check(weight, types=(torch.float32,))
+        check_shape(weight, (len(offsets), x.shape[2]))
+        numbers = *x.shape, len(offsets), torch.get_num_threads()
+        call(library, f"convolve_{TYPES[x.dtype]}", (x, weight, ctx.offsets, y), numbers)
+        return y
+
+    @staticmethod
+    def backward(ctx, gradient):
+        x, weight = ctx.saved_tensors
+        gradient = gradient.contiguous()
+        inputs = torch.empty_like(x)
+        weights = x.new_empty(len(x), *weight.shape, dtype=torch.float32)  # of each image
+        check(gradient, inputs, types=(x.dtype,))
+        numbers = *x.shape, len(weight), torch.get_num_threads()
+        tensors = x, weight, ctx.offsets, gradient, inputs, weights
+        call(ctx.library, f"convolve_backward_{TYPES[x.dtype]}", tensors, numbers)
+        return None, inputs, weights.sum(0), None
 
 
 class Dropout(torch.autograd.Function):

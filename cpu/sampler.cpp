@@ -3,12 +3,14 @@
 // each byte.
 //
 // Compile-time constants, in addition to those of common.h: LAYERS, HEADS, MIXTURES, MIN_LOG_SCALE,
-// NEIGHBOURS (0: the model has none) and CHANNELS of layers/neighbours.py, and BF16: with 1 the
-// operands of the matrix products are bfloat16, with 0 float32. Everything else, including the sums
-// of the products, is float32. Loops over constant sizes are left to the compiler's vectoriser;
-// only the matrix product lays out its registers explicitly.
+// NEIGHBOURS (0: the model has none) and CHANNELS of layers/neighbours.py, OFFSETS of
+// layers/convolution.py in rising order (0: the model has none), and BF16: with 1 the operands of
+// the matrix products are bfloat16, with 0 float32. Everything else, including the sums of the
+// products, is float32. Loops over constant sizes are left to the compiler's vectoriser; only the
+// matrix product lays out its registers explicitly.
 
 #include <deque>
+#include <iterator>
 #include <limits>
 #include <type_traits>
 #ifdef __AVX512BF16__
@@ -29,6 +31,8 @@ constexpr int ROWS = 6, PANEL = LANES * VECTORS;
 // weights.
 constexpr int ROWS_PER_TEAM = 8;
 constexpr int D = HEADS * SIZE;
+constexpr int offsets[] = {OFFSETS};
+constexpr int TAPS = std::size(offsets), RECENT = offsets[TAPS - 1] + 1;
 
 constexpr int padded(int n) { return (n + PANEL - 1) / PANEL * PANEL; }
 
@@ -57,6 +61,9 @@ struct Layer {
     Linear<D, 4 * D> linear1;
     Linear<4 * D, D> linear2;
     Norm norm2;
+#if NEIGHBOURS
+    const float* convolution;  // (TAPS, D)
+#endif
 };
 
 struct Model {
@@ -69,7 +76,10 @@ struct Model {
 };
 
 struct State {
-    float *S, *Z;  // (N, HEADS, SIZE, SIZE), (N, HEADS, SIZE), contiguous
+    float *S, *Z;   // (N, HEADS, SIZE, SIZE), (N, HEADS, SIZE), contiguous
+#if NEIGHBOURS
+    float* inputs;  // (N, RECENT, D): the layer's input at position p in row p mod RECENT
+#endif
 };
 
 struct Job {
@@ -269,6 +279,24 @@ struct Member {
         }
     }
 
+#if NEIGHBOURS
+    // The short convolution of a layer's inputs.
+    void convolve(const Layer& layer, const State& state, int64_t position) {
+        share(team.n, [&](int64_t r) {
+            float *x = team.x[r], *inputs = state.inputs + (team.first + r) * RECENT * D;
+            std::copy_n(x, D, inputs + position % RECENT * D);
+            for (int k = 0; k < TAPS; k++) {
+                const float* weight = layer.convolution + k * D;
+                const float* earlier = inputs + (position + RECENT - offsets[k]) % RECENT * D;
+                for (int d = 0; d < D; d++) x[d] += weight[d] * earlier[d];
+            }
+            for (int d = 0; d < D; d++) store(team.input[r] + d, x[d]);
+        });
+    }
+#else
+    void convolve(const Layer&, const State&, int64_t) {}
+#endif
+
     // Writes the norm of the row read(0), ..., read(D - 1) to x of image r and to the next input.
     template <class Read>
     void write_norm(int64_t r, const Norm& norm, Read read) {
@@ -336,6 +364,7 @@ struct Member {
         for (int64_t position = job.first; position < job.last; position++) {
             embed(position);
             for (int l = 0; l < LAYERS; l++) {
+                convolve(job.model->layers[l], job.states[l], position);
                 attention_block(job.model->layers[l], job.states[l]);
                 feed_forward_block(job.model->layers[l]);
             }

@@ -6,6 +6,7 @@ import torch
 from torch.nn.functional import pad
 
 from cpu.build import load_library
+from layers.convolution import convolution_offsets
 from layers.neighbours import neighbour_count
 
 SOURCE = "sampler.cpp"
@@ -19,9 +20,10 @@ def sizes(config, precision):
     sizes = {"LAYERS": config.n_layers, "HEADS": config.n_heads, "SIZE": config.d_query}
     sizes |= {"MIXTURES": config.mixtures, "BF16": int(precision == "bf16")}
     if not config.neighbours:
-        return sizes | {"NEIGHBOURS": 0, "CHANNELS": 1}
-    count = neighbour_count(config.channels)
-    return sizes | {"NEIGHBOURS": count, "CHANNELS": config.channels}
+        return sizes | {"NEIGHBOURS": 0, "CHANNELS": 1, "OFFSETS": 0}
+    offsets = convolution_offsets(config.length, config.width, config.channels)
+    sizes |= {"NEIGHBOURS": neighbour_count(config.channels), "CHANNELS": config.channels}
+    return sizes | {"OFFSETS": ",".join(map(str, offsets))}
 
 
 def pack(linears, panel, dtype):
@@ -72,12 +74,12 @@ class CompiledDecoder:
         if first + count >= length:
             raise ValueError(f"{count} bytes after byte {first} are more than an image has")
         parameters = torch.empty(n, 3 * self.config.mixtures)
-        sums = [tensor for state in batch.states for tensor in state]
+        states = [tensor for state in batch.states for tensor in state.tensors]
         check(batch.images, torch.int64)
-        for tensor in (batch.noise, *sums):
+        for tensor in (batch.noise, *states):
             check(tensor, torch.float32)
         failed = self.library.sample(
-            *(addresses(self.tensors), addresses(sums)),
+            *(addresses(self.tensors), addresses(states)),
             *(ctypes.c_void_p(x.data_ptr()) for x in (batch.images, batch.noise, parameters)),
             *(ctypes.c_int64(number) for number in (n, length, first, first + count)),
             ctypes.c_float(batch.temperature),
@@ -107,6 +109,8 @@ def pack_model(model, panel, dtype):
         tensors += [layer.norm1.weight.float(), layer.norm1.bias.float()]
         tensors += pack([layer.linear1], panel, dtype) + pack([layer.linear2], panel, dtype)
         tensors += [layer.norm2.weight.float(), layer.norm2.bias.float()]
+        if layer.convolution:
+            tensors.append(layer.convolution.weight.float())
     tensors += [model.transformer.norm.weight.float(), model.transformer.norm.bias.float()]
     predictor, D = model.predictor, model.config.d_model
     hidden, neighbours = predictor.weight[:, :D], predictor.weight[:, D:]  # (3K, .)

@@ -5,7 +5,7 @@ CPU; another device would need another subclass.
 """
 
 import torch
-from torch.nn.functional import relu
+from torch.nn.functional import pad, relu
 
 from layers.attention import linear_chunked
 from layers.dropout import drop
@@ -24,6 +24,16 @@ class PlainOps:
     def add_norm(self, x, y, norm):
         """The nn.LayerNorm `norm` of the residual sum x + y, (N, L, D)."""
         return norm(x + y)
+
+    def short_convolution(self, x, weight, offsets):
+        """x (N, L, D) plus, for each of T `offsets`, the same so many positions before times a row
+        of `weight` (T, D). Before the first position all is 0."""
+        L, longest = x.shape[1], max(offsets)
+        padded = pad(x, (0, 0, longest, 0))  # (N, longest + L, D)
+        for offset, row in zip(offsets, weight.to(x.dtype), strict=True):
+            start = longest - offset
+            x = x + row * padded[:, start : start + L]
+        return x
 
     def dropout(self, x, keys, threshold):
         """As `layers.dropout.drop`: x (N, ...), keys (N, 2)."""

@@ -68,6 +68,11 @@ KERNELS = {"causal-linear": CausalDotProduct, "local": LocalDotProduct}
 def check(config, device, precision, compiled):
     """Raise a `UserError` for flags with which the library cannot run this model."""
     kernel = KERNELS.get(config.attention_type)
+    if config.neighbours:
+        raise UserError(
+            "--neighbours: the layers of pytorch-fast-transformers have no short convolutions: "
+            "give --no-neighbours"
+        )
     if compiled is not None:
         raise UserError(
             f"--{'compile' if compiled else 'no-compile'} is for --backend native: leave it out, "
@@ -124,7 +129,7 @@ class ReferenceTransformer(ImageTransformer):
             # A tuple hides it from torch, which would list the shared weights twice.
             self.recurrence = (recurrence,)
 
-    def encode(self, x, states):
+    def encode(self, x, positions, states):
         """(N, L, D) -> (N, L, D), as the native model: by the parallel encoder or, with `states`,
         by the recurrent one, position after position. The library draws its dropout from torch's
         generator, not from the images' keys."""

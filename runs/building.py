@@ -69,6 +69,7 @@ def training_memory(config, batch_size, accumulate, evaluate_only):
 def sampling_memory(config, n_images):
     """A lower bound of the bytes that sampling needs: the weights, and the images' states."""
     per_channel = 2 * config.length if config.attention_type == "full" else config.d_query
+    per_channel += config.channels * config.width  # the last inputs of a short convolution, or 0
     states = n_images * config.n_layers * config.d_model * per_channel
     return 4 * (config.n_parameters + states)
 

@@ -3,6 +3,7 @@
 from itertools import islice
 
 import torch
+from torch import nn
 
 # Muon's learning rates are an order of magnitude above AdamW's, and so is its weight decay.
 MUON_WEIGHT_DECAY = 0.1
@@ -18,7 +19,9 @@ def make_optimizer(model, settings):
     """
     decay = settings.weight_decay
     if settings.optimizer == "muon":
-        matrices = [p for p in model.transformer.layers.parameters() if p.dim() == 2]
+        matrices = [
+            module.weight for module in model.transformer.modules() if isinstance(module, nn.Linear)
+        ]
         chosen = set(matrices)
         others = [p for p in model.parameters() if p not in chosen]
         return OptimizerPair(

@@ -244,6 +244,17 @@ def test_compile_flags_are_refused_for_the_other_backend(command, flag, call):
     assert "native" in result.err
 
 
+@pytest.mark.parametrize("command", [["main.py"], ["prediction.py", "-"]], ids=lambda c: c[0])
+def test_neighbours_are_refused_for_the_other_backend(command, call):
+    """Its layers have no short convolutions: the model would be another one."""
+    require_library()
+    model = ["--dataset", "digits", *TINY, "--backend", "fast-transformers"]
+    result = call(*command, *model, "--neighbours")
+    assert result.status == 2
+    assert result.err.count("\n") == 1
+    assert "--no-neighbours" in result.err
+
+
 def test_tensorboard_missing(call, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "torch.utils.tensorboard", None)
     result = call("main.py", *DIGITS, "--log_dir", "board")

@@ -134,6 +134,7 @@ def test_a_tiny_model_overfits_one_batch(attention_type):
 @ATTENTIONS
 def test_torch_can_compile_training_and_steps(attention_type):
     """As --compile does on a GPU: one graph for each, without graph breaks."""
+    torch._dynamo.reset()  # graphs of another length would make this one's variable
     sizes = {"dropout": 0.2, "attention_dropout": 0.0}
     model = make_model(dtype=torch.float32, attention_type=attention_type, **sizes).train()
     images, keys = make_images(), draw_keys(3, "cpu")

@@ -222,7 +222,7 @@ def test_a_prefix_is_predicted_as_in_the_whole_image(reference, attention_type):
 def test_local_attention_sees_as_many_bytes_as_asked_for(reference):
     model = make_reference(reference, make_config("local", n_layers=1, chunk_size=5))
     x = torch.randn(1, 20, model.config.d_model, requires_grad=True)
-    model.encode(x, None)[0, 12, 0].backward()
+    model.encode(x, None, None)[0, 12, 0].backward()
     assert x.grad[0].abs().sum(-1).nonzero().flatten().tolist() == [8, 9, 10, 11, 12]
 
 

@@ -128,10 +128,12 @@ class NoSynchronization(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def test_a_step_can_be_captured_as_a_cuda_graph():
+@pytest.mark.parametrize("neighbours", [False, True], ids=["plain", "neighbours"])
+def test_a_step_can_be_captured_as_a_cuda_graph(neighbours):
     """That takes no device synchronisation, and states that keep their addresses; and the bytes
     must be correct."""
-    config = ModelConfig(LENGTH, n_layers=2, n_heads=2, d_query=8, mixtures=3)
+    shape = {"neighbours": True, "width": 5, "channels": 1} if neighbours else {}
+    config = ModelConfig(LENGTH, n_layers=2, n_heads=2, d_query=8, mixtures=3, **shape)
     model = ImageTransformer(config).eval()
     images = torch.randint(0, 256, (4, LENGTH))
     expected, noise = images.clone(), image_noise(0, range(4), LENGTH)
@@ -140,14 +142,14 @@ def test_a_step_can_be_captured_as_a_cuda_graph():
         parameters, states = model.prefill(images[:, :5])
         images[:, 5] = mixture.sample(parameters, noise[:, 5])
         batch = Batch(images, noise, 1.0, torch.tensor([5]), states, torch.tensor(True))
-        places = [tensor.data_ptr() for state in states for tensor in state]
+        places = [tensor.data_ptr() for state in states for tensor in state.tensors]
         decoder = EagerDecoder(model)
         with NoSynchronization():
             for _ in range(6, LENGTH):
                 decoder.draw_next(batch)
     batch.check_finite()
     assert torch.equal(images, expected)
-    assert places == [tensor.data_ptr() for state in states for tensor in state]
+    assert places == [tensor.data_ptr() for state in states for tensor in state.tensors]
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
