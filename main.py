@@ -76,7 +76,7 @@ class Trainer:
         checkpoint, path = load_checkpoint(args)
         stored = restoring.stored_config(checkpoint, path, args.n_heads, args.d_query)
         self.settings = choose_settings(
-            training_flags.given_settings(args), stored_settings(checkpoint)
+            training_flags.given_settings(args), stored_settings(checkpoint), args.iterations
         )
         architecture = model_fields(args, stored, RECIPES[self.settings.recipe][1])
         self.seed = choose_seed(args.seed, checkpoint)

@@ -40,8 +40,12 @@ SETTINGS = {
         "choices": OPTIMIZERS,
         "help": "adam is AdamW; muon is Muon for the matrices in the layers and AdamW for the rest",
     },
-    "lr": {**POSITIVE, "help": "learning rate; with muon, that of AdamW"},
-    "muon_lr": {**POSITIVE, "help": "learning rate of Muon"},
+    "lr": {
+        **POSITIVE,
+        "help": "learning rate; with muon, that of AdamW; fast lowers it for runs of more than "
+        "1600 iterations",
+    },
+    "muon_lr": {**POSITIVE, "help": "learning rate of Muon; fast lowers it likewise"},
     "lr_schedule": {
         "choices": SCHEDULES,
         "help": "constant, or a cosine that falls to 0 over --iterations",

@@ -40,7 +40,7 @@ def test_paper_is_the_default(succeed):
 
 def test_fast_sets_what_the_help_says(call, succeed):
     """And nothing else."""
-    settings, config = train(succeed, "--recipe", "fast")
+    settings, config = train(succeed, "--recipe", "fast", "--lr", 4e-3, "--muon_lr", 0.02)
     paper, plain = train(succeed, "--recipe", "paper")
     out = " ".join(call("main.py", "--help").out.split("options:")[1].split())
     defaults = re.compile(r"\(default: ([^,)]+)(?:, fast: ([^,)]+))?\)")
@@ -85,7 +85,7 @@ def test_each_part_can_be_overridden(succeed, flags, name, value):
 def test_every_part_of_the_fast_recipe_can_be_had_without_it(succeed):
     """The recipe is its flags: to the bit."""
     succeed(*FAST, "--iterations", 4, "--save_to", "recipe.pth")
-    flags = ["--optimizer", "muon", "--lr", 4e-3, "--muon_lr", 0.02, "--lr_schedule", "cosine"]
+    flags = ["--optimizer", "muon", "--lr", 6e-3, "--muon_lr", 0.03, "--lr_schedule", "cosine"]
     flags += ["--warmup", 100, "--dropout", 0, "--neighbours"]
     succeed("main.py", *DIGITS, *flags, "--iterations", 4, "--save_to", "flags.pth")
     assert_equal_weights("recipe.pth", "flags.pth")
@@ -130,8 +130,8 @@ def test_records_carry_rates_and_images(succeed, tmp_path):
         if record["split"] == "train":
             i = record["iteration"]
             factor = min(1, i / 3) * 0.5 * (1 + math.cos(math.pi * (i - 1) / 8))
-            assert math.isclose(record["lr"], 4e-3 * factor)
-            assert math.isclose(record["muon_lr"], 0.02 * factor)
+            assert math.isclose(record["lr"], 6e-3 * factor)
+            assert math.isclose(record["muon_lr"], 0.03 * factor)
     succeed("main.py", *DIGITS, "--iterations", 1, "--metrics_file", "paper.jsonl")
     first = records(tmp_path / "paper.jsonl")[0]
     assert (first["lr"], first["images"]) == (1e-4, 8)

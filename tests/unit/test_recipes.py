@@ -39,6 +39,18 @@ def test_a_linear_warm_up():
     assert factors == [0.25, 0.5, 0.75, 1, 1, 1]
 
 
+def test_the_rates_of_the_fast_recipe_fall_with_the_length_of_the_run():
+    """Those of long runs were too high; what a flag or a checkpoint says stays as it is."""
+    lengths = [1, 400, 1600, 13000, 10**6]
+    chosen = [choose_settings({"recipe": "fast"}, {}, length) for length in lengths]
+    assert [settings.muon_lr for settings in chosen] == [0.03, 0.03, 0.02, 0.011, 0.0029]
+    assert [settings.lr for settings in chosen] == [0.006, 0.006, 0.004, 0.0021, 0.00058]
+    given = choose_settings({"recipe": "fast", "lr": 0.5}, {}, 10**6)
+    assert (given.lr, given.muon_lr) == (0.5, 0.0029)
+    assert choose_settings({}, asdict(FAST), 10**6) == FAST
+    assert choose_settings({}, {}, 10**6) == Settings()
+
+
 @pytest.mark.parametrize("iterations", [1, 2, 10, 937500])
 def test_a_cosine_falls_from_1_and_still_moves_at_the_end(iterations):
     settings = Settings(lr_schedule="cosine")
@@ -63,23 +75,23 @@ def test_a_warm_up_multiplies_the_cosine():
 
 def test_a_flag_comes_before_the_checkpoint_and_that_before_the_recipe():
     stored = {**asdict(FAST), "lr": 1e-3, "warmup": 7}
-    settings = choose_settings({"lr": 5e-4}, stored)
+    settings = choose_settings({"lr": 5e-4}, stored, 1600)
     assert (settings.lr, settings.warmup, settings.muon_lr) == (5e-4, 7, FAST.muon_lr)
-    assert choose_settings({}, {}) == Settings()
-    assert choose_settings({"recipe": "fast"}, {}) == FAST
-    assert choose_settings({"recipe": "fast", "optimizer": "adam"}, {}).optimizer == "adam"
-    assert choose_settings({"lr": 1.0}, {}).lr == 1.0
+    assert choose_settings({}, {}, 1600) == Settings()
+    assert choose_settings({"recipe": "fast"}, {}, 1600) == FAST
+    assert choose_settings({"recipe": "fast", "optimizer": "adam"}, {}, 1600).optimizer == "adam"
+    assert choose_settings({"lr": 1.0}, {}, 1600).lr == 1.0
 
 
 def test_settings_that_are_not_stored_are_the_recipes():
     """Those of a checkpoint that knows its recipe, or only its optimiser."""
-    assert choose_settings({}, {"recipe": "fast"}) == FAST
-    assert choose_settings({}, {"optimizer": "adam"}) == Settings(optimizer="adam")
+    assert choose_settings({}, {"recipe": "fast"}, 1600) == FAST
+    assert choose_settings({}, {"optimizer": "adam"}, 1600) == Settings(optimizer="adam")
 
 
 def test_what_a_run_began_with_may_be_repeated():
     given = {"recipe": "fast", "optimizer": "muon"}
-    assert choose_settings(given, asdict(FAST)) == FAST
+    assert choose_settings(given, asdict(FAST), 1600) == FAST
 
 
 @pytest.mark.parametrize(
@@ -93,16 +105,16 @@ def test_what_a_run_began_with_may_be_repeated():
 )
 def test_a_run_keeps_its_recipe_and_optimiser(given, names):
     with pytest.raises(UserError, match=names):
-        choose_settings(given, asdict(FAST))
+        choose_settings(given, asdict(FAST), 1600)
 
 
 @pytest.mark.parametrize("others", [{}, {"optimizer": "adam"}, {"recipe": "fast",
                                                                 "optimizer": "adam"}])  # fmt: skip
 def test_the_rate_of_muon_needs_muon(others):
     with pytest.raises(UserError, match="--muon_lr has no effect"):
-        choose_settings({"muon_lr": 0.01, **others}, {})
-    assert choose_settings({"muon_lr": 0.01, "optimizer": "muon"}, {}).muon_lr == 0.01
-    assert choose_settings({"muon_lr": 0.01}, {"optimizer": "muon"}).muon_lr == 0.01
+        choose_settings({"muon_lr": 0.01, **others}, {}, 1600)
+    assert choose_settings({"muon_lr": 0.01, "optimizer": "muon"}, {}, 1600).muon_lr == 0.01
+    assert choose_settings({"muon_lr": 0.01}, {"optimizer": "muon"}, 1600).muon_lr == 0.01
 
 
 @pytest.mark.parametrize("settings", [{}, {"lr": 1}, {"optimizer": "muon"}, {"warmup": 0}])
