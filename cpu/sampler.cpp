@@ -285,12 +285,17 @@ struct Member {
         share(team.n, [&](int64_t r) {
             float *x = team.x[r], *inputs = state.inputs + (team.first + r) * RECENT * D;
             std::copy_n(x, D, inputs + position % RECENT * D);
-            for (int k = 0; k < TAPS; k++) {
-                const float* weight = layer.convolution + k * D;
-                const float* earlier = inputs + (position + RECENT - offsets[k]) % RECENT * D;
-                for (int d = 0; d < D; d++) x[d] += weight[d] * earlier[d];
+            const float* earlier[TAPS];
+            for (int k = 0; k < TAPS; k++)
+                earlier[k] = inputs + (position + RECENT - offsets[k]) % RECENT * D;
+            float sums[D];
+            for (int d = 0; d < D; d++) {
+                sums[d] = x[d];
+#pragma GCC unroll 16
+                for (int k = 0; k < TAPS; k++)
+                    sums[d] += layer.convolution[k * D + d] * earlier[k][d];
             }
-            for (int d = 0; d < D; d++) store(team.input[r] + d, x[d]);
+            for (int d = 0; d < D; d++) store(team.input[r] + d, x[d] = sums[d]);
         });
     }
 #else
