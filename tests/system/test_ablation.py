@@ -1,0 +1,49 @@
+"""benchmarks/ablation.py: which runs it does, and the table of them."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from types import SimpleNamespace
+
+from conftest import ROOT
+
+from benchmarks.ablation import PARTS, metrics_file
+
+
+def test_the_table_of_all_variants_and_a_run_that_was_missing(tmp_path):
+    """The finished runs are not repeated; the missing one is trained."""
+    args, names = SimpleNamespace(folder=tmp_path), []
+    for part in ("nothing", *PARTS):
+        names += [f"{part} alone", f"no {part}"]
+    for number, name in enumerate(names):
+        for seed in (3, 4):
+            record = {"split": "test", "iteration": 2, "seconds": 1.0, "images": 32}
+            record["bits_per_dim"] = number + seed / 10
+            metrics_file(args, name, seed).write_text(json.dumps(record) + "\n")
+    metrics_file(args, "no neighbours", 4).unlink()
+    command = [sys.executable, "-m", "benchmarks.ablation", "--dataset", "digits", "--folder"]
+    command += [tmp_path, "--iterations", "2", "--evaluate_images", "4", "--seeds", "3", "4"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in
+            done.stdout.splitlines()[2:]]  # fmt: skip
+    assert [row[0] for row in rows] == ["nothing", *PARTS]
+    assert rows[0] == ["nothing", "0.350 ± 0.071", "1.350 ± 0.071"]
+    trained = json.loads(metrics_file(args, "no neighbours", 4).read_text().splitlines()[-1])
+    assert trained["iteration"] == 2
+    mean = (5.3 + trained["bits_per_dim"]) / 2
+    assert re.fullmatch(rf"{mean:.3f} ± \d\.\d{{3}}", rows[2][2])
+
+
+def test_every_variant_is_a_command_that_trains(call):
+    """Flags that contradict each other would only be found after hours."""
+    for added, removed in PARTS.values():
+        for recipe, flags in (("paper", added), ("fast", removed)):
+            result = call(
+                "main.py", "--dataset", "digits", "--recipe", recipe, *flags,
+                *("--n_layers", 1, "--n_heads", 1, "--iterations", 1, "--evaluate_images", 2),
+            )  # fmt: skip
+            assert result.status == 0, result.err
