@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from utils import UserError, one_line
+from utils import UserError, one_line, say
 
 NAMES = ("mnist", "fashion-mnist", "cifar10", "imagenet64", "mnist-10k", "digits")
 EMBEDDED = Path(__file__).parent / "digits"
@@ -75,9 +75,9 @@ def load(name, directory, train):
 
 
 def load_matching(name, directory, train, stored):
-    """The training or test images of the data set `name`, by default the one `stored` in a
-    checkpoint ({} for none), else mnist. Their shape must be the stored one."""
-    dataset = load(choose_name(name, stored.get("name")), directory, train)
+    """The training or test images of the data set `name`. Their shape must be the one `stored` in
+    a checkpoint ({} for none)."""
+    dataset = load(name, directory, train)
     shape = tuple(stored.get("image_shape", dataset.image_shape))
     if dataset.image_shape != shape:
         raise UserError(
@@ -98,18 +98,31 @@ def load_both(name, directory, stored):
     return train, test
 
 
-def choose_name(given, stored):
-    """The name or, for a folder, the absolute path of the data set that was given, else of the
-    stored one, else mnist. A folder may have moved; a name may not change."""
+def choose_name(given, stored, may_differ=False):
+    """The name or, for a folder, the absolute path of the data set that was given, else of the one
+    that the checkpoint was trained on (`stored`, None without a checkpoint), else mnist.
+
+    With `may_differ` a data set other than the stored one is reported; else it is a `UserError`,
+    except for a folder, which may have moved.
+    """
     if given and given not in NAMES and not Path(given).is_dir():
         raise UserError(f"--dataset {given} is neither a folder nor one of {', '.join(NAMES)}")
-    if given and stored and given != stored and (given in NAMES or stored in NAMES):
+    name = given or stored or "mnist"
+    name = name if name in NAMES else str(Path(name).resolve())
+    differs = given and stored and name != stored
+    if differs and may_differ:
+        say(f"the images are those of {name}; the model was trained on {stored}")
+    elif differs and (name in NAMES or stored in NAMES):
         raise UserError(
             f"--dataset {given} contradicts the checkpoint, which was trained on {stored}: "
             "leave the flag out"
         )
-    name = given or stored or "mnist"
-    return name if name in NAMES else str(Path(name).resolve())
+    return name
+
+
+def portable_name(name):
+    """The name of a data set without the place of its folder on this machine."""
+    return name if name in NAMES else f"./{Path(name).name}"
 
 
 IDX_FILES = "{0}-images-idx3-ubyte and {0}-labels-idx1-ubyte"

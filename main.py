@@ -222,11 +222,11 @@ def load_checkpoint(args):
 
 
 def load_data(args, checkpoint):
-    """The training and the test images."""
+    """The training and the test images; only an evaluation may use another data set."""
+    stored = checkpoint.get("dataset", {})
+    name = datasets.choose_name(args.dataset, stored.get("name"), may_differ=args.evaluate_only)
     with distributed.first_process_first():
-        return datasets.load_both(
-            args.dataset, args.dataset_directory, checkpoint.get("dataset", {})
-        )
+        return datasets.load_both(name, args.dataset_directory, stored)
 
 
 def build_model(config, args, precision, device, seed, checkpoint, path):

@@ -123,7 +123,8 @@ def unconditional_source(args, checkpoint):
 
 def load_data(args, checkpoint, train):
     stored = checkpoint.get("dataset", {})
-    return datasets.load_matching(args.dataset, args.dataset_directory, train, stored)
+    name = datasets.choose_name(args.dataset, stored.get("name"), may_differ=True)
+    return datasets.load_matching(name, args.dataset_directory, train, stored)
 
 
 def choose_offset(offset, length):

@@ -83,6 +83,42 @@ def test_unconditional_images_need_no_data(sample, succeed, colour_folder, tmp_p
     assert images.shape == (3, 6, 5, 3)
 
 
+@pytest.fixture
+def other_digits(tmp_path):
+    """A folder with the test images of `digits`, and others to train on."""
+    (tmp_path / "other").mkdir()
+    np.save(tmp_path / "other" / "test.npy", real_digits())
+    np.save(tmp_path / "other" / "train.npy", 255 - real_digits())
+    return tmp_path / "other"
+
+
+def test_a_model_completes_images_of_another_data_set_of_its_shape(
+    sample, succeed, tiny_checkpoint, other_digits
+):
+    """A model of mnist refused the digits of mnist-10k."""
+    flags = ["--dataset", other_digits, "--index", 3, "--offset", 64]
+    assert np.array_equal(sample(*flags)[0], real_digits()[3])
+    assert np.array_equal(sample(*flags, "--training_set")[0], 255 - real_digits()[3])
+    line = f"the images are those of {other_digits}; the model was trained on digits\n"
+    assert succeed("prediction.py", tiny_checkpoint, *flags).out.count(line) == 1
+    assert "trained on" not in succeed("prediction.py", tiny_checkpoint, "--dataset", "digits").out
+
+
+def test_another_data_set_may_be_evaluated_but_not_trained_on(
+    call, succeed, tiny_checkpoint, other_digits
+):
+    """Its first bytes are scored by the histogram of the images that the model was trained on."""
+    command = ["main.py", "--continue_from", tiny_checkpoint]
+    other = ["--dataset", other_digits]
+    evaluated = succeed(*command, "--evaluate_only", *other).out
+    assert evaluated.count("the model was trained on digits\n") == 1
+    own = succeed(*command, "--evaluate_only").out
+    assert evaluated.splitlines()[-1] == own.splitlines()[-1]
+    result = call(*command, "--iterations", 31, *other)
+    assert result.status == 2
+    assert "contradicts the checkpoint, which was trained on digits" in result.err
+
+
 def test_random_weights_sample_from_flags_alone(sample):
     assert sample("--dataset", "digits", *TINY, "--recurrent", model="-").shape == (1, 8, 8)
 
