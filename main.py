@@ -34,9 +34,21 @@ from utils import (
 
 def main(argv=None):
     args = training_flags.parse(argv)
+    if args.export:
+        return export(args)
     device = select_device(args.device)
     with distributed.process_group(device):
         return train(args, device)
+
+
+def export(args):
+    """Write the weights of --continue_from without the optimiser's moments."""
+    checkpoint, source = checkpoints.load_newest(args.continue_from)
+    path = checkpoints.format_path(args.export, checkpoint["iteration"])
+    if path.resolve() == source.resolve():
+        raise UserError(f"--export {path} would replace the checkpoint itself: give another file")
+    checkpoints.export(path, checkpoint)
+    say(f"wrote {path} ({path.stat().st_size / 1e6:.1f} MB, without the optimiser's moments)")
 
 
 def train(args, device):
@@ -48,6 +60,8 @@ def train(args, device):
             say(f"no more iterations to train: evaluating iteration {start}")
             trainer.evaluate(start, stop)
             return stop.exit_status
+        if start and not trainer.optimizer.state_dict()["state"]:
+            say("the checkpoint has no moments of the optimiser: they start anew")
         for iteration in range(start + 1, args.iterations + 1):
             loss = trainer.step(iteration)
             log.step(iteration, loss, trainer.rates)

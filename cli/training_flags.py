@@ -117,6 +117,11 @@ SAVING = {
         "action": "store_true",
         "help": "print the test bits/dim of --continue_from and exit",
     },
+    "export": {
+        "metavar": "FILE",
+        "help": "write --continue_from without the optimiser's moments, a third of the size or "
+        "half, to FILE and exit",
+    },
 }
 
 LOGGING = {
@@ -170,9 +175,13 @@ def with_defaults(name, options):
 
 def check(args):
     """Raise a `UserError` for flags that contradict each other or have no effect."""
+    for name in ("evaluate_only", "export"):
+        if name in args.given and not args.continue_from:
+            raise UserError(f"--{name} needs --continue_from: give the checkpoint")
+    if args.export:
+        refuse_given(args, sorted(args.given - {"continue_from", "export"}), "with --export")
+        check_writable(checkpoints.format_path(args.export, 0), "--export")
     if args.evaluate_only:
-        if not args.continue_from:
-            raise UserError("--evaluate_only needs --continue_from: give the checkpoint")
         without_effect = {*SETTINGS, *OPTIMISATION, *SAVING, "log_frequency"}
         without_effect -= {"batch_size", "continue_from", "evaluate_only"}
         refuse_given(args, sorted(without_effect), "with --evaluate_only")

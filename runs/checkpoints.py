@@ -16,6 +16,7 @@ from pathlib import Path
 
 import torch
 
+import datasets
 from runs.checkpoint_schema import CHECKS, OPTIONAL, check_checksums, is_count
 from utils import UserError, one_line, say, warn, write_whole
 
@@ -74,6 +75,18 @@ def save(pattern, checkpoint, keep=None):
         for _, old in [found for found in find(pattern) if found[0] <= iteration][keep:]:
             old.unlink(missing_ok=True)
     return path
+
+
+def export(path, checkpoint):
+    """Write a checkpoint without the moments of its optimiser, which are up to twice as large as
+    the weights, and without the place of its data set on this machine. All else stays, so that it
+    loads wherever the checkpoint does. Raises OSError."""
+    content = dict(checkpoint)
+    if "optimizer_state" in content:
+        content["optimizer_state"] = {**content["optimizer_state"], "state": {}}
+    if dataset := content.get("dataset"):
+        content["dataset"] = {**dataset, "name": datasets.portable_name(dataset["name"])}
+    write_whole(path, lambda file: write(content, file), durable=True)
 
 
 def write(checkpoint, file):

@@ -130,6 +130,16 @@ TRAINING = [
     ("--evaluate_only --continue_from good.pth --no_shuffle", "--no_shuffle has no effect"),
     ("--evaluate_only --continue_from good.pth --save_to w.pth", "--save_to has no effect"),
     ("--evaluate_only --continue_from good.pth --log_frequency 1", "--log_frequency has no effect"),
+    ("--evaluate_only --continue_from good.pth --dataset mnist-10k", "28x28"),
+    ("--export w.pth", "--export needs --continue_from"),
+    ("--export w.pth --continue_from half.pth", "half.pth"),
+    ("--export w.pth --continue_from w.{}.pth", "w.{}.pth"),
+    ("--export good.pth --continue_from good.pth", "replace the checkpoint"),
+    ("--export folder --continue_from good.pth", "folder"),
+    ("--export /proc/no/w.pth --continue_from good.pth", "/proc/no"),
+    ("--export w.pth --continue_from good.pth --lr 1", "--lr has no effect with --export"),
+    ("--export w.pth --continue_from good.pth --dataset digits", "--dataset has no effect"),
+    ("--export w.pth --continue_from good.pth --evaluate_only", "--evaluate_only has no effect"),
 ]
 
 PREDICTION = [
@@ -151,7 +161,9 @@ PREDICTION = [
     ("good.pth --neighbours", "--neighbours contradicts"),
     ("fast.pth --no-neighbours", "--no-neighbours contradicts"),
     ("good.pth --recipe fast", "--recipe"),
-    ("good.pth --dataset mnist", "digits"),
+    ("good.pth --dataset mnist-10k", "28x28"),
+    ("good.pth --dataset colour", "8x8x3"),
+    ("good.pth --dataset mnist-10k --offset 0", "trained on digits"),
     ("good.pth --index 5-2", "5-2"),
     ("good.pth --index 1,,2", "1,,2"),
     ("good.pth --index 3*", "3*"),

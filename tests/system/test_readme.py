@@ -70,7 +70,7 @@ def folder(tmp_path_factory):
 def shortened(words, folder, colour_folder):
     """The words of a command, changed to do less work with the data sets that a test has."""
     words = [str(colour_folder) if word == "path/to/folder" else word for word in words]
-    if "main.py" in words:
+    if "main.py" in words and "--export" not in words:
         words += FEW[2:] if "--evaluate_only" in words else FEW
     if "weights.937500.pth" in words:
         (folder / "weights.2.pth").rename(folder / "weights.937500.pth")
@@ -92,7 +92,8 @@ def test_command(command, folder, succeed, data_directory, colour_folder, monkey
         standins.serve_cifar(*request.getfixturevalue("server"), monkeypatch)
     for path in folder.glob("*.png"):
         path.unlink()
-    result = succeed(*words[1:], "--dataset_directory", directory)
+    data = [] if "--export" in words else ["--dataset_directory", directory]
+    result = succeed(*words[1:], *data)
     check(words, result.out, folder)
 
 
@@ -114,7 +115,9 @@ def check(words, out, folder):
     if "--save_to" in given:
         path = folder / given["--save_to"].format(2)
         assert torch.load(path, weights_only=True)["iteration"] == 2
-    if words[1] == "main.py":
+    if "--export" in words:
+        assert torch.load(folder / given["--export"], weights_only=True)["iteration"] == 2
+    elif words[1] == "main.py":
         assert re.search(r"test \d+\.\d+ bits/dim \(\d+\.\d+ over all bytes\)", out)
     if "--metrics_file" in given:
         assert (folder / given["--metrics_file"]).read_text().count("\n") == 2

@@ -338,6 +338,16 @@ def test_a_checkpoint_of_the_original_is_sampled(original_file, call, tmp_path, 
     assert (result.status, output.exists()) == (0, True), result.err
 
 
+def test_a_checkpoint_of_the_original_is_exported(original_file, call):
+    path, _ = original_file(make_config(DIGIT))
+    assert call("main.py", "--continue_from", path, "--export", "w.pth").status == 0
+    exported = torch.load("w.pth", weights_only=True)
+    assert exported.keys() == {"model_state", "optimizer_state", "iteration"}
+    assert exported["optimizer_state"]["state"] == {}
+    result = call("prediction.py", "w.pth", "--dataset", "digits", "--n_heads", 4)
+    assert result.status == 0, result.err
+
+
 def test_training_continues_from_a_checkpoint_of_the_original(original_file, call, tmp_path):
     path, _ = original_file(make_config(DIGIT))
     arguments = ["--dataset", "digits", "--n_heads", 4, "--iterations", 3002, "--batch_size", 2]
