@@ -217,7 +217,12 @@ class ImageTransformer(nn.Module):
 
     def nll(self, images, keys=None):
         """-log p(image | its first byte), (N,), in nats, of whole images (N, length)."""
-        return -mixture.log_prob(self(images[:, :-1], keys), images[:, 1:]).sum(-1)
+        return self.nll_per_byte(images, keys).sum(-1)
+
+    def nll_per_byte(self, images, keys=None):
+        """-log p(byte | the bytes before it), (N, length - 1), in nats, of the bytes of whole
+        images (N, length) after their first."""
+        return -mixture.log_prob(self(images[:, :-1], keys), images[:, 1:])
 
     def predict_next(self, prefix):
         """Parameters (N, 3K) of the byte after `prefix` (N, P), P > 0, without any state."""

@@ -15,8 +15,6 @@ from cli import outputs, sampling_flags
 from cli.flags import model_fields
 from cli.process import run
 from cpu.build import is_cached, try_compile
-from layers.mixture import NATS_PER_BIT
-from models import POSITIONS_AT_ONCE
 from runs import building, checkpoints, distributed, restoring
 from runs.reporting import SamplingProgress
 from runs.sampling import (
@@ -27,6 +25,7 @@ from runs.sampling import (
     sample_first_byte,
     sample_recurrent,
 )
+from runs.surprisal import first_byte_surprisal, surprisal
 from utils import UserError, autocast, check_memory, say, select_device, select_precision
 
 # Compiling takes two seconds, once, and saves some milliseconds per step.
@@ -50,7 +49,7 @@ def complete(args, device):
     with distributed.first_process_first():
         given, real, shape = open_images(args, checkpoint)
     length = given.shape[1]
-    offset = choose_offset(args.offset, length)
+    offset = choose_offset(args, length)
     config = building.make_config(fields, shape)
     check_memory(building.sampling_memory(config, min(args.batch_size, len(given))), device)
     building.check_backend(args.backend, config, device, precision, args.compile)
@@ -64,10 +63,14 @@ def complete(args, device):
     completions = completed.view(-1, *shape).numpy()
     originals = None if real is None else real.view(-1, *shape).numpy()
     outputs.write_files(args, completions, originals, offset)
+    score = partial(surprisal, model, precision=precision, device=device)
     if args.save_grid or args.plot:
-        score = partial(bits_per_dim, model, precision=precision, device=device)
         caption = describe_samples(args, offset, score, completed, real)
         outputs.show_figure(args, completions, originals, offset, caption)
+    if args.save_surprisal:
+        first = first_byte_surprisal(real, first_byte_counts(args, checkpoint))
+        bits = torch.cat([first, score(real)], dim=1)  # (N, L)
+        outputs.write_surprisal(args, originals, bits.view(-1, *shape).numpy())
 
 
 def load_checkpoint(args):
@@ -121,19 +124,32 @@ def unconditional_source(args, checkpoint):
     return training.image_shape, training.first_byte_counts()
 
 
+def first_byte_counts(args, checkpoint):
+    """The histogram (256,) of first bytes in the training set, which the checkpoint has unless it
+    is one of the original."""
+    if "format_version" in checkpoint:
+        return checkpoint["first_byte_counts"]
+    return load_data(args, checkpoint, train=True).first_byte_counts()
+
+
 def load_data(args, checkpoint, train):
     stored = checkpoint.get("dataset", {})
     name = datasets.choose_name(args.dataset, stored.get("name"), may_differ=True)
     return datasets.load_matching(name, args.dataset_directory, train, stored)
 
 
-def choose_offset(offset, length):
-    """How many bytes of an image are given: the flag, else 300, else half of a small image."""
-    if offset is None:
+def choose_offset(args, length):
+    """How many bytes of an image are given: all if no output shows samples, else the flag, else
+    300, else half of a small image."""
+    if not sampling_flags.shows_samples(args):
+        return length
+    if args.offset is None:
         return min(sampling_flags.DEFAULT_OFFSET, length // 2)
-    if offset > length:
-        raise UserError(f"--offset {offset} is beyond the {length} bytes of an image: give less")
-    return offset
+    if args.offset > length:
+        raise UserError(
+            f"--offset {args.offset} is beyond the {length} bytes of an image: give less"
+        )
+    return args.offset
 
 
 def make_sampler(config, args, precision, device, checkpoint, path, steps):
@@ -227,21 +243,11 @@ def sample(sampler, given, offset, args, precision, device):
     return distributed.gather(torch.cat(completed))
 
 
-@torch.no_grad()
-def bits_per_dim(model, images, *, precision, device):
-    """Bits/dim of images (N, L) after their first byte, a few at a time to bound the memory."""
-    length = images.shape[1]
-    with autocast(device, precision):
-        parts = images.split(max(1, POSITIONS_AT_ONCE // length))
-        nats = torch.cat([model.nll(part.to(device)).cpu() for part in parts])
-    return nats.double().mean().item() / (length - 1) / NATS_PER_BIT
-
-
 def describe_samples(args, offset, score, completed, real):
     """The caption of the figure: how the samples were drawn, and the model's bits/dim of them."""
     text = f"seed {args.seed}, offset {offset}, temperature {args.temperature:g}; "
-    text += f"samples {score(completed):.3f} bits/dim"
-    return text if real is None else f"{text}, real images {score(real):.3f}"
+    text += f"samples {score(completed).mean():.3f} bits/dim"
+    return text if real is None else f"{text}, real images {score(real).mean():.3f}"
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Image files, the animation of an image appearing, and the figure of samples."""
+"""Image files, the animation of an image appearing, and the figures of samples and surprisals."""
 
 import math
 from pathlib import Path
@@ -17,6 +17,8 @@ GIF_SIDE = 128
 FRAME_SECONDS = 0.04
 # The fraction of an animation that shows the finished image.
 FINISHED = 1 / 4
+# Inches of an image in the figure of surprisals.
+SURPRISAL_CELL = 1.2
 
 
 def image_path(pattern, *values):
@@ -119,6 +121,37 @@ def draw(cells, caption, titles=(), labels=()):
     for axis, label in zip(axes[:, 0], labels, strict=False):
         axis.text(-0.1, 0.5, label, transform=axis.transAxes, ha="right", va="center", fontsize=7)
     drawing.text(0.5, 0.05 / size[1], caption, ha="center", va="bottom", fontsize=6)
+    return drawing
+
+
+def surprisal_figure(images, bits, labels, caption):
+    """A matplotlib figure of images (N, H, W) or (N, H, W, 3), each beside a heat map of the `bits`
+    of its pixels, from an array of the same shape; one colour bar is the scale of all maps.
+
+    The titles are the labels and the bits/dim, the mean over all bytes but the first.
+    """
+    import matplotlib.pyplot as plt
+
+    pixels = bits.reshape(*images.shape[:3], -1).sum(-1)  # (N, H, W)
+    n_columns = math.ceil(math.sqrt(len(images) / 2))
+    n_rows = math.ceil(len(images) / n_columns)
+    size = SURPRISAL_CELL * np.array([2 * n_columns + 0.5, n_rows + 0.25])
+    drawing, axes = plt.subplots(
+        n_rows, 2 * n_columns, figsize=size, squeeze=False, layout="compressed"
+    )
+    for axis in axes.flat:
+        axis.set_axis_off()
+    for (left, right), image, heat, label, values in zip(
+        axes.reshape(-1, 2), images, pixels, labels, bits, strict=False
+    ):
+        left.imshow(image, cmap="gray", vmin=0, vmax=255, interpolation="nearest")
+        left.set_title(label, fontsize=7)
+        heat_map = right.imshow(heat, cmap="magma", vmin=0, vmax=pixels.max())
+        right.set_title(f"{values.flat[1:].mean():.3f} bits/dim", fontsize=7)
+    bar = drawing.colorbar(heat_map, ax=axes, aspect=30)
+    bar.set_label("bits per pixel", fontsize=7)
+    bar.ax.tick_params(labelsize=7)
+    drawing.supxlabel(caption, fontsize=6)
     return drawing
 
 

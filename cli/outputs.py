@@ -25,11 +25,12 @@ def check_outputs(args):
         if Path(args.save_gif).suffix.lower() != ".gif":
             raise UserError(f"--save_gif {args.save_gif} does not end in .gif")
         check_writable(args.save_gif.format(0), "--save_gif")
-    if args.save_grid or args.plot:
+    if args.save_grid or args.plot or args.save_surprisal:
         check_figure_size(args)
-    if args.save_grid:
-        check_figure_format(args.save_grid)
-        check_writable(args.save_grid, "--save_grid")
+    for name in ("save_grid", "save_surprisal"):
+        if path := getattr(args, name):
+            check_figure_format(f"--{name}", path)
+            check_writable(path, f"--{name}")
     if args.plot:
         check_display()
 
@@ -57,14 +58,14 @@ def check_figure_size(args):
         )
 
 
-def check_figure_format(path):
+def check_figure_format(flag, path):
     """Raise a `UserError` if matplotlib does not write files with this extension."""
     from matplotlib.backend_bases import FigureCanvasBase
 
     extension = Path(path).suffix.lower()[1:] or "png"
     known = FigureCanvasBase.get_supported_filetypes()
     if extension not in known:
-        raise UserError(f"--save_grid {path}: .{extension} is none of {', '.join(sorted(known))}")
+        raise UserError(f"{flag} {path}: .{extension} is none of {', '.join(sorted(known))}")
 
 
 def check_display():
@@ -104,6 +105,21 @@ def show_figure(args, completions, originals, offset, caption):
         say(f"wrote {args.save_grid} ({caption})")
     if args.plot:
         figures.show()
+    figures.close(drawing)
+
+
+def write_surprisal(args, images, bits):
+    """Write --save_surprisal for images (N, H, W) or (N, H, W, 3) and the bits of their bytes, of
+    the same shape."""
+    different = {i: n for n, i in enumerate(args.index)}  # an image is shown once
+    numbers = list(different.values())
+    images, bits = images[numbers], bits[numbers]
+    per_byte = bits.reshape(len(bits), -1)  # (N, L)
+    bits_per_dim, all_bytes = per_byte[:, 1:].mean(), per_byte.mean()
+    caption = f"surprisal: {bits_per_dim:.4f} bits/dim, {all_bytes:.4f} over all bytes"
+    drawing = figures.surprisal_figure(images, bits, list(map(str, different)), caption)
+    figures.save_figure(drawing, args.save_surprisal)
+    say(f"wrote {args.save_surprisal} ({caption})")
     figures.close(drawing)
 
 

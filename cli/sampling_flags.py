@@ -101,6 +101,11 @@ OUTPUT = {
         "help": "write a figure: given part, completions, real image",
     },
     "plot": {"action": "store_true", "help": "show that figure in a window"},
+    "save_surprisal": {
+        "metavar": "FILE",
+        "help": "write a figure: each real image beside the bits that its pixels cost, "
+        "-log2 of the probability that the model gave them; alone, it samples nothing",
+    },
     "image_shape": {
         "type": shape_list,
         "metavar": "H,W[,3]",
@@ -138,9 +143,14 @@ def parse(argv=None):
     check(args)
     args.sampler = "recurrent" if args.recurrent else args.sampler or "batched"
     args.device = "cpu" if args.force_cpu else args.device
-    if not (args.save_image or args.save_gif or args.save_grid or args.plot):
+    if not (shows_samples(args) or args.save_surprisal):
         args.save_grid = "samples.png"
     return args
+
+
+def shows_samples(args):
+    """Whether any output shows samples, and not only real images."""
+    return bool(args.save_image or args.save_gif or args.save_grid or args.plot)
 
 
 def check(args):
@@ -155,3 +165,10 @@ def check(args):
         refuse_given(args, ["training_set"], "with --offset 0")
     if not args.save_gif:
         refuse_given(args, ["gif_seconds"], "without --save_gif")
+    if args.save_surprisal and not shows_samples(args):
+        without_effect = ["offset", "sampler", "recurrent", "temperature"]
+        refuse_given(args, without_effect, "with --save_surprisal alone, which samples nothing")
+    if args.save_surprisal and args.offset == 0:
+        raise UserError(
+            "--save_surprisal shows real images, and --offset 0 uses none: give another offset"
+        )

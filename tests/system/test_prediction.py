@@ -269,13 +269,13 @@ def test_no_compile_says_so(succeed, tiny_checkpoint, sampler):
 def test_the_caption_evaluates_a_few_images_at_a_time(succeed, tiny_checkpoint, monkeypatch):
     """All images of a figure went through the model at once, which took gigabytes."""
     sizes = []
-    nll = models.ImageTransformer.nll
+    nll = models.ImageTransformer.nll_per_byte
 
     def watched(model, images, keys=None):
         sizes.append(images.numel())
         return nll(model, images, keys)
 
-    monkeypatch.setattr(models.ImageTransformer, "nll", watched)
+    monkeypatch.setattr(models.ImageTransformer, "nll_per_byte", watched)
     many = ["--index", "0-150", "--offset", 63, "--save_grid", "a.png"]
     out = succeed("prediction.py", tiny_checkpoint, *many).out
     assert sum(sizes) == 2 * 150 * 64  # samples and real images
