@@ -100,7 +100,8 @@ DATA = {
     "dataset": {
         "metavar": "NAME|FOLDER",
         "help": f"{', '.join(NAMES)}, or a folder with train.npy and test.npy or with train/ and "
-        "test/ holding image files (default: the checkpoint's, else mnist)",
+        "test/ holding image files; a trained model can complete and evaluate any images of its "
+        "shape (default: the checkpoint's, else mnist)",
     },
     "dataset_directory": {
         "metavar": "FOLDER",

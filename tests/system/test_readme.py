@@ -128,7 +128,9 @@ def check(words, out, folder):
         assert all(imageio.v3.imread(path).shape == shape for path in paths)
     if "--save_gif" in given:
         assert all((folder / given["--save_gif"].format(i)).exists() for i in images)
-    files = given.keys() & {"--save_image", "--save_gif"}
+    if "--save_surprisal" in given:
+        assert imageio.v3.imread(folder / given["--save_surprisal"]).std() > 10
+    files = given.keys() & {"--save_image", "--save_gif", "--save_surprisal"}
     if words[1] == "prediction.py" and ("--save_grid" in given or not files):
         figure = imageio.v3.imread(folder / given.get("--save_grid", "samples.png"))
         assert figure.std() > 10
