@@ -142,7 +142,7 @@ class EncoderLayer(nn.Module):
     def empty_state(self, n_images, config, like):
         """The `LayerState` before the first position; `like` has its type and device."""
         sizes = n_images, config.n_heads, config.d_query, config.length - 1
-        inputs = self.convolution and self.convolution.empty_state(n_images, like)
+        inputs = self.convolution and self.convolution.empty_state(n_images)
         return LayerState(self.attention.attend.empty_state(*sizes, like=like), inputs)
 
 

@@ -25,10 +25,10 @@ class ShortConvolution(nn.Module):
         self.register_buffer("steps_back", torch.tensor(offsets), persistent=False)  # (T,)
         self.weight = nn.Parameter(0.1 * torch.randn(len(offsets), size))  # (T, D)
 
-    def empty_state(self, n_images, like):
+    def empty_state(self, n_images):
         """The last inputs (N, R, D), zero before the first position; that of position p is in
         row p mod R, and R is one more than the largest offset."""
-        return like.new_zeros(n_images, max(self.offsets) + 1, self.weight.shape[1])
+        return self.weight.new_zeros(n_images, max(self.offsets) + 1, self.weight.shape[1])
 
     def forward(self, x, positions, recent=None):
         """(N, P, D) at consecutive `positions` (P,) -> (N, P, D); `recent`, the last inputs before

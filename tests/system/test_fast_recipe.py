@@ -198,6 +198,13 @@ def test_samples_of_a_model_with_neighbours(succeed, fast_checkpoint, colour_fol
         assert images[0] == images[1] == images[2]
 
 
+@pytest.mark.parametrize("compile", ["--compile", "--no-compile"])
+def test_bfloat16_samples_of_a_model_with_neighbours(succeed, fast_checkpoint, compile):
+    """The last inputs of a layer were kept in bfloat16, which the compiled sampler refused."""
+    command = ["prediction.py", fast_checkpoint, "--recurrent", "--index", "0-4", "--offset", 0]
+    succeed(*command, "--precision", "bf16-emulated", compile)
+
+
 def test_random_weights_may_have_neighbours(succeed, tmp_path):
     command = ["prediction.py", "-", "--dataset", "digits", *TINY, "--offset", 60]
     succeed(*command, "--neighbours", "--save_grid", "with.png")

@@ -86,7 +86,7 @@ def test_parts_of_a_sequence_give_what_the_whole_gives(parts):
     x, _ = make_inputs((1,), torch.float64)
     x = x.detach()
     expected = slow_convolution(x, module.weight, module.offsets)
-    recent, start, outputs = module.empty_state(3, x), 0, []
+    recent, start, outputs = module.empty_state(3), 0, []
     assert recent.shape == (3, 7, 8)
     for length in parts:
         positions = torch.arange(start, start + length)
