@@ -150,10 +150,20 @@ def least_seconds(model, batch, rate, precision, device):
     (weights read, states read and written), whichever takes longer."""
     weights = [p.numel() for p in model.transformer.parameters() if p.dim() == 2]
     weights = sum(weights) + model.predictor.weight.numel()
-    states = 4 * sum(x.numel() for state in model.empty_states(1) for x in state) * batch
+    states = batch * state_bytes(model.empty_states(1))
     weight_bytes = weights * measure.DTYPES[precision].itemsize
     memory = measure.memory_rate(weight_bytes + states, device)
     return max(2 * weights * batch / rate, (weight_bytes + 2 * states) / memory)
+
+
+def state_bytes(states):
+    """The memory of one state per layer: sums, keys and values, and the last inputs."""
+    tensors = []
+    for state in states:
+        attention = state.attention
+        kept = attention if isinstance(attention, tuple) else vars(attention).values()
+        tensors += [*kept, state.inputs]
+    return sum(x.nbytes for x in tensors if torch.is_tensor(x))
 
 
 def measure_batched(config, ours, theirs, rounds, device):
@@ -190,10 +200,7 @@ def measure_lengths(rounds, device):
             model = ImageTransformer(ModelConfig(**sizes_of_model, attention_type=attention))
             run, states = at_the_end(model.to(device).eval(), counts[attention], device)
             runs[attention, length] = run
-            held = [vars(state).values() if attention == "full" else state for state in states]
-            sizes[attention, length] = sum(
-                x.nbytes for state in held for x in state if torch.is_tensor(x)
-            )
+            sizes[attention, length] = state_bytes(states)
     seconds = measure.interleaved(runs, rounds, device)
     return [
         {
@@ -220,8 +227,8 @@ def at_the_end(model, count, device):
     def run():
         batch.position.fill_(first)
         if not constant:
-            for cache in batch.states:
-                cache.length = first  # as if the bytes before had been read
+            for state in batch.states:
+                state.attention.length = first  # as if the bytes before had been read
         decoder(batch, count)
 
     return run, batch.states
