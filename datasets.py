@@ -1,18 +1,20 @@
 """Every data set as one uint8 tensor of shape (images, bytes), with the shape of an image."""
 
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from utils import UserError, one_line, say
+from utils import UserError, device_memory, one_line, say, to_device
 
 NAMES = ("mnist", "fashion-mnist", "cifar10", "imagenet64", "mnist-10k", "digits")
 EMBEDDED = Path(__file__).parent / "digits"
 MNIST_10K = EMBEDDED / "mnist-10k.npz"
+# A GPU keeps a data set that takes at most this fraction of its memory.
+RESIDENT = 0.1
 
 
 @dataclass(frozen=True)
@@ -43,7 +45,15 @@ class ImageDataset:
         order = [
             permutation(seed, epoch, n)[places[epochs == epoch]] for epoch in np.unique(epochs)
         ]
-        return self.images[torch.from_numpy(np.concatenate(order))]
+        order = torch.from_numpy(np.concatenate(order))
+        return self.images[to_device(order, self.images.device)]
+
+    def resident(self, device):
+        """The same data set with its images in the memory of a GPU, if they are few enough, so that
+        only the order of a batch has to be copied there."""
+        if device.type == "cpu" or self.images.nbytes > RESIDENT * device_memory(device):
+            return self
+        return replace(self, images=self.images.to(device))
 
 
 @lru_cache(maxsize=2)

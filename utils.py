@@ -171,7 +171,7 @@ def select_device(name):
 
 def to_device(tensor, device):
     """The tensor on the device; a copy to a GPU does not block the CPU."""
-    if device.type == "cuda":
+    if device.type == "cuda" and tensor.device.type == "cpu":
         tensor = tensor.pin_memory()
     return tensor.to(device, non_blocking=True)
 
@@ -207,8 +207,13 @@ def has_bfloat16(device):
 
 
 def autocast(device, precision):
-    """The context manager in which a model runs in "fp32" or "bf16"."""
-    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bf16")
+    """The context manager in which a model runs in "fp32" or "bf16".
+
+    Without autocast's cache: a pass uses each weight once, and a CUDA graph would go on reading the
+    converted weights after the context had freed them.
+    """
+    enabled = precision == "bf16"
+    return torch.autocast(device.type, torch.bfloat16, enabled=enabled, cache_enabled=False)
 
 
 def device_memory(device):

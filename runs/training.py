@@ -9,7 +9,7 @@ import torch
 from layers.mixture import NATS_PER_BIT, first_byte_log_probs
 from runs import distributed
 from runs.reporting import progress_bar
-from utils import UserError, autocast
+from utils import UserError, autocast, to_device
 
 
 class NegativeLogLikelihood(torch.nn.Module):
@@ -32,21 +32,21 @@ def train_step(nll, optimizer, images, *, seed, iteration, accumulate, precision
     another split of the batch changes it. Raises `UserError`, and changes no weight, if the
     loss or the gradient is not finite.
     """
-    keys = set_noise(seed, iteration, len(images)).to(images.device)
+    keys = to_device(set_noise(seed, iteration, len(images)), images.device)
     values = images[:, 1:].numel()
     loss = torch.zeros((), device=images.device)
     optimizer.zero_grad()
-    parts = torch.arange(len(images)).chunk(accumulate)
-    for n, part in enumerate(parts, 1):
-        own = part[distributed.shard(len(part))]
+    parts = list(zip(images.chunk(accumulate), keys.chunk(accumulate), strict=True))
+    for n, (part, part_keys) in enumerate(parts, 1):
+        own = distributed.shard(len(part))
         with distributed.no_sync(nll, n < len(parts)):
             with autocast(images.device, precision):
-                part_loss = nll(images[own], keys[own]).sum() / values
+                part_loss = nll(part[own], part_keys[own]).sum() / values
             # DistributedDataParallel averages the gradients over the processes.
             (part_loss * distributed.world_size()).backward()
         loss += part_loss.detach()
     distributed.all_reduce(loss)
-    if not (clip(nll.parameters(), clip_norm) and loss.isfinite()):
+    if not clip(nll.parameters(), clip_norm, loss):
         with autocast(images.device, precision):
             name = first_non_finite(unwrap(nll).model, images, keys)
         raise UserError(
@@ -73,12 +73,13 @@ def unwrap(nll):
     return getattr(nll, "module", nll)
 
 
-def clip(parameters, max_norm):
+def clip(parameters, max_norm, loss):
     """Clip the global gradient norm at `max_norm` (0: never). Returns False, with the gradients
-    unchanged, if the norm is not finite."""
+    unchanged, if the norm or the loss is not finite."""
     parameters = [p for p in parameters if p.grad is not None]
     norm = torch.nn.utils.get_total_norm([p.grad for p in parameters])
-    if not norm.isfinite():
+    # The only synchronisation of a step with a GPU.
+    if not (norm.isfinite() & loss.isfinite()):
         return False
     torch.nn.utils.clip_grads_with_norm_(parameters, max_norm or math.inf, norm)
     return True
