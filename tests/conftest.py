@@ -21,8 +21,17 @@ from cli import process
 ROOT = Path(__file__).parent.parent
 SCRIPTS = {"main.py": main.main, "prediction.py": prediction.main}
 
+# Where the tests marked `cuda` run; TEST_DEVICE=cpu runs most of them without a GPU.
+DEVICE = torch.device(os.environ.get("TEST_DEVICE", "cuda"))
+
 # A model that trains and samples in seconds.
 TINY = ["--n_layers", "2", "--n_heads", "2", "--d_query", "8", "--mixtures", "3"]
+
+
+def pytest_runtest_setup(item):
+    missing = DEVICE.type == "cuda" and not torch.cuda.is_available()
+    if missing and item.get_closest_marker("cuda"):
+        pytest.skip("needs a GPU")
 
 
 @dataclass

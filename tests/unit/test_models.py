@@ -8,7 +8,6 @@ import torch
 import datasets
 import models
 from layers import mixture
-from layers.dropout import draw_keys
 from models import ImageTransformer, ModelConfig
 
 ATTENTIONS = pytest.mark.parametrize("attention_type", ["causal-linear", "full"])
@@ -129,23 +128,3 @@ def test_a_tiny_model_overfits_one_batch(attention_type):
         optimizer.step()
         schedule.step()
     assert loss.item() / math.log(2) < 1.5
-
-
-@ATTENTIONS
-def test_torch_can_compile_training_and_steps(attention_type):
-    """As --compile does on a GPU: one graph for each, without graph breaks."""
-    torch._dynamo.reset()  # graphs of another length would make this one's variable
-    sizes = {"dropout": 0.2, "attention_dropout": 0.0}
-    model = make_model(dtype=torch.float32, attention_type=attention_type, **sizes).train()
-    images, keys = make_images(), draw_keys(3, "cpu")
-    compiled = torch.compile(model.nll, backend="aot_eager", fullgraph=True)
-    torch.testing.assert_close(compiled(images, keys), model.nll(images, keys))
-    if attention_type == "causal-linear":
-        model.eval()
-        step = torch.compile(model.step, backend="aot_eager", fullgraph=True)
-        states, own = model.empty_states(3), model.empty_states(3)
-        with torch.no_grad():
-            for i in range(4):
-                position = torch.tensor([i])
-                expected = model.step(images, position, states)
-                torch.testing.assert_close(step(images, position, own), expected)

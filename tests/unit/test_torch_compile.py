@@ -1,0 +1,70 @@
+"""What --compile compiles on a GPU, compiled here for the CPU, against the same code uncompiled."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch._dynamo.utils import counters
+from torch._inductor import config as inductor
+
+import main
+import prediction
+from layers.dropout import draw_keys
+from models import ImageTransformer, ModelConfig
+from runs.sampling import image_noise, sample_recurrent
+
+CUDA = torch.device("cuda")
+COMPILE = SimpleNamespace(compile=True)
+SHAPE = {"neighbours": True, "width": 5, "channels": 1}
+LENGTH = 20
+
+
+@pytest.fixture(autouse=True)
+def fresh():
+    """Graphs of earlier tests would make a size of this one's variable. Loops without vector
+    instructions compile sooner."""
+    torch._dynamo.reset()
+    counters.clear()
+    with inductor.patch({"cpp.simdlen": 1, "compile_threads": 1}):
+        yield
+
+
+def make_model(**changes):
+    sizes = {"n_layers": 1, "n_heads": 2, "d_query": 8, "mixtures": 3}
+    return ImageTransformer(ModelConfig(LENGTH, **{**sizes, **changes}))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"dropout": 0.2, **SHAPE}, {"attention_type": "full", "attention_dropout": 0.0}],
+    ids=["linear", "full"],
+)
+def test_training_and_evaluation(changes):
+    """main.py's loss: values and gradients, and an evaluation of another number of images (of
+    the attention that compiles sooner)."""
+    model, keys = make_model(**changes).train(), draw_keys(3, "cpu")
+    images = torch.randint(0, 256, (3, LENGTH), dtype=torch.uint8)
+    results, nll = [], main.parallel_nll(model, COMPILE, CUDA)
+    for function in (nll, model.nll):
+        model.zero_grad()
+        losses = function(images, keys)
+        losses.sum().backward()
+        results.append([losses, *(p.grad for p in model.parameters())])
+    torch.testing.assert_close(*results, rtol=1e-4, atol=1e-4)
+    if "attention_type" in changes:
+        model.eval()
+        with torch.no_grad():
+            torch.testing.assert_close(nll(images[:2]), model.nll(images[:2]))
+    assert not counters["graph_break"]
+
+
+def test_sampling():
+    """prediction.py's step, which the CUDA graph records: the same images, from one graph."""
+    model = make_model(**SHAPE).eval()
+    decoder = prediction.make_decoder(model, COMPILE, "fp32", torch.device("mps"), False)
+    noise, images = image_noise(0, range(3), LENGTH), torch.zeros(2, 3, LENGTH, dtype=torch.int64)
+    sample_recurrent(model, images[0], 4, noise)
+    sample_recurrent(model, images[1], 4, noise, decoder=decoder)
+    assert torch.equal(*images)
+    assert counters["stats"]["unique_graphs"] == 1
+    assert not counters["graph_break"]
