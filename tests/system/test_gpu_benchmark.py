@@ -1,0 +1,65 @@
+"""benchmarks/gpu.py: a step that fails in any way does not stop the others."""
+
+import json
+import os
+import sys
+import time
+
+import torch
+
+from benchmarks import gpu
+
+CASE = {"what": "training", "config": "mnist", "batch": 4, "mode": "compiled", "precision": "fp32"}
+
+
+def works():
+    yield {"rates": {"fp32": 1e3, "copy": 100.0}, "text": "a machine"}
+    yield {**CASE, "ms": 500.0, "operations": 250, "traffic": 10}
+    yield gpu.attempt(CASE, out_of_memory)
+
+
+def out_of_memory():
+    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate")
+
+
+def fails():
+    yield {"text": "before"}
+    raise ValueError("two\nlines")
+
+
+def hangs():
+    yield {"text": "before"}
+    time.sleep(1000)
+
+
+def crashes():
+    os._exit(7)
+    yield
+
+
+def test_every_step_is_tried(monkeypatch, capsys, tmp_path):
+    steps = [("one", fails, (), 300), ("two", hangs, (), 1), ("three", crashes, (), 300)]
+    steps += [("four", works, (), 300), ("five", works, (), 300)]
+    monkeypatch.setattr(gpu, "list_steps", lambda device: steps)
+    monkeypatch.setattr(sys, "argv", ["gpu", "--device", "cpu", "--json", "results.json"])
+    assert gpu.main() == 1
+    result = json.loads((tmp_path / "results.json").read_text())
+    errors = ["ValueError: two lines", "stopped after 1 s", "the process ended with status 7"]
+    assert [step["error"] for step in result["steps"]] == [*errors, None, None]
+    assert result["rates"] == {"fp32": 1e3, "copy": 100.0}
+    measured = [record for record in result["records"] if "ms" in record]
+    assert [record["of_matrix_rate"] for record in measured] == [0.5, 0.5]
+    assert [record["of_copy_rate"] for record in measured] == [0.2, 0.2]
+    out = capsys.readouterr().out
+    assert out.count("before") >= 1
+    assert out.count("FAILED: training mnist 4 compiled fp32: out of memory") == 2
+    assert out.splitlines()[-5:-2] == ["FAILED: one", "FAILED: two", "FAILED: three"]
+
+
+def test_no_step_starts_after_the_end(monkeypatch, tmp_path):
+    monkeypatch.setattr(gpu, "SECONDS", 0)
+    monkeypatch.setattr(gpu, "list_steps", lambda device: [("one", works, (), 300)])
+    monkeypatch.setattr(sys, "argv", ["gpu", "--device", "cpu", "--json", "results.json"])
+    assert gpu.main() == 1
+    result = json.loads((tmp_path / "results.json").read_text())
+    assert result["steps"][0]["error"] == "no time was left"
