@@ -21,12 +21,13 @@ from pathlib import Path
 import torch
 
 from benchmarks import measure, sampling, training
+from cli.process import run
 from layers.attention import CHUNKS, linear_chunked
 from models import ImageTransformer, ModelConfig
 from prediction import store_as_bfloat16
 from runs.sampling import EagerDecoder, GraphDecoder
 from runs.training import NegativeLogLikelihood
-from utils import is_out_of_memory, one_line
+from utils import is_out_of_memory, one_line, select_device
 
 ROOT = Path(__file__).parent.parent
 SECONDS = 530  # of all steps
@@ -49,7 +50,7 @@ COLUMNS = {
 
 def main():
     args = parse_arguments()
-    device, end = torch.device(args.device), time.monotonic() + SECONDS
+    device, end = select_device(args.device), time.monotonic() + SECONDS
     result = {"date": str(date.today()), "rates": {}, "steps": [], "records": []}
     for name, function, arguments, longest in list_steps(device):
         start = time.monotonic()
@@ -217,11 +218,11 @@ def measure_chunks(device):
     shape = (16, 783, 3, 8, 32) if device.type == "cuda" else (1, 783, 3, 2, 8)
     qkv = torch.randn(shape, device=device, requires_grad=True)
 
-    def run(chunk):
+    def attend(chunk):
         linear_chunked(*qkv.unbind(2), chunk=chunk)[0].sum().backward()
 
     for chunk in CHUNK_LENGTHS:
-        seconds = measure.interleaved({chunk: partial(run, chunk)}, ROUNDS, device)[chunk]
+        seconds = measure.interleaved({chunk: partial(attend, chunk)}, ROUNDS, device)[chunk]
         yield {"text": f"chunks of {chunk}: {1e3 * seconds:.3f} ms", "chunk": chunk, "s": seconds}
     yield {"text": f"main.py and prediction.py use {CHUNKS[device.type]}"}
 
@@ -244,9 +245,9 @@ def describe_case(what, config, batch, mode, precision):
 def sampling_speed(model, decoder, batch, precision, device):
     """Milliseconds of a byte of the whole batch, and its least operations and memory traffic."""
     reset_peak(device)
-    run = sampling.loop(model, decoder, batch, precision, device)
-    run(8)  # compiles, and records a graph
-    ms = sampling.milliseconds_per_byte({0: run}, ROUNDS, device)[0]
+    draw = sampling.loop(model, decoder, batch, precision, device)
+    draw(8)  # compiles, and records a graph
+    ms = sampling.milliseconds_per_byte({0: draw}, ROUNDS, device)[0]
     weights = count_weights(model)
     traffic = None
     if type(model) is ImageTransformer:  # the library's keeps states of its own
@@ -350,4 +351,4 @@ def parse_arguments():
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run(main)

@@ -5,9 +5,11 @@ import os
 import sys
 import time
 
+import pytest
 import torch
 
 from benchmarks import gpu
+from utils import UserError
 
 CASE = {"what": "training", "config": "mnist", "batch": 4, "mode": "compiled", "precision": "fp32"}
 
@@ -63,3 +65,11 @@ def test_no_step_starts_after_the_end(monkeypatch, tmp_path):
     assert gpu.main() == 1
     result = json.loads((tmp_path / "results.json").read_text())
     assert result["steps"][0]["error"] == "no time was left"
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
+def test_without_a_gpu_nothing_starts(monkeypatch, tmp_path):
+    monkeypatch.setattr(sys, "argv", ["gpu"])
+    with pytest.raises(UserError, match="finds 0 CUDA devices"):
+        gpu.main()
+    assert not list(tmp_path.iterdir())

@@ -197,6 +197,17 @@ def test_without_a_seed_the_order_is_the_files(colour_folder):
     assert torch.equal(data.batch(3, 5, None), data.images[[3, 4, 5, 6, 7]])
 
 
+def test_images_stay_in_the_memory_of_a_gpu_if_they_are_few(monkeypatch):
+    """On a device whose tensors have no values; batches are drawn there."""
+    data, device = datasets.load("digits", ".", True), torch.device("meta")
+    assert data.resident(torch.device("cpu")) is data
+    resident = data.resident(device)
+    assert resident.images.device == resident.batch(3, 5, 0).device == device
+    assert (resident.image_shape, len(resident)) == (data.image_shape, len(data))
+    monkeypatch.setattr(datasets, "device_memory", lambda device: 9 * data.images.nbytes)
+    assert data.resident(device) is data
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="needs the memory limits of Linux")
 def test_images_larger_than_memory(tmp_path):
     """imagenet64 is memory-mapped: an epoch over a file four times as large as the memory limit of

@@ -5,6 +5,7 @@ import math
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from models import ImageTransformer, ModelConfig
 from runs.optimizers import make_optimizer
@@ -59,3 +60,24 @@ def test_a_gradient_that_is_not_finite_changes_no_moments(name):
         for parameter, state in part.state.items():
             for key, value in state.items():
                 assert torch.equal(torch.as_tensor(value), torch.as_tensor(moments[parameter][key]))
+
+
+def test_a_step_reads_one_value():
+    """It waited for a GPU twice, for the gradient and for the loss."""
+    model = ImageTransformer(ModelConfig(8, n_layers=1, n_heads=1, d_query=4))
+    images = torch.randint(0, 256, (4, 8), dtype=torch.uint8)
+    options = {"seed": 0, "iteration": 1, "accumulate": 2, "precision": "fp32", "clip_norm": 1}
+    optimizer = torch.optim.SGD(model.parameters(), lr=1)
+    with CountReadings() as readings:
+        train_step(NegativeLogLikelihood(model), optimizer, images, **options)
+    assert readings.count == 1
+
+
+class CountReadings(TorchDispatchMode):
+    """Counts how often Python reads a value of a tensor."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += func.overloadpacket.__name__ == "_local_scalar_dense"
+        return func(*args, **(kwargs or {}))
