@@ -55,6 +55,12 @@ def compiled_ops(config):
         print(f"{error}; measuring without them", file=sys.stderr)
 
 
+def count_weights(model):
+    """Those of matrices, which every byte is multiplied by."""
+    matrices = [p.numel() for p in model.transformer.parameters() if p.dim() == 2]
+    return sum(matrices) + model.predictor.weight.numel()
+
+
 def timed(run, device):
     """Seconds of one call, including the device's work; a GPU measures them by its own clock."""
     synchronize(device)

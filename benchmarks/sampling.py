@@ -148,8 +148,7 @@ def choose_count(run, device):
 def least_seconds(model, batch, rate, precision, device):
     """A lower bound of a byte's time: its operations at the measured rate, or its memory traffic
     (weights read, states read and written), whichever takes longer."""
-    weights = [p.numel() for p in model.transformer.parameters() if p.dim() == 2]
-    weights = sum(weights) + model.predictor.weight.numel()
+    weights = measure.count_weights(model)
     states = batch * state_bytes(model.empty_states(1))
     weight_bytes = weights * measure.DTYPES[precision].itemsize
     memory = measure.memory_rate(weight_bytes + states, device)

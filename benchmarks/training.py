@@ -62,8 +62,7 @@ def measure_case(config, batch, dropout, args, rates, device):
             if not dropout:
                 runs[who, "evaluate", precision] = partial(evaluate, nll, images, precision, device)
     seconds = measure.interleaved(runs, args.rounds, device)
-    transformer = models["ours"].model.transformer
-    weights = sum(p.numel() for p in transformer.parameters() if p.dim() == 2)
+    weights = measure.count_weights(models["ours"].model)
     records = []
     for who, mode, precision in runs:
         if who == "theirs":
