@@ -1,10 +1,14 @@
-"""What the benchmarks share: interleaved timing, the machine's own limits, tables and files."""
+"""What the benchmarks share: timing, memory, the machine's own limits, tables and files."""
 
 import json
+import multiprocessing
 import platform
+import resource
 import statistics
 import sys
 import time
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
 import torch
@@ -91,6 +95,54 @@ def interleaved(candidates, rounds, device):
         for name, run in candidates.items():
             times[name].append(timed(run, device))
     return {name: statistics.median(seconds) for name, seconds in times.items()}
+
+
+def median_seconds(run, seconds, device, calls=5):
+    """Median seconds of `run`, which has been called before: of as many calls as fit into
+    `seconds`, at least one and at most `calls`."""
+    times = []
+    while len(times) < calls and sum(times) < seconds:
+        times.append(timed(run, device))
+    return statistics.median(times)
+
+
+def in_new_process(function, *arguments):
+    """The result of a function of a module, called in a process of its own, so that its peak of
+    memory and its speed do not depend on what ran before. Raises MemoryError if it was killed."""
+    # It is forked from a process that has imported torch and done nothing else.
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([__name__])
+    try:
+        with ProcessPoolExecutor(1, mp_context=context) as pool:
+            return pool.submit(function, *arguments).result()
+    except BrokenProcessPool:
+        raise MemoryError("the process was killed, probably because memory ran out") from None
+
+
+def current_mb(device):
+    """The memory, MB, of this process, or of its tensors on a GPU. (Where there is no /proc, the
+    peak so far.)"""
+    if device.type == "cuda":
+        return torch.cuda.memory_allocated(device) / 1e6
+    return resident_kb("VmRSS") / 1e3
+
+
+def peak_mb(device):
+    """The peak so far of what `current_mb` returns."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e6
+    return resident_kb("VmHWM") / 1e3
+
+
+def resident_kb(name):
+    """The resident set of this process, kB: VmRSS is the current one, VmHWM the largest so far.
+    (On Linux, getrusage includes the time before exec.)"""
+    status = Path("/proc/self/status")
+    if not status.exists():
+        unit = 1000 if sys.platform == "darwin" else 1  # macOS reports bytes
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
+    line = next(line for line in status.read_text().splitlines() if line.startswith(name))
+    return int(line.split()[1]) * 1.024
 
 
 def matrix_rate(dtype, device):

@@ -26,8 +26,6 @@ from utils import autocast
 
 # Seconds of one measurement, which determine its number of bytes (at least two).
 SECONDS = 0.3
-LENGTHS = [784, 3072, 12288]
-LENGTH_BATCH = 4
 # The batched sampler recomputes the prefix: the cost of the last byte of an image.
 BATCHED_IMAGES = 4
 
@@ -48,20 +46,13 @@ def main():
             records += measure_config(config, args, rates, device)
         print("\nmilliseconds per byte of the whole batch")
         measure.table(records, COLUMNS)
-        lengths = measure_lengths(args.rounds, device)
-        print(f"\nthe last bytes of longer images, {LENGTH_BATCH} at a time, fp32")
-        measure.table(lengths, LENGTH_COLUMNS)
-    measure.write(records + lengths, args, label, "ratio", "times as fast as the library")
+    measure.write(records, args, label, "ratio", "times as fast as the library")
 
 
 COLUMNS = {
     "config": "", "batch": "", "precision": "", "sampler": "", "ours_ms_per_byte": ".3f",
     "theirs_ms_per_byte": ".3f", "ratio": ".1f", "images_per_second": ".2f",
     "limit_fraction": ".0%", "compile_s": ".1f",
-}  # fmt: skip
-LENGTH_COLUMNS = {
-    "attention": "", "length": "", "batch": "", "ours_ms_per_byte": ".3f",
-    "state_mb_per_image": ".2f",
 }  # fmt: skip
 
 
@@ -113,12 +104,16 @@ def milliseconds_per_byte(runs, rounds, device):
 
 def new_batch(model, n, device):
     """A `Batch` of n images at their first byte."""
-    length = model.config.length
-    images = torch.zeros(n, length, dtype=torch.int64, device=device)
-    noise = image_noise(0, [0], length).expand(n, -1, -1).contiguous().to(device)
+    images, noise = new_images(n, model.config.length, device)
     position = torch.zeros(1, dtype=torch.int64, device=device)
     finite = torch.ones((), dtype=torch.bool, device=device)
     return Batch(images, noise, 1.0, position, model.empty_states(n), finite)
+
+
+def new_images(n, length, device):
+    """Black images (n, length), int64, and noise (n, length, 2) to draw them with."""
+    images = torch.zeros(n, length, dtype=torch.int64, device=device)
+    return images, image_noise(0, [0], length).expand(n, -1, -1).contiguous().to(device)
 
 
 def uncompiled_decoder(model, device):
@@ -174,8 +169,8 @@ def measure_batched(config, ours, theirs, rounds, device):
         ours.load_state_dict(weights)
 
     def run(model):
-        batch = new_batch(ours, BATCHED_IMAGES, device)
-        sample_batched(model, batch.images, length - 1, batch.noise)
+        images, noise = new_images(BATCHED_IMAGES, length, device)
+        sample_batched(model, images, length - 1, noise)
 
     models = {"ours": ours} | ({"theirs": theirs} if theirs else {})
     runs = {name: partial(run, model) for name, model in models.items()}
@@ -187,50 +182,6 @@ def measure_batched(config, ours, theirs, rounds, device):
         "theirs_ms_per_byte": ms.get("theirs"),
         "ratio": ms["theirs"] / ms["ours"] if theirs else None, "limit_fraction": None,
     }  # fmt: skip
-
-
-def measure_lengths(rounds, device):
-    """A byte at the end of images of 784, 3,072 and 12,288 bytes, interleaved: with the sums of
-    linear attention, and with softmax's keys and values of all bytes before it."""
-    runs, sizes, counts = {}, {}, {"causal-linear": 500, "full": 20}
-    for attention in counts:
-        for length in LENGTHS:
-            sizes_of_model = {**measure.CONFIGS["mnist"], "length": length}
-            model = ImageTransformer(ModelConfig(**sizes_of_model, attention_type=attention))
-            run, states = at_the_end(model.to(device).eval(), counts[attention], device)
-            runs[attention, length] = run
-            sizes[attention, length] = state_bytes(states)
-    seconds = measure.interleaved(runs, rounds, device)
-    return [
-        {
-            "config": "mnist", "attention": attention, "length": length, "batch": LENGTH_BATCH,
-            "precision": "fp32", "sampler": "recurrent, last bytes", "theirs_ms_per_byte": None,
-            "ratio": None, "limit_fraction": None,
-            "ours_ms_per_byte": seconds[attention, length] / counts[attention] * 1e3,
-            "state_mb_per_image": sizes[attention, length] / LENGTH_BATCH / 1e6,
-        }
-        for attention, length in runs
-    ]  # fmt: skip
-
-
-def at_the_end(model, count, device):
-    """A function that draws the last `count` bytes of images, and the states it keeps."""
-    batch = new_batch(model, LENGTH_BATCH, device)
-    first = batch.images.shape[1] - 1 - count
-    constant = model.has_constant_state
-    if constant and device.type == "cpu" and find_compiler():
-        decoder = CompiledDecoder(model, "fp32")
-    else:
-        decoder = uncompiled_decoder(model, device)
-
-    def run():
-        batch.position.fill_(first)
-        if not constant:
-            for state in batch.states:
-                state.attention.length = first  # as if the bytes before had been read
-        decoder(batch, count)
-
-    return run, batch.states
 
 
 def parse_arguments():

@@ -4,11 +4,8 @@ python -m benchmarks.training --json training.json --plot training.png
 """
 
 import argparse
-import multiprocessing
-import resource
 from functools import cache, partial
 from itertools import count
-from pathlib import Path
 
 import torch
 
@@ -54,7 +51,8 @@ def label(record):
 
 def measure_case(config, batch, dropout, args, rates, device):
     """Records of training and, without dropout, of evaluation at each precision."""
-    runs, models = {}, make_models(config, dropout, device)
+    model_config = ModelConfig(**measure.CONFIGS[config], dropout=dropout)
+    runs, models = {}, make_models(model_config, device)
     images = make_images(models["ours"].model, batch, device)
     for who, nll in models.items():
         for precision in args.precisions if who == "ours" else ["fp32"]:
@@ -75,16 +73,15 @@ def measure_case(config, batch, dropout, args, rates, device):
             "ratio": theirs and theirs / ours, "images_per_second": batch / ours,
             "limit_fraction": operations / rates[precision] / ours,
         }  # fmt: skip
-        case = config, batch, dropout, mode, device
-        record["peak_mb"] = peak_mb("ours", precision, *case)
-        record["theirs_peak_mb"] = theirs and peak_mb("theirs", "fp32", *case)
+        case = model_config, batch, mode, device
+        record["peak_mb"] = added_mb("ours", precision, *case)
+        record["theirs_peak_mb"] = theirs and added_mb("theirs", "fp32", *case)
         records.append(record)
     return records
 
 
-def make_models(config, dropout, device):
+def make_models(config, device):
     """{"ours": our loss, compiled where possible, "theirs": the library's if it is installed}."""
-    config = ModelConfig(**measure.CONFIGS[config], dropout=dropout)
     ops = measure.compiled_ops(config) if device.type == "cpu" else None
     pair = measure.make_pair(config, ops)
     losses = [model and NegativeLogLikelihood(model.to(device)) for model in pair]
@@ -120,35 +117,23 @@ def evaluate(nll, images, precision, device):
 
 
 @cache
-def peak_mb(*case):
-    """Peak memory, MB, of a process that runs one case twice and does nothing else."""
-    with multiprocessing.get_context("spawn").Pool(1) as pool:
-        return pool.apply(use_memory, case)
+def added_mb(*case):
+    """MB that a case adds to the memory of a process that runs it twice and does nothing else."""
+    return measure.in_new_process(use_memory, case)
 
 
-def use_memory(who, precision, config, batch, dropout, mode, device):
-    """MB that the case adds to the peak of this process, or on a GPU the peak of its tensors."""
-    keep_freed_memory()
-    nll = make_models(config, dropout, device)[who]
+def use_memory(case):
+    """MB that the case adds to this process, or on a GPU to its tensors, at the peak."""
+    who, precision, config, batch, mode, device = case
+    nll = make_models(config, device)[who]
     images = make_images(nll.model, batch, device)
-    before = peak_kb()
     run = partial(evaluate, nll, images, precision, device)
     run = trainer(nll, images, precision) if mode == "train" else run
+    keep_freed_memory()
+    before = measure.current_mb(device)
     run()
     run()
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 1e6
-    return (peak_kb() - before) / 1e3
-
-
-def peak_kb():
-    """The largest resident set of this process so far, kB. (On Linux, getrusage includes the time
-    before exec.)"""
-    status = Path("/proc/self/status")
-    if not status.exists():
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM"))
-    return int(line.split()[1])
+    return measure.peak_mb(device) - before
 
 
 def parse_arguments():
