@@ -1,0 +1,80 @@
+"""The same small model trained with each attention, for equally long: bits/dim over images and
+minutes.
+
+One run answers both questions, since its rate is constant: its evaluations after equally many
+images compare the methods by images, its last one by minutes.
+"""
+
+import datasets
+from benchmarks import measure
+from benchmarks.comparison.methods import make_model
+from runs.optimizers import make_optimizer
+from runs.recipes import Settings
+from runs.training import NegativeLogLikelihood, evaluate, train_step
+from utils import to_device
+
+METHODS = ["linear", "softmax", "reformer (library)"]
+SEEDS = [0, 1]
+MODEL = {"length": 784, "n_layers": 3, "n_heads": 3}
+BATCH_SIZE = 16
+# Ten times the paper's rate, for runs of minutes.
+SETTINGS = Settings(lr=1e-3)
+# The first evaluation comes after so many images, each next one after twice as many.
+FIRST_EVALUATION = 256
+TEST_IMAGES = 200
+
+
+def learn(name, seed, seconds, device, advance):
+    """Train for so many seconds, not counting evaluations; `advance(seconds)` is called after
+    each step. Returns a record with the evaluations."""
+    data, test = (datasets.load("mnist-10k", ".", train=train) for train in (True, False))
+    nll = NegativeLogLikelihood(make_model(name, MODEL, device, seed=seed))
+    optimizer = make_optimizer(nll.model, SETTINGS)
+    spent, images, points, next_evaluation = 0.0, 0, [], FIRST_EVALUATION
+    while spent < seconds:
+        step = training_step(nll, optimizer, data, images // BATCH_SIZE, seed, device)
+        time = measure.timed(step, device)
+        advance(min(time, seconds - spent))
+        spent, images = spent + time, images + BATCH_SIZE
+        if images == next_evaluation or spent >= seconds:
+            bits = bits_per_dim(nll, data, test, device)
+            points.append({"images": images, "seconds": spent, "bits_per_dim": bits})
+            next_evaluation *= 2
+    return {"method": name, "seed": seed, "points": points}
+
+
+def training_step(nll, optimizer, data, iteration, seed, device):
+    """A function that does the step of an iteration, counted from 0."""
+
+    def step():
+        images = to_device(data.batch(iteration, BATCH_SIZE, seed), device)
+        train_step(nll, optimizer, images, seed=seed, iteration=iteration + 1, accumulate=1,
+                   precision="fp32", clip_norm=SETTINGS.clip_norm)  # fmt: skip
+
+    nll.train()
+    return step
+
+
+def bits_per_dim(nll, data, test, device):
+    """Bits/dim of the first test images, in the paper's convention."""
+    images, counts = test.images[:TEST_IMAGES], data.first_byte_counts()
+    options = {"batch_size": BATCH_SIZE, "precision": "fp32", "device": device}
+    return evaluate(nll, images, counts, **options)[0]
+
+
+def runs_by_method(runs):
+    """{method: the evaluations of each seed}."""
+    methods = {}
+    for run in runs:
+        methods.setdefault(run["method"], []).append(run["points"])
+    return methods
+
+
+def after_images(runs, images):
+    """The evaluation after so many images of each of the runs, lists of evaluations."""
+    return [point for points in runs for point in points if point["images"] == images]
+
+
+def common_images(runs):
+    """The numbers of images after which all runs were evaluated, ascending."""
+    return sorted(set.intersection(*({point["images"] for point in points} for points in runs)))

@@ -1,0 +1,117 @@
+"""The attention methods that are compared, and models and samplers of them."""
+
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+
+from benchmarks.sampling import new_batch, new_images, uncompiled_decoder
+from cpu.build import try_compile
+from cpu.sampler import CompiledDecoder
+from layers.attention import KVCache
+from layers.ops import PlainOps
+from models import ModelConfig
+from runs import building
+from runs.sampling import sample_batched
+from utils import UserError, say
+
+
+@dataclass(frozen=True)
+class Method:
+    """One way to train and to sample."""
+
+    attention_type: str
+    backend: str = "native"
+    recurrent: bool = False  # samples with a state; else the prefix is recomputed for every byte
+
+
+METHODS = {
+    "softmax": Method("full"),
+    "softmax, KV cache": Method("full", recurrent=True),
+    "linear": Method("causal-linear", recurrent=True),
+    "linear (library)": Method("causal-linear", "fast-transformers", recurrent=True),
+    "reformer (library)": Method("reformer", "fast-transformers"),
+}
+
+
+def available_methods(device):
+    """The names of the methods that can run here: pytorch-fast-transformers may be missing."""
+    names = list(METHODS)
+    for name, method in METHODS.items():
+        try:
+            building.check_backend(method.backend, make_config(name, {"length": 64}), device,
+                                   "fp32", None)  # fmt: skip
+        except UserError as error:
+            say(f"without {name}: {error}")
+            names.remove(name)
+    return names
+
+
+def trained_methods(names):
+    """Those of the names that train differently: a KV cache is for sampling only."""
+    return [name for name in names if name != "softmax, KV cache"]
+
+
+def make_config(name, fields):
+    """The ModelConfig of a method, with `fields` of the size, without any dropout: with attention
+    dropout torch's CPU kernel of softmax attention stores all pairs of positions."""
+    attention_type = METHODS[name].attention_type
+    return ModelConfig(**fields, attention_type=attention_type, dropout=0.0, attention_dropout=0.0)
+
+
+def make_model(name, fields, device, ops=None, seed=0):
+    """A model of the method with random weights, with compiled operations where main.py and
+    prediction.py use them, or with `ops`."""
+    config, method = make_config(name, fields), METHODS[name]
+    if method.backend == "native":
+        ops = ops or building.choose_ops(config, device, None, name)
+    return building.build_model(config, device, backend=method.backend, ops=ops, seed=seed,
+                                checkpoint={}, path=None)  # fmt: skip
+
+
+def make_sampler(name, fields, batch_size, device):
+    """A function draw(position, count) that draws bytes of a batch of images after the first
+    `position` bytes, and the states that it keeps, a list.
+
+    The images are black before they are drawn, and after a jump to another position the states
+    are not those of the bytes before it: neither changes the time.
+    """
+    if not METHODS[name].recurrent:
+        model = make_model(name, fields, device).eval()
+        images, noise = new_images(batch_size, fields["length"], device)
+        return partial(draw_recomputing, model, images, noise), []
+    model = make_model(name, fields, device, PlainOps()).eval()
+    batch = new_batch(model, batch_size, device)
+    return partial(draw_recurrently, make_decoder(name, model, device), batch), batch.states
+
+
+def make_decoder(name, model, device):
+    """The decoder that prediction.py uses."""
+    if device.type == "cpu" and name == "linear":
+        decoder = try_compile(partial(CompiledDecoder, model, "fp32"), None, name)
+        if decoder:
+            return decoder
+    return uncompiled_decoder(model, device)
+
+
+def draw_recomputing(model, images, noise, position, count):
+    sample_batched(model, images[:, : position + count], position, noise)
+
+
+@torch.no_grad()
+def draw_recurrently(decoder, batch, position, count):
+    batch.position.fill_(position - 1)  # the next byte to read
+    for state in batch.states:
+        cache = getattr(state, "attention", None)
+        if isinstance(cache, KVCache):
+            cache.length = position - 1
+    decoder(batch, count)
+
+
+def state_mb(states):
+    """The size of all tensors in `states`, MB; the library nests them in lists."""
+    if torch.is_tensor(states):
+        return states.nbytes / 1e6
+    if isinstance(states, (list, tuple)):
+        return sum(map(state_mb, states))
+    return state_mb(list(vars(states).values())) if hasattr(states, "__dict__") else 0.0
