@@ -2,6 +2,7 @@
 # make test       check the style and run all tests
 # make reference  add pytorch-fast-transformers, for --backend fast-transformers and its tests
 # make benchmark-sampling, make benchmark-training   compare speed with pytorch-fast-transformers
+# make comparison  compare linear, softmax and Reformer attention; results in comparison/
 # make gpu        test and measure everything on a GPU, within 9 minutes
 # make clean      remove the virtual environment and the demo
 
@@ -15,7 +16,7 @@ MODEL = --dataset mnist-10k --recipe fast --n_layers 3 --n_heads 3 --batch_size 
         --precision auto --log_frequency 50 --evaluate_frequency 100000 \
         --save_to 'demo/mnist.{}.pth' --continue_from 'demo/mnist.{}.pth'
 
-.PHONY: demo test reference benchmark-sampling benchmark-training gpu clean
+.PHONY: demo test reference benchmark-sampling benchmark-training comparison gpu clean
 
 demo: .venv/installed
 	$(BIN)/python main.py $(MODEL) --iterations $(ITERATIONS)
@@ -36,6 +37,9 @@ benchmark-sampling: reference
 
 benchmark-training: reference
 	$(BIN)/python -m benchmarks.training
+
+comparison: .venv/installed
+	$(BIN)/python -m benchmarks.comparison --json comparison/speed.json --plot comparison/speed.png
 
 gpu: .venv/installed-test
 	$(BIN)/python -m benchmarks.gpu

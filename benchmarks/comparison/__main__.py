@@ -31,12 +31,13 @@ class Plan:
     lengths: tuple  # bytes of an image, with the layers of the first of the models
     seconds: float  # of the repeated calls of one measurement
     learning_seconds: float  # of each run
+    test_images: int  # of each evaluation
 
 
-FULL = Plan(measure.CONFIGS, (256, 784, 1536, 3072, 6144, 12288), 6.0, 240.0)
+FULL = Plan(measure.CONFIGS, (256, 784, 1536, 3072, 6144, 12288), 4.0, 240.0, 200)
 TINY = {"n_layers": 2, "n_heads": 2}
 QUICK = Plan(
-    {"mnist": {"length": 64, **TINY}, "cifar10": {"length": 192, **TINY}}, (64, 256), 0.2, 2.0
+    {"mnist": {"length": 64, **TINY}, "cifar10": {"length": 192, **TINY}}, (64, 256), 0.2, 2.0, 8
 )
 SECONDS_BAR = "{percentage:3.0f}%|{bar}| {elapsed}<{remaining}"
 
@@ -127,9 +128,10 @@ def learn_all(methods, plan, device):
     """The records of the learning runs, the methods by turns."""
     runs = [(name, seed) for seed in learning.SEEDS for name in learning.METHODS if name in methods]
     records = []
+    length = plan.learning_seconds, plan.test_images
     with progress_bar(total=len(runs) * plan.learning_seconds, bar_format=SECONDS_BAR) as bar:
         for name, seed in runs:
-            record = learning.learn(name, seed, plan.learning_seconds, device, bar.update)
+            record = learning.learn(name, seed, *length, device, bar.update)
             last = record["points"][-1]
             say(f"{name}, seed {seed}: {last['bits_per_dim']:.4f} bits/dim after "
                 f"{last['images']} images, {last['seconds']:.0f} s")  # fmt: skip

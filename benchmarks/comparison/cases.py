@@ -14,6 +14,8 @@ from runs.training import NegativeLogLikelihood
 # Where in an image bytes are drawn to extrapolate to all of it, and their weights in the mean:
 # Simpson's rule, exact if the time is a polynomial of the position of up to third degree.
 PLACES = {0.0: 1 / 6, 0.5: 4 / 6, 1.0: 1 / 6}
+# An image that takes longer than so many times the seconds of a measurement is extrapolated.
+LONGEST_IMAGE = 3
 # Repetitions of the two lengths in `byte_cost`.
 ROUNDS = 5
 
@@ -36,15 +38,16 @@ def training_step(name, fields, seconds, device):
 def sampling(name, config, fields, batch_size, seconds, device):
     """Time and state of sampling whole images, from their second byte on.
 
-    An image that would take more than `seconds` is extrapolated, and marked so, from bytes at its
-    beginning, middle and end. Times are those of a byte of the whole batch.
+    Images that take too long are extrapolated, and marked so, from bytes at their beginning,
+    middle and end. Times are those of a byte of the whole batch.
     """
     keep_freed_memory()
-    draw, states = make_sampler(name, fields, batch_size, device)
+    sampler = make_sampler(name, fields, batch_size, device)
+    draw, states = sampler.draw, sampler.states
     drawn = fields["length"] - 1
     times = [time_at(draw, place, drawn, seconds, device) for place in PLACES]
     mean = sum(weight * time for weight, time in zip(PLACES.values(), times, strict=True))
-    extrapolated = mean * drawn > seconds
+    extrapolated = mean * drawn > LONGEST_IMAGE * seconds
     if not extrapolated:
         mean = measure.median_seconds(partial(draw, 1, drawn), seconds, device) / drawn
     return {
@@ -73,7 +76,7 @@ def byte_cost(fields, short, long, device):
         batch_size, size = round(long / length), {**fields, "length": length}
         nll = NegativeLogLikelihood(make_model("linear", size, device))
         images = make_images(nll.model, batch_size, device)
-        draw, _ = make_sampler("linear", size, 1, device)
+        draw = make_sampler("linear", size, 1, device).draw
         runs["training", length] = trainer(nll, images, "fp32")
         runs["sampling", length] = partial(draw, 1, length - 1)
         n_bytes |= {("training", length): batch_size * (length - 1)}

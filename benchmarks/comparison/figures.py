@@ -1,10 +1,10 @@
 """The figures of the comparison."""
 
 from matplotlib.figure import Figure
-from matplotlib.ticker import ScalarFormatter
+from matplotlib.ticker import StrMethodFormatter
 
 from benchmarks.comparison.learning import after_images, common_images, runs_by_method
-from benchmarks.comparison.report import QUANTITIES, curves_of
+from benchmarks.comparison.report import QUANTITIES, curves_of, number, rates_of
 
 COLOURS = {
     "softmax": "tab:red", "softmax, KV cache": "tab:orange", "linear": "tab:blue",
@@ -36,7 +36,8 @@ def speed_figure(results):
 def draw_lengths(axes, curves, title):
     for name, points in curves.items():
         lengths = sorted(points)
-        axes.plot(lengths, [points[n].value for n in lengths], color=COLOURS[name], label=name)
+        style = {"color": COLOURS[name], "linestyle": "--" if "(library)" in name else "-"}
+        axes.plot(lengths, [points[n].value for n in lengths], **style, label=name)
         for n in lengths:
             fill = "white" if points[n].extrapolated else COLOURS[name]
             axes.plot(n, points[n].value, "o", color=COLOURS[name], markerfacecolor=fill, ms=5)
@@ -44,21 +45,20 @@ def draw_lengths(axes, curves, title):
     ticks = sorted({length for points in curves.values() for length in points})
     axes.set_xticks(ticks, [f"{tick:,}" for tick in ticks], rotation=30)
     axes.minorticks_off()
-    axes.yaxis.set_major_formatter(ScalarFormatter())
+    axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
     axes.grid(alpha=0.3)
 
 
 def draw_rates(axes, results, config):
     """A bar for each method and batch size."""
-    length = results["configs"][config]
-    records = [r for r in results["sampling"] if r["config"] == config and r["length"] == length]
-    records.sort(key=lambda record: (list(COLOURS).index(record["method"]), record["batch"]))
-    for record in records:
-        label = f"{record['method']}, batch {record['batch']}"
-        bar = axes.barh(label, record["images_per_second"], color=COLOURS[record["method"]],
-                        hatch="///" if record["extrapolated"] else None,
-                        edgecolor="white")  # fmt: skip
-        axes.bar_label(bar, fmt="%.3g", padding=2, fontsize=8)
+    rates = rates_of(results, config)
+    for name, colour in COLOURS.items():
+        for batch_size, points in rates.items():
+            if point := points.get(name):
+                hatch = "///" if point.extrapolated else None
+                style = {"color": colour, "hatch": hatch, "edgecolor": "white"}
+                bar = axes.barh(f"{name}, batch {batch_size}", point.value, **style)
+                axes.bar_label(bar, fmt=number, padding=2, fontsize=8)
     axes.set(xscale="log", title=f"{config}, images per second")
     axes.margins(x=0.2)
     axes.tick_params(axis="y", labelsize=8)

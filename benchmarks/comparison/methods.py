@@ -1,5 +1,6 @@
 """The attention methods that are compared, and models and samplers of them."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
@@ -69,20 +70,30 @@ def make_model(name, fields, device, ops=None, seed=0):
                                 checkpoint={}, path=None)  # fmt: skip
 
 
-def make_sampler(name, fields, batch_size, device):
-    """A function draw(position, count) that draws bytes of a batch of images after the first
-    `position` bytes, and the states that it keeps, a list.
+@dataclass
+class Sampler:
+    """A batch of images that one method draws.
 
-    The images are black before they are drawn, and after a jump to another position the states
-    are not those of the bytes before it: neither changes the time.
+    `draw(position, count)` draws bytes after the first `position` bytes. These are black unless
+    they were drawn, and after a jump the states are not those of the bytes before it: neither
+    changes the time.
     """
-    if not METHODS[name].recurrent:
-        model = make_model(name, fields, device).eval()
-        images, noise = new_images(batch_size, fields["length"], device)
-        return partial(draw_recomputing, model, images, noise), []
-    model = make_model(name, fields, device, PlainOps()).eval()
-    batch = new_batch(model, batch_size, device)
-    return partial(draw_recurrently, make_decoder(name, model, device), batch), batch.states
+
+    draw: Callable
+    images: torch.Tensor  # (N, L), int64
+    states: list
+
+
+def make_sampler(name, fields, batch_size, device):
+    """The `Sampler` of a method, with random weights."""
+    if METHODS[name].recurrent:
+        model = make_model(name, fields, device, PlainOps()).eval()
+        batch = new_batch(model, batch_size, device)
+        draw = partial(draw_recurrently, make_decoder(name, model, device), batch)
+        return Sampler(draw, batch.images, batch.states)
+    model = make_model(name, fields, device).eval()
+    images, noise = new_images(batch_size, fields["length"], device)
+    return Sampler(partial(draw_recomputing, model, images, noise), images, [])
 
 
 def make_decoder(name, model, device):

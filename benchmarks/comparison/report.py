@@ -134,21 +134,27 @@ def crossover(lengths, ratios):
 def image_table(results, config):
     """The paper's table: images per second, and how many times as many as softmax attention
     without a cache."""
-    length, measured = results["configs"][config], {}  # {batch size: {method: Point}}
-    for r in results["sampling"]:
-        if r["config"] == config and r["length"] == length:
-            point = Point(r["images_per_second"], r["extrapolated"])
-            measured.setdefault(r["batch"], {})[r["method"]] = point
+    measured = rates_of(results, config)
     columns = {
         "paper, GPU": paper_column(config, 0),
         "paper, CPU, batch 1": paper_column(config, 1),
     }
-    columns |= {f"here, batch {batch}": measured[batch] for batch in sorted(measured)}
+    columns |= {f"here, batch {batch}": points for batch, points in measured.items()}
     rows = [
         [name, *(rate(column.get(name), column.get("softmax")) for column in columns.values())]
         for name in dict.fromkeys(name for points in measured.values() for name in points)
     ]
     return markdown([f"{config}, images per second", *columns], rows)
+
+
+def rates_of(results, config):
+    """Images per second of a model of the paper: {batch size: {method: Point}}."""
+    rates = {}
+    for r in results["sampling"]:
+        if (r["config"], r["length"]) == (config, results["configs"][config]):
+            point = Point(r["images_per_second"], r["extrapolated"])
+            rates.setdefault(r["batch"], {})[r["method"]] = point
+    return rates
 
 
 def paper_column(config, column):
