@@ -13,6 +13,8 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+
 from benchmarks import measure
 from benchmarks.comparison import cases, learning
 from benchmarks.comparison.figures import draw
@@ -68,12 +70,16 @@ def read(name):
 def measure_all(args):
     """The results, as they are written to --json."""
     device, plan = select_device(args.device), QUICK if args.quick else FULL
-    results = {"date": datetime.date.today().isoformat(), "quick": args.quick}
-    results["machine"] = measure.describe_machine(device)
-    methods = available_methods(device)
+    start, methods = time.perf_counter(), available_methods(device)
     if args.learning:
-        return results | {"learning": learn_all(methods, plan, device)}
-    return results | measure_speed(methods, plan, args.batch, device)
+        results = {"learning": learn_all(methods, plan, device)}
+    else:
+        results = measure_speed(methods, plan, args.batch, device)
+    about = {
+        "machine": measure.describe_machine(device), "date": datetime.date.today().isoformat(),
+        "minutes": (time.perf_counter() - start) / 60, "quick": args.quick,
+    }  # fmt: skip
+    return about | results
 
 
 def measure_speed(methods, plan, batch_size, device):
@@ -98,24 +104,26 @@ def measure_speed(methods, plan, batch_size, device):
 
 
 def run_cases(arguments):
-    """A list of records for each of `arguments`, {function of cases.py: its lists of arguments}.
-    A case for which there is not enough memory has no record."""
-    lists = []
+    """A list of records for each of `arguments`, {function of cases.py: its lists of arguments}."""
     with progress_bar(total=sum(map(len, arguments.values())), unit="case") as bar:
-        for case, all_arguments in arguments.items():
-            lists.append([])
-            for values in all_arguments:
-                start = time.perf_counter()
-                try:
-                    lists[-1].append(measure.in_new_process(case, *values))
-                    words = f"{time.perf_counter() - start:.1f} s"
-                except (MemoryError, RuntimeError) as error:
-                    if not is_out_of_memory(error):
-                        raise
-                    words = "left out: not enough memory"
-                say(f"{describe(case, values)}: {words}")
-                bar.update()
-    return lists
+        return [
+            [record for values in all_values if (record := run_case(case, values, bar))]
+            for case, all_values in arguments.items()
+        ]
+
+
+def run_case(case, values, bar):
+    """The record of one case, or None if there is not enough memory for it."""
+    start, record = time.perf_counter(), None
+    try:
+        record = measure.in_new_process(case, *values)
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+    seconds = f"{time.perf_counter() - start:.1f} s"
+    say(f"{describe(case, values)}: {seconds if record else 'left out: not enough memory'}")
+    bar.update()
+    return record
 
 
 def describe(case, values):
@@ -144,7 +152,8 @@ def parse_arguments(argv):
     parser.add_argument("--learning", action="store_true", help="compare bits/dim instead of speed")
     parser.add_argument("--quick", action="store_true", help="tiny models, to try this program")
     parser.add_argument("--batch", type=int, default=10, metavar="N", help="batch size (10)")
-    parser.add_argument("--device", default="auto")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    parser.add_argument("--device", choices=["cpu", "cuda"], default=device)
     parser.add_argument("--results", metavar="FILE", help="measure nothing: read what --json wrote")
     parser.add_argument("--json", metavar="FILE", help="write the results")
     parser.add_argument("--plot", metavar="FILE", help="draw the results")

@@ -45,7 +45,7 @@ def draw_lengths(axes, curves, title):
     ticks = sorted({length for points in curves.values() for length in points})
     axes.set_xticks(ticks, [f"{tick:,}" for tick in ticks], rotation=30)
     axes.minorticks_off()
-    axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+    axes.yaxis.set_major_formatter(StrMethodFormatter("{x:,g}"))
     axes.grid(alpha=0.3)
 
 
@@ -82,6 +82,7 @@ def learning_figure(results):
     panels[0].set(xscale="log", xlabel="training images", ylabel="test bits/dim")
     panels[1].set(xscale="log", xlabel="minutes of training")
     for axes in panels:
+        axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,g}"))
         axes.grid(alpha=0.3)
     panels[1].legend()
     figure.suptitle(f"{results['machine']}, {results['date']}", fontsize=9)

@@ -18,6 +18,9 @@ PAPER = {
                 "linear": (17.85, 1 / 45.1), "reformer (library)": (0.005, None)},
 }  # fmt: skip
 
+# A ratio below this is called no difference.
+TIE = 1.05
+
 
 @dataclass(frozen=True)
 class Quantity:
@@ -39,7 +42,8 @@ QUANTITIES = [
 
 def report(results):
     """The lines of the report."""
-    lines = [f"{results['machine']}, {results['date']}"]
+    minutes = f"measured in {results['minutes']:.1f} minutes"
+    lines = [f"{results['machine']}, {results['date']}, {minutes}"]
     if results["quick"]:
         lines.append("--quick: tiny models, to see that everything runs; not a comparison")
     if "learning" in results:
@@ -104,7 +108,10 @@ def crossovers(curves, quantity):
         lengths = sorted(linear.keys() & points)
         if lengths and not name.startswith("linear"):
             ratios = [points[length].value / linear[length].value for length in lengths]
-            yield f"linear {quantity.better} {name} {where(lengths, ratios)}"
+            if all(1 / TIE < ratio < TIE for ratio in ratios):
+                yield f"{quantity.title}: linear is within 5% of {name} at every length"
+            else:
+                yield f"linear {quantity.better} {name} {where(lengths, ratios)}"
 
 
 def where(lengths, ratios):

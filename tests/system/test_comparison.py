@@ -12,7 +12,7 @@ from conftest import ROOT, require_library
 
 from benchmarks.comparison.__main__ import main
 from benchmarks.comparison.methods import METHODS, make_sampler
-from benchmarks.comparison.report import crossover, number, where
+from benchmarks.comparison.report import QUANTITIES, Point, crossover, crossovers, number, where
 from utils import UserError
 
 CPU = torch.device("cpu")
@@ -108,6 +108,16 @@ def test_crossover():
         "from about L = 1,000 on (by a factor of 3.07 at 3,072)"
     )
     assert where(lengths, [2, 2, 0.5]) == "at no length up to 3,072 (there the factor is 0.5)"
+
+
+def test_differences_within_the_noise_are_no_crossover():
+    """Two memories that differed by 0.4% were said to cross."""
+    curves = {
+        "linear": {256: Point(100, False), 784: Point(201, False)},
+        "softmax": {256: Point(101, False), 784: Point(200, False)},
+    }
+    (sentence,) = crossovers(curves, QUANTITIES[1])
+    assert sentence == "training, MB per step: linear is within 5% of softmax at every length"
 
 
 def test_numbers_have_no_exponents():
