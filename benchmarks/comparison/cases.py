@@ -15,7 +15,7 @@ from runs.training import NegativeLogLikelihood
 # Simpson's rule, exact if the time is a polynomial of the position of up to third degree.
 PLACES = {0.0: 1 / 6, 0.5: 4 / 6, 1.0: 1 / 6}
 # An image that takes longer than so many times the seconds of a measurement is extrapolated.
-LONGEST_IMAGE = 3
+LONGEST_IMAGE = 4
 # Repetitions of the two lengths in `byte_cost`.
 ROUNDS = 5
 
