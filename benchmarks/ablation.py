@@ -27,6 +27,7 @@ PARTS = {
         ["--lr_schedule", "cosine", "--warmup", "100"],
         ["--lr_schedule", "constant", "--warmup", "0"],
     ),
+    "no clipping": (["--clip_norm", "0"], ["--clip_norm", "1"]),
     "no dropout": (["--dropout", "0"], ["--dropout", "0.1"]),
 }
 

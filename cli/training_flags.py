@@ -33,8 +33,8 @@ EVALUATED = {
 SETTINGS = {
     "recipe": {
         "choices": RECIPES,
-        "help": "paper: RAdam at a constant rate; fast: Muon, a cosine schedule, no dropout, and "
-        "--neighbours; each part can be overridden",
+        "help": "paper: RAdam at a constant rate; fast: Muon, a cosine schedule, no dropout, no "
+        "clipping, and --neighbours; each part can be overridden",
     },
     "optimizer": {
         "choices": OPTIMIZERS,

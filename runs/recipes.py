@@ -38,7 +38,9 @@ class Settings:
 RECIPES = {
     "paper": (Settings(), {}),
     "fast": (
-        Settings("fast", "muon", lr=4e-3, muon_lr=0.02, lr_schedule="cosine", warmup=100),
+        Settings(
+            "fast", "muon", lr=4e-3, muon_lr=0.02, clip_norm=0.0, lr_schedule="cosine", warmup=100
+        ),
         {"dropout": 0.0, "neighbours": True},
     ),
 }

@@ -50,7 +50,7 @@ def test_fast_sets_what_the_help_says(call, succeed):
         assert str(settings[name]) == (fast or default), name
     assert "(default: 0.1, fast: 0.0)" in help_of(call, "main.py", "dropout")
     text = help_of(call, "main.py", "recipe")
-    for part in ("fast: Muon, a cosine schedule, no dropout, and --neighbours", "(default: paper)"):
+    for part in ("fast: Muon, a cosine schedule, no dropout, no clipping, and --nei", "(default: paper)"):
         assert part in text
     changed = {name for name in config if config[name] != plain[name]}
     assert changed == {"dropout", "neighbours", "width", "channels"}
@@ -86,7 +86,7 @@ def test_every_part_of_the_fast_recipe_can_be_had_without_it(succeed):
     """The recipe is its flags: to the bit."""
     succeed(*FAST, "--iterations", 4, "--save_to", "recipe.pth")
     flags = ["--optimizer", "muon", "--lr", 6e-3, "--muon_lr", 0.03, "--lr_schedule", "cosine"]
-    flags += ["--warmup", 100, "--dropout", 0, "--neighbours"]
+    flags += ["--warmup", 100, "--clip_norm", 0, "--dropout", 0, "--neighbours"]
     succeed("main.py", *DIGITS, *flags, "--iterations", 4, "--save_to", "flags.pth")
     assert_equal_weights("recipe.pth", "flags.pth")
 
