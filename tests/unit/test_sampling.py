@@ -159,7 +159,7 @@ def test_a_graph_draws_the_same_images(neighbours, recorded_graphs):
     model = small_model(**shape)
     decoder = GraphDecoder(model)
     for offset in (5, 12):
-        expected = draw(sample_recurrent, model, offset)
+        expected = draw(sample_batched, model, offset)
         assert torch.equal(draw(sample_recurrent, model, offset, decoder=decoder), expected)
         assert decoder.drawn == LENGTH - 1 - offset
 
