@@ -43,11 +43,18 @@ def adamw(parameters, lr, decay, betas=(0.9, 0.999)):
 
 def set_rates(optimizer, settings, factor):
     """Set the learning rates to `factor` times those of `Settings`; returns them by name."""
-    rates = {}
     for group in optimizer.param_groups:
-        name = "muon_lr" if "ns_steps" in group else "lr"
-        rates[name] = group["lr"] = factor * getattr(settings, name)
-    return rates
+        group["lr"] = factor * getattr(settings, rate_name(group))
+    return rates(optimizer)
+
+
+def rates(optimizer):
+    """The current learning rates, {name of the flag: rate}."""
+    return {rate_name(group): group["lr"] for group in optimizer.param_groups}
+
+
+def rate_name(group):
+    return "muon_lr" if "ns_steps" in group else "lr"
 
 
 class OptimizerPair:

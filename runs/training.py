@@ -8,6 +8,7 @@ import torch
 
 from layers.mixture import NATS_PER_BIT, first_byte_log_probs
 from runs import distributed
+from runs.optimizers import rates
 from runs.reporting import progress_bar
 from utils import UserError, autocast, to_device
 
@@ -49,10 +50,10 @@ def train_step(nll, optimizer, images, *, seed, iteration, accumulate, precision
     if not clip(nll.parameters(), clip_norm, loss):
         with autocast(images.device, precision):
             name = first_non_finite(unwrap(nll).model, images, keys)
+        flags = [f"--{flag} {rate:g}" for flag, rate in rates(optimizer).items()]
         raise UserError(
-            f"iteration {iteration}: {name} is not finite: lower --lr "
-            f"{optimizer.param_groups[-1]['lr']:g} or --clip_norm; the last checkpoint is "
-            "intact"
+            f"iteration {iteration}: {name} is not finite: lower {', '.join(flags)} or "
+            "--clip_norm; the last checkpoint is intact"
         )
     optimizer.step()
     return loss

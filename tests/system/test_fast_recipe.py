@@ -50,7 +50,10 @@ def test_fast_sets_what_the_help_says(call, succeed):
         assert str(settings[name]) == (fast or default), name
     assert "(default: 0.1, fast: 0.0)" in help_of(call, "main.py", "dropout")
     text = help_of(call, "main.py", "recipe")
-    for part in ("fast: Muon, a cosine schedule, no dropout, no clipping, and --nei", "(default: paper)"):
+    for part in (
+        "fast: Muon, a cosine schedule, no dropout, no clipping, and --nei",
+        "(default: paper)",
+    ):
         assert part in text
     changed = {name for name in config if config[name] != plain[name]}
     assert changed == {"dropout", "neighbours", "width", "channels"}

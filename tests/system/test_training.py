@@ -289,7 +289,9 @@ def test_a_diverged_run_stops_and_saves_nothing(call, tmp_path, optimizer):
     flags = ["--lr", 1e30, "--clip_norm", 0, "--optimizer", optimizer]
     result = call("main.py", *DIGITS, *flags, "--save_to", "w.{}.pth")
     assert result.status == 2
-    assert "is not finite: lower --lr 1e+30" in result.err
+    assert "is not finite: lower --" in result.err
+    assert "--lr 1e+30" in result.err
+    assert ("--muon_lr 0.02" in result.err) == (optimizer == "muon")
     assert not list(tmp_path.iterdir())
 
 
