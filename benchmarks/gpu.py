@@ -98,6 +98,7 @@ def run_step(function, arguments, seconds):
         while receiver.poll(max(0, deadline - time.monotonic())):
             record, error = receiver.recv()
             if record is None:
+                process.join(10)
                 break
             records.append(record)
         else:
