@@ -22,7 +22,7 @@ import torch
 
 from benchmarks import measure, sampling, training
 from cli.process import run
-from layers.attention import CHUNKS, linear_chunked
+from layers.attention import chunk_length, linear_chunked
 from models import ImageTransformer, ModelConfig
 from prediction import store_as_bfloat16
 from runs.sampling import EagerDecoder, GraphDecoder
@@ -215,7 +215,7 @@ def measure_library(config, device):
 
 
 def measure_chunks(device):
-    """Linear attention and its gradients with chunks of several lengths, for CHUNKS."""
+    """Linear attention and its gradients with chunks of several lengths, for `chunk_length`."""
     shape = (16, 783, 3, 8, 32) if device.type == "cuda" else (1, 783, 3, 2, 8)
     qkv = torch.randn(shape, device=device, requires_grad=True)
 
@@ -225,7 +225,7 @@ def measure_chunks(device):
     for chunk in CHUNK_LENGTHS:
         seconds = measure.interleaved({chunk: partial(attend, chunk)}, ROUNDS, device)[chunk]
         yield {"text": f"chunks of {chunk}: {1e3 * seconds:.3f} ms", "chunk": chunk, "s": seconds}
-    yield {"text": f"main.py and prediction.py use {CHUNKS[device.type]}"}
+    yield {"text": f"main.py and prediction.py use {chunk_length(device)}"}
 
 
 # Speeds

@@ -10,10 +10,13 @@ from torch.nn.functional import elu, pad, scaled_dot_product_attention
 
 # Keeps the division finite when every feature of a query has underflowed.
 EPSILON = 1e-6
-# Positions in a chunk, by device: enough for efficient matrix products, few enough that the
-# quadratic part inside a chunk stays cheaper than the sums of size E x M. A GPU is limited by the
-# memory traffic of both, which is least at about E (docs/speed.md).
-CHUNKS = {"cpu": 64, "cuda": 32, "mps": 32}
+
+
+def chunk_length(device):
+    """Positions in a chunk: enough for efficient matrix products, few enough that the quadratic
+    part inside a chunk stays cheaper than the sums of size E x M. A GPU is limited by the memory
+    traffic of both, which is least at about E (docs/speed.md)."""
+    return 64 if device.type == "cpu" else 32
 
 
 def feature_map(x):
@@ -57,11 +60,11 @@ def linear_chunked(queries, keys, values, state=None, chunk=None):
     """The same function in O(L): products of pairs inside a chunk, sums across chunks.
 
     Takes any L and returns what `linear_quadratic` returns. Training, evaluation and prefill
-    use this form. `chunk` is the number of positions in one, by default that of CHUNKS.
+    use this form. `chunk` positions go together, by default `chunk_length`.
     """
     N, L, H, E = queries.shape
     M = values.shape[-1]
-    chunk = max(1, min(chunk or CHUNKS[queries.device.type], L))
+    chunk = max(1, min(chunk or chunk_length(queries.device), L))
 
     def chunks(x):
         # Pad with zeros after the last position: a zero key adds nothing to any sum.
