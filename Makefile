@@ -11,7 +11,7 @@ BIN = .venv/bin
 PIP = $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
 # The demo: a small model of the embedded 28x28 digits.
-ITERATIONS = 1200
+ITERATIONS = 600
 MODEL = --dataset mnist-10k --recipe fast --n_layers 3 --n_heads 3 --batch_size 16 \
         --precision auto --log_frequency 50 --evaluate_frequency 100000 \
         --save_to 'demo/mnist.{}.pth' --continue_from 'demo/mnist.{}.pth'
