@@ -30,7 +30,7 @@ class CompiledOps(PlainOps):
 
     def __init__(self, config):
         self.size = config.d_query
-        self.library, self.compile_seconds = load_library(SOURCE, sizes(config))
+        self.functions, self.compile_seconds = load_library(SOURCE, sizes(config))
         for name in torch_private.FUNCTIONS:
             torch_private.choose(name)  # warn now, not in the middle of training
 
@@ -53,23 +53,23 @@ class CompiledOps(PlainOps):
         if not torch.is_grad_enabled():
             x = x.to(y.dtype)
         y = y if x.dtype == torch.float32 else y.to(x.dtype)
-        return AddNorm.apply(self.library, x, y, norm.weight, norm.bias)
+        return AddNorm.apply(self.functions, x, y, norm.weight, norm.bias)
 
     def short_convolution(self, x, weight, offsets):
-        return ShortConvolution.apply(self.library, x, weight, offsets)
+        return ShortConvolution.apply(self.functions, x, weight, offsets)
 
     def dropout(self, x, keys, threshold):
-        return Dropout.apply(self.library, x, keys, threshold)
+        return Dropout.apply(self.functions, x, keys, threshold)
 
     def linear_attention(self, qkv, state=None):
         if qkv.shape[-1] != self.size:
             raise ValueError(f"ops.cpp is compiled for heads of {self.size}, not {qkv.shape[-1]}")
         if state is None:
-            return Attention.apply(self.library, qkv)
+            return Attention.apply(self.functions, qkv)
         N, _, _, H, E = qkv.shape
         for tensor, shape in zip(state, ((N, H, E, E), (N, H, E)), strict=True):
             check_shape(tensor, shape)
-        return attention(self.library, qkv, *state)
+        return attention(self.functions, qkv, *state)
 
 
 class Linear(torch.autograd.Function):
@@ -126,7 +126,7 @@ class ShortConvolution(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, library, x, weight, offsets):
-        ctx.library, ctx.offsets = library, torch.tensor(offsets)
+        ctx.functions, ctx.offsets = library, torch.tensor(offsets)
         x, weight = x.contiguous(), weight.contiguous()
         ctx.save_for_backward(x, weight)
         y = torch.empty_like(x)
@@ -146,7 +146,7 @@ class ShortConvolution(torch.autograd.Function):
         check(gradient, inputs, types=(x.dtype,))
         numbers = *x.shape, len(weight), torch.get_num_threads()
         tensors = x, weight, ctx.offsets, gradient, inputs, weights
-        call(ctx.library, f"convolve_backward_{TYPES[x.dtype]}", tensors, numbers)
+        call(ctx.functions, f"convolve_backward_{TYPES[x.dtype]}", tensors, numbers)
         return None, inputs, weights.sum(0), None
 
 
@@ -155,14 +155,14 @@ class Dropout(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, library, x, keys, threshold):
-        ctx.library, ctx.threshold = library, threshold
+        ctx.functions, ctx.threshold = library, threshold
         ctx.save_for_backward(keys)
         return Dropout.compute(library, x, keys, threshold)
 
     @staticmethod
     def backward(ctx, gradient):
         (keys,) = ctx.saved_tensors
-        return None, Dropout.compute(ctx.library, gradient, keys, ctx.threshold), None, None
+        return None, Dropout.compute(ctx.functions, gradient, keys, ctx.threshold), None, None
 
     @staticmethod
     def compute(library, x, keys, threshold):
@@ -181,7 +181,7 @@ class Attention(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, library, qkv):
-        ctx.library = library
+        ctx.functions = library
         ctx.save_for_backward(qkv)
         return attention(library, qkv)
 
@@ -192,7 +192,7 @@ class Attention(torch.autograd.Function):
         gradients = torch.empty_like(qkv)
         check(qkv, gradient, gradients)
         name = f"backward_{TYPES[qkv.dtype]}"
-        call(ctx.library, name, (qkv, gradient, gradients), attention_numbers(qkv))
+        call(ctx.functions, name, (qkv, gradient, gradients), attention_numbers(qkv))
         return None, gradients
 
 

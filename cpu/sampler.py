@@ -49,12 +49,12 @@ class CompiledDecoder:
 
     def __init__(self, model, precision):
         constants = sizes(model.config, precision)
-        self.library, self.compile_seconds = load_library(SOURCE, constants)
-        self.library.sample.restype = ctypes.c_int64
+        self.functions, self.compile_seconds = load_library(SOURCE, constants)
+        self.functions.sample.restype = ctypes.c_int64
         self.config = model.config
         dtype = torch.bfloat16 if precision == "bf16" else torch.float32
         with torch.no_grad():
-            tensors = pack_model(model, self.library.panel(), dtype)
+            tensors = pack_model(model, self.functions.panel(), dtype)
             self.tensors = [tensor.contiguous() for tensor in tensors]
         for tensor in self.tensors:
             check(tensor, tensor.dtype)
@@ -78,7 +78,7 @@ class CompiledDecoder:
         check(batch.images, torch.int64)
         for tensor in (batch.noise, *states):
             check(tensor, torch.float32)
-        failed = self.library.sample(
+        failed = self.functions.sample(
             *(addresses(self.tensors), addresses(states)),
             *(ctypes.c_void_p(x.data_ptr()) for x in (batch.images, batch.noise, parameters)),
             *(ctypes.c_int64(number) for number in (n, length, first, first + count)),
