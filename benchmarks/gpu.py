@@ -252,12 +252,12 @@ def sampling_speed(model, decoder, batch, precision, device):
     weights = measure.count_weights(model)
     traffic = None
     if type(model) is ImageTransformer:  # the library's keeps states of its own
-        states = batch * sampling.state_bytes(model.empty_states(1))
+        states = batch * measure.state_bytes(model.empty_states(1))
         traffic = weights * measure.DTYPES[precision].itemsize + 2 * states
     return {
         "ms": ms, "bytes_per_s": 1e3 * batch / ms, "operations": 2 * weights * batch,
         "images_per_s": 1e3 * batch / ms / model.config.length,
-        "traffic": traffic, "peak_mb": peak_mb(device),
+        "traffic": traffic, "peak_mb": measure.peak_mb(device),
     }  # fmt: skip
 
 
@@ -280,7 +280,8 @@ def step_speed(nll, batch, precision, device):
     n_bytes = images[:, 1:].numel()
     return {
         "ms": 1e3 * seconds, "bytes_per_s": n_bytes / seconds, "images_per_s": batch / seconds,
-        "operations": 6 * measure.count_weights(nll.model) * n_bytes, "peak_mb": peak_mb(device),
+        "operations": 6 * measure.count_weights(nll.model) * n_bytes,
+        "peak_mb": measure.peak_mb(device),
     }  # fmt: skip
 
 
@@ -288,10 +289,6 @@ def reset_peak(device):
     if device.type == "cuda":
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(device)
-
-
-def peak_mb(device):
-    return torch.cuda.max_memory_allocated(device) / 1e6 if device.type == "cuda" else None
 
 
 def fractions(record, rates):

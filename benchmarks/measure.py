@@ -65,6 +65,15 @@ def count_weights(model):
     return sum(matrices) + model.predictor.weight.numel()
 
 
+def state_bytes(states):
+    """The size of all tensors in `states`, which nest them in lists and objects."""
+    if torch.is_tensor(states):
+        return states.nbytes
+    if isinstance(states, (list, tuple)):
+        return sum(map(state_bytes, states))
+    return state_bytes(list(vars(states).values())) if hasattr(states, "__dict__") else 0
+
+
 def timed(run, device):
     """Seconds of one call, including the device's work; a GPU measures them by its own clock."""
     synchronize(device)

@@ -144,20 +144,10 @@ def least_seconds(model, batch, rate, precision, device):
     """A lower bound of a byte's time: its operations at the measured rate, or its memory traffic
     (weights read, states read and written), whichever takes longer."""
     weights = measure.count_weights(model)
-    states = batch * state_bytes(model.empty_states(1))
+    states = batch * measure.state_bytes(model.empty_states(1))
     weight_bytes = weights * measure.DTYPES[precision].itemsize
     memory = measure.memory_rate(weight_bytes + states, device)
     return max(2 * weights * batch / rate, (weight_bytes + 2 * states) / memory)
-
-
-def state_bytes(states):
-    """The memory of one state per layer: sums, keys and values, and the last inputs."""
-    tensors = []
-    for state in states:
-        attention = state.attention
-        kept = attention if isinstance(attention, tuple) else vars(attention).values()
-        tensors += [*kept, state.inputs]
-    return sum(x.nbytes for x in tensors if torch.is_tensor(x))
 
 
 def measure_batched(config, ours, theirs, rounds, device):

@@ -6,7 +6,7 @@ Each case is a function that a process of its own calls once; it returns a recor
 from functools import partial
 
 from benchmarks import measure
-from benchmarks.comparison.methods import make_model, make_sampler, state_mb
+from benchmarks.comparison.methods import make_model, make_sampler
 from benchmarks.training import make_images, trainer
 from cli.process import keep_freed_memory
 from runs.training import NegativeLogLikelihood
@@ -54,7 +54,7 @@ def sampling(name, config, fields, batch_size, seconds, device):
         "method": name, "config": config, "length": fields["length"], "batch": batch_size,
         "ms_per_byte": 1e3 * mean, "ms_at_places": [1e3 * time for time in times],
         "images_per_second": batch_size / (mean * drawn), "extrapolated": extrapolated,
-        "state_mb": state_mb(states) / batch_size if states else None,
+        "state_mb": measure.state_bytes(states) / batch_size / 1e6 if states else None,
         "process_mb": measure.peak_mb(device),
     }  # fmt: skip
 

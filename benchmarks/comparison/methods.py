@@ -117,12 +117,3 @@ def draw_recurrently(decoder, batch, position, count):
         if isinstance(cache, KVCache):
             cache.length = position - 1
     decoder(batch, count)
-
-
-def state_mb(states):
-    """The size of all tensors in `states`, MB; the library nests them in lists."""
-    if torch.is_tensor(states):
-        return states.nbytes / 1e6
-    if isinstance(states, (list, tuple)):
-        return sum(map(state_mb, states))
-    return state_mb(list(vars(states).values())) if hasattr(states, "__dict__") else 0.0
