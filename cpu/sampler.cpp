@@ -72,7 +72,7 @@ struct Model {
     Linear<D, 3 * MIXTURES> predictor;
     const float *values, *positions;  // embeddings: (256, D / 2), (length - 1, D / 2)
     const int* table;                 // (length - 1, NEIGHBOURS); from here on if NEIGHBOURS > 0
-    const float *projection, *prediction;  // (CHANNELS, NEIGHBOURS, 2, D or 3 * MIXTURES)
+    const float *projection, *prediction;  // (CHANNELS, NEIGHBOURS, D or 3 * MIXTURES)
 };
 
 struct State {
@@ -268,14 +268,12 @@ struct Member {
     template <int WIDTH>
     void add_neighbours(int64_t r, int64_t position, const float* weights, float* row) {
         const int64_t* image = job.images + (team.first + r) * job.length;
-        weights += (position + 1) % CHANNELS * NEIGHBOURS * 2 * WIDTH;
-        for (int i = 0; i < NEIGHBOURS; i++, weights += 2 * WIDTH) {
+        weights += (position + 1) % CHANNELS * NEIGHBOURS * WIDTH;
+        for (int i = 0; i < NEIGHBOURS; i++, weights += WIDTH) {
             int neighbour = job.model->table[position * NEIGHBOURS + i];
             if (neighbour < 0) continue;
             float value = (image[neighbour] - 128) / 128.f;
             for (int d = 0; d < WIDTH; d++) row[d] += value * weights[d];
-            if (image[neighbour] == 0)
-                for (int d = 0; d < WIDTH; d++) row[d] += weights[WIDTH + d];
         }
     }
 

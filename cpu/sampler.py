@@ -118,7 +118,7 @@ def pack_model(model, panel, dtype):
     tensors += [model.value_embedding.weight.float(), model.pos_embedding.pe.float()]
     if model.neighbours:
         tensors += [model.neighbours.table.int(), model.neighbour_projection.weight.float().t()]
-        tensors += [neighbours.float().t()]  # (C * W * 2, 3K); the one before: (C * W * 2, D)
+        tensors += [neighbours.float().t()]  # (C * W, 3K); the one before: (C * W, D)
     return tensors
 
 

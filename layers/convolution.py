@@ -9,9 +9,6 @@ attention in the same way.
 import torch
 from torch import nn
 
-# Pixels to either side of the one above the predicted byte.
-REACH = 2
-
 
 class ShortConvolution(nn.Module):
     """Adds to the inputs (N, P, D) of a layer those at earlier positions, weighted per channel.
@@ -49,8 +46,8 @@ class ShortConvolution(nn.Module):
 
 def convolution_offsets(length, width, channels):
     """How many positions before its own a position reads: those of the bytes just before it, and of
-    the same channel in the pixels above the predicted one, which is one position on."""
+    the same channel in the three pixels above the predicted one, which is one position on."""
     row = width * channels
     offsets = {1, 2, channels}
-    offsets |= {row - 1 + channels * side for side in range(-REACH, REACH + 1)}
+    offsets |= {row - 1 + channels * side for side in (-1, 0, 1)}
     return sorted(offset for offset in offsets if 0 < offset < max(2, length - 1))

@@ -1,4 +1,4 @@
-"""Features of the bytes around the one to be predicted: the input of a masked convolution.
+"""The bytes around the one to be predicted, as numbers: the input of a masked convolution.
 
 An image is read row by row as one sequence, so the pixel above the next one is a whole row back.
 Linear maps of the neighbouring values are added to the input and the output of the network, so that
@@ -10,12 +10,10 @@ from torch import nn
 
 # Pixels from the predicted one to the left, right and upper end of the window, {channels: pixels}.
 REACH = {1: 3, 3: 2}
-# Features per neighbour: its value, and whether it is 0 (the background).
-FEATURES = 2
 
 
 class Neighbours(nn.Module):
-    """Features of the known bytes in a window around the byte after each position.
+    """The known bytes, from -1 to 1, in a window around the byte after each position.
 
     For colour images each channel of the predicted byte has its own features (those of the other
     channels are 0), so that a linear map has separate weights for each channel.
@@ -33,21 +31,20 @@ class Neighbours(nn.Module):
     @property
     def size(self):
         """The number of features of a position."""
-        return self.channels * self.table.shape[1] * FEATURES
+        return self.channels * self.table.shape[1]
 
     def forward(self, images, positions):
         """Features (N, P, size) of the bytes after `positions` (P,) of images (N, L)."""
         table = self.table[positions]  # (P, W)
-        # Neighbours outside the image read the first byte, and their features are multiplied by 0.
+        # Neighbours outside the image read the first byte, and are multiplied by 0.
         values = images.index_select(1, table.clamp(min=0).flatten())
         values = values.unflatten(1, table.shape).to(self.channel.dtype)  # (N, P, W)
         # 128 and not 127.5: these fractions are exact in bfloat16.
-        features = torch.stack([(values - 128) / 128, (values == 0).to(values.dtype)], dim=-1)
-        features = (features * (table >= 0)[..., None]).flatten(-2)  # (N, P, 2 W)
+        features = (values - 128) / 128 * (table >= 0)  # (N, P, W)
         if self.channels == 1:
             return features
         channel = self.channel[positions]  # (P, C)
-        return (channel[:, :, None] * features[:, :, None]).flatten(-2)  # (N, P, C * 2 W)
+        return (channel[:, :, None] * features[:, :, None]).flatten(-2)  # (N, P, C * W)
 
 
 def window(channels):

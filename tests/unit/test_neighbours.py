@@ -112,22 +112,20 @@ def test_a_column_of_the_table_is_one_direction():
 
 
 @EVERY_SHAPE
-def test_a_neighbour_is_its_value_and_whether_it_is_background(shape):
+def test_a_neighbour_is_its_value(shape):
     """In the features of the predicted byte's own channel; those of the others, and of what is
-    not there, are 0, which no known byte's are."""
+    not there, are 0."""
     images, (_, width, channels) = make_images(shape), shape
     length = images.shape[1]
     module = Neighbours(length, width, channels).double()
-    features = module(images, torch.arange(length - 1))  # (N, L - 1, C * W * 2)
+    features = module(images, torch.arange(length - 1))  # (N, L - 1, C * W)
     assert features.shape == (3, length - 1, module.size)
-    features = features.unflatten(-1, (channels, -1, 2))
+    features = features.unflatten(-1, (channels, -1))
     for byte in range(1, length):
-        expected = torch.zeros(3, channels, len(neighbours.window(channels)), 2)
+        expected = torch.zeros(3, channels, len(neighbours.window(channels)))
         for place, other in enumerate(row_of(module.table, byte)):
             if other >= 0:
-                value = images[:, other]
-                pair = torch.stack([value / 128 - 1, (value == 0).float()], -1)
-                expected[:, byte % channels, place] = pair
+                expected[:, byte % channels, place] = images[:, other] / 128 - 1
         assert torch.equal(features[:, byte - 1], expected.double())
 
 
