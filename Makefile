@@ -11,9 +11,9 @@ BIN = .venv/bin
 PIP = $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
 # The demo: a small model of the embedded 28x28 digits.
-ITERATIONS = 600
-MODEL = --dataset mnist-10k --recipe fast --n_layers 3 --n_heads 3 --batch_size 16 \
-        --precision auto --log_frequency 50 --evaluate_frequency 100000 \
+ITERATIONS = 1200
+MODEL = --dataset mnist-10k --recipe fast --n_layers 3 --n_heads 3 --batch_size 8 \
+        --precision auto --log_frequency 100 --evaluate_frequency 100000 \
         --save_to 'demo/mnist.{}.pth' --continue_from 'demo/mnist.{}.pth'
 
 .PHONY: demo test reference benchmark-sampling benchmark-training comparison gpu clean

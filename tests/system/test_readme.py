@@ -3,6 +3,7 @@
 import itertools
 import re
 import shlex
+import shutil
 import subprocess
 
 import imageio.v3
@@ -63,8 +64,11 @@ RUN = [
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """One folder for all commands: later ones read what earlier ones wrote."""
-    return tmp_path_factory.mktemp("readme")
+    """One folder for all commands, which may read the trained weights and what earlier commands
+    wrote."""
+    folder = tmp_path_factory.mktemp("readme")
+    shutil.copytree(ROOT / "weights", folder / "weights")
+    return folder
 
 
 def shortened(words, folder, colour_folder):
