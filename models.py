@@ -61,7 +61,7 @@ class LayerState:
     """What a layer keeps of the positions so far, updated in place."""
 
     attention: tuple | KVCache
-    inputs: torch.Tensor | None  # (N, R, D), the last inputs, for the short convolution
+    inputs: torch.Tensor | None  # (R, N, D), the last inputs, for the short convolution
 
     @property
     def tensors(self):
@@ -142,7 +142,7 @@ class EncoderLayer(nn.Module):
     def empty_state(self, n_images, config, like):
         """The `LayerState` before the first position; `like` has its type and device."""
         sizes = n_images, config.n_heads, config.d_query, config.length - 1
-        inputs = self.convolution and self.convolution.empty_state(n_images)
+        inputs = self.convolution and self.convolution.empty_state(n_images, like)
         return LayerState(self.attention.attend.empty_state(*sizes, like=like), inputs)
 
 

@@ -5,9 +5,9 @@
 // Compile-time constants, in addition to those of common.h: LAYERS, HEADS, MIXTURES, MIN_LOG_SCALE,
 // NEIGHBOURS (0: the model has none) and CHANNELS of layers/neighbours.py, OFFSETS of
 // layers/convolution.py in rising order (0: the model has none), and BF16: with 1 the operands of
-// the matrix products are bfloat16, with 0 float32. Everything else, including the sums of the
-// products, is float32. Loops over constant sizes are left to the compiler's vectoriser; only the
-// matrix product lays out its registers explicitly.
+// the matrix products and the last inputs of the layers are bfloat16, with 0 float32. Everything
+// else, including the sums of the products, is float32. Loops over constant sizes are left to the
+// compiler's vectoriser; only the matrix product lays out its registers explicitly.
 
 #include <deque>
 #include <iterator>
@@ -76,9 +76,9 @@ struct Model {
 };
 
 struct State {
-    float *S, *Z;   // (N, HEADS, SIZE, SIZE), (N, HEADS, SIZE), contiguous
+    float *S, *Z;  // (N, HEADS, SIZE, SIZE), (N, HEADS, SIZE), contiguous
 #if NEIGHBOURS
-    float* inputs;  // (N, RECENT, D): the layer's input at position p in row p mod RECENT
+    Operand* inputs;  // (RECENT, N, D): the layer's inputs at position p in row p mod RECENT
 #endif
 };
 
@@ -88,7 +88,7 @@ struct Job {
     int64_t* images;      // (N, length)
     const float* noise;   // (N, length, 2)
     float* parameters;    // (N, 3 * MIXTURES), those of the last byte drawn, or null
-    int64_t length;
+    int64_t n, length;    // images, and bytes of each
     int64_t first, last;  // the positions to read; each draws the byte after it
     float temperature;
     std::atomic<int64_t> failed;  // the first byte that could not be drawn, or `length`
@@ -281,17 +281,19 @@ struct Member {
     // The short convolution of a layer's inputs.
     void convolve(const Layer& layer, const State& state, int64_t position) {
         share(team.n, [&](int64_t r) {
-            float *x = team.x[r], *inputs = state.inputs + (team.first + r) * RECENT * D;
-            std::copy_n(x, D, inputs + position % RECENT * D);
-            const float* earlier[TAPS];
+            float* x = team.x[r];
+            Operand* inputs = state.inputs + (team.first + r) * D;
+            int64_t row = job.n * D;
+            for (int d = 0; d < D; d++) store(inputs + position % RECENT * row + d, x[d]);
+            const Operand* earlier[TAPS];
             for (int k = 0; k < TAPS; k++)
-                earlier[k] = inputs + (position + RECENT - offsets[k]) % RECENT * D;
+                earlier[k] = inputs + (position + RECENT - offsets[k]) % RECENT * row;
             float sums[D];
             for (int d = 0; d < D; d++) {
                 sums[d] = x[d];
 #pragma GCC unroll 16
                 for (int k = 0; k < TAPS; k++)
-                    sums[d] += layer.convolution[k * D + d] * earlier[k][d];
+                    sums[d] += layer.convolution[k * D + d] * load(earlier[k][d]);
             }
             for (int d = 0; d < D; d++) store(team.input[r] + d, x[d] = sums[d]);
         });
@@ -384,7 +386,7 @@ extern "C" int panel() { return PANEL; }
 extern "C" int64_t sample(const Model* model, const State* states, int64_t* images,
                           const float* noise, float* parameters, int64_t n, int64_t length,
                           int64_t first, int64_t last, float temperature, int64_t threads) {
-    Job job{model, states, images, noise, parameters, length, first, last, temperature, {length}};
+    Job job{model, states, images, noise, parameters, n, length, first, last, temperature, {length}};
     int64_t n_teams = std::max<int64_t>(1, std::min(threads, n / ROWS_PER_TEAM));
     std::deque<Team> teams;  // a Team cannot be moved
     std::vector<Member> members;

@@ -44,7 +44,8 @@ def pack_weights(weight, bias, panel, dtype):
 class CompiledDecoder:
     """A decoder of runs/sampling.py for a causal-linear model on the CPU.
 
-    The weights are copied at construction. Raises `UserError` if it cannot be compiled.
+    The weights are copied at construction. With bf16 the states' last inputs are bfloat16: those
+    of a model whose linear layers are. Raises `UserError` if it cannot be compiled.
     """
 
     def __init__(self, model, precision):
@@ -52,9 +53,9 @@ class CompiledDecoder:
         self.functions, self.compile_seconds = load_library(SOURCE, constants)
         self.functions.sample.restype = ctypes.c_int64
         self.config = model.config
-        dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+        self.dtype = torch.bfloat16 if precision == "bf16" else torch.float32
         with torch.no_grad():
-            tensors = pack_model(model, self.functions.panel(), dtype)
+            tensors = pack_model(model, self.functions.panel(), self.dtype)
             self.tensors = [tensor.contiguous() for tensor in tensors]
         for tensor in self.tensors:
             check(tensor, tensor.dtype)
@@ -76,8 +77,12 @@ class CompiledDecoder:
         parameters = torch.empty(n, 3 * self.config.mixtures)
         states = [tensor for state in batch.states for tensor in state.tensors]
         check(batch.images, torch.int64)
-        for tensor in (batch.noise, *states):
-            check(tensor, torch.float32)
+        check(batch.noise, torch.float32)
+        for state in batch.states:
+            for tensor in state.attention:
+                check(tensor, torch.float32)
+            if state.inputs is not None:
+                check(state.inputs, self.dtype)
         failed = self.functions.sample(
             *(addresses(self.tensors), addresses(states)),
             *(ctypes.c_void_p(x.data_ptr()) for x in (batch.images, batch.noise, parameters)),

@@ -22,25 +22,27 @@ class ShortConvolution(nn.Module):
         self.register_buffer("steps_back", torch.tensor(offsets), persistent=False)  # (T,)
         self.weight = nn.Parameter(0.1 * torch.randn(len(offsets), size))  # (T, D)
 
-    def empty_state(self, n_images):
-        """The last inputs (N, R, D), zero before the first position; that of position p is in
-        row p mod R, and R is one more than the largest offset."""
-        return self.weight.new_zeros(n_images, max(self.offsets) + 1, self.weight.shape[1])
+    def empty_state(self, n_images, like):
+        """The last inputs (R, N, D), zero before the first position; those of position p are in
+        row p mod R, and R is one more than the largest offset. `like` has their type and device."""
+        return like.new_zeros(max(self.offsets) + 1, n_images, self.weight.shape[1])
 
     def forward(self, x, positions, recent=None):
         """(N, P, D) at consecutive `positions` (P,) -> (N, P, D); `recent`, the last inputs before
-        them, is updated in place."""
+        them (R, N, D), is updated in place."""
         if recent is None:
             return self.ops.short_convolution(x, self.weight, self.offsets)
-        R, P = recent.shape[1], x.shape[1]
+        R, P = len(recent), x.shape[1]
+        inputs = x.transpose(0, 1)  # (P, N, D)
         if P == 1:
-            recent.index_copy_(1, positions % R, x.to(recent.dtype))
-            earlier = recent.index_select(1, (positions - self.steps_back) % R)  # (N, T, D)
-            return x + (earlier * self.weight).sum(1, keepdim=True).to(x.dtype)
+            recent.index_copy_(0, positions % R, inputs.to(recent.dtype))
+            earlier = recent.index_select(0, (positions - self.steps_back) % R)  # (T, N, D)
+            return x + (earlier * self.weight[:, None]).sum(0)[:, None].to(x.dtype)
         before = (positions[:1] + torch.arange(-R, 0, device=x.device)) % R
-        both = torch.cat([recent.index_select(1, before).to(x.dtype), x], dim=1)  # (N, R + P, D)
+        both = torch.cat([recent.index_select(0, before).to(x.dtype), inputs])  # (R + P, N, D)
         last = (positions[-1:] + torch.arange(1 - R, 1, device=x.device)) % R
-        recent.index_copy_(1, last, both[:, -R:].to(recent.dtype))
+        recent.index_copy_(0, last, both[-R:].to(recent.dtype))
+        both = both.transpose(0, 1).contiguous()  # (N, R + P, D)
         return self.ops.short_convolution(both, self.weight, self.offsets)[:, R:]
 
 

@@ -86,15 +86,15 @@ def test_parts_of_a_sequence_give_what_the_whole_gives(parts):
     x, _ = make_inputs((1,), torch.float64)
     x = x.detach()
     expected = slow_convolution(x, module.weight, module.offsets)
-    recent, start, outputs = module.empty_state(3), 0, []
-    assert recent.shape == (3, 7, 8)
+    recent, start, outputs = module.empty_state(3, x), 0, []
+    assert recent.shape == (7, 3, 8)
     for length in parts:
         positions = torch.arange(start, start + length)
         outputs.append(module(x[:, positions], positions, recent))
         start += length
     torch.testing.assert_close(torch.cat(outputs, 1), expected, rtol=1e-12, atol=1e-12)
     for position in range(17 - 7, 17):
-        assert torch.equal(recent[:, position % 7], x[:, position])
+        assert torch.equal(recent[position % 7], x[:, position])
 
 
 @pytest.mark.parametrize("change", ["rows", "float64", "weight"])

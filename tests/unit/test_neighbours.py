@@ -1,5 +1,7 @@
 """The neighbours of the predicted byte: which they are, and the same model in every form."""
 
+import copy
+
 import pytest
 import torch
 from torch import nn
@@ -13,6 +15,7 @@ from layers.dropout import draw_keys
 from layers.neighbours import Neighbours
 from layers.ops import PlainOps
 from models import ImageTransformer, ModelConfig
+from prediction import store_as_bfloat16
 from runs.sampling import (
     Batch,
     EagerDecoder,
@@ -255,15 +258,42 @@ def test_the_compiled_sampler_draws_the_images_of_the_plain_one(shape, sizes):
 def test_the_compiled_samplers_distributions_are_the_steps(shape, precision, tolerance):
     """After every byte."""
     model, images = make_model(shape, n_heads=4, d_query=16), make_images(shape, 9)
-    length = images.shape[1]
-    noise, states, own = image_noise(0, range(9), length), *(model.empty_states(9) for _ in "ab")
-    decoder = CompiledDecoder(model, precision)
+    length, decoder = images.shape[1], CompiledDecoder(model, precision)
+    noise, states = image_noise(0, range(9), length), model.empty_states(9)
+    own = copy.deepcopy(states)
+    if precision == "bf16":
+        keep_inputs_in_bfloat16(own)
     for position in range(length - 1):
         with torch.no_grad():
             expected = model.step(images, torch.tensor([position]), states)
         at = torch.tensor([position])
         parameters = decoder.run(Batch(images.clone(), noise, 1.0, at, own, torch.tensor(True)), 1)
         torch.testing.assert_close(parameters, expected, rtol=tolerance, atol=tolerance)
+
+
+def keep_inputs_in_bfloat16(states):
+    """As in the states of a model that store_as_bfloat16 has rounded."""
+    for state in states:
+        state.inputs = state.inputs.bfloat16()
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_last_inputs_that_the_compiled_sampler_would_misread_are_a_type_error(precision):
+    model, images = make_model(SHAPES["grey"]), make_images(SHAPES["grey"])
+    noise, states = image_noise(0, range(3), images.shape[1]), model.empty_states(3)
+    if precision == "fp32":
+        keep_inputs_in_bfloat16(states)
+    batch = Batch(images, noise, 1.0, torch.tensor([0]), states, torch.tensor(True))
+    with pytest.raises(TypeError, match="the compiled sampler takes contiguous"):
+        CompiledDecoder(model, precision)(batch, 5)
+
+
+def test_a_rounded_model_keeps_its_last_inputs_in_bfloat16():
+    """And its sums in float32: so the compiled sampler with bf16 reads them."""
+    model = make_model(SHAPES["grey"])
+    store_as_bfloat16(model)
+    for state in model.empty_states(2):
+        assert [x.dtype for x in state.tensors] == [torch.float32] * 2 + [torch.bfloat16]
 
 
 @EVERY_SHAPE
