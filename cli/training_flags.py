@@ -19,7 +19,7 @@ from cli.flags import (
 from cli.process import YIELDED
 from runs import checkpoints
 from runs.optimizers import MUON_WEIGHT_DECAY
-from runs.recipes import DECAY, OPTIMIZERS, RECIPES, SCHEDULES, Settings
+from runs.recipes import OPTIMIZERS, RECIPES, SCHEDULES, Settings
 from utils import UserError, check_writable
 
 EVALUATED = {
@@ -48,8 +48,7 @@ SETTINGS = {
     "muon_lr": {**POSITIVE, "help": "learning rate of Muon; fast lowers it likewise"},
     "lr_schedule": {
         "choices": SCHEDULES,
-        "help": "constant; half a cosine that falls to 0 over --iterations; or a trapezoid, "
-        f"constant and falling linearly to 0 over the last {DECAY:.0%}% of --iterations",
+        "help": "constant, or a cosine that falls to 0 over --iterations",
     },
     "warmup": {
         "type": number(int, 0, 2**62),

@@ -7,9 +7,7 @@ from dataclasses import dataclass, fields, replace
 from utils import UserError
 
 OPTIMIZERS = ("radam", "adam", "muon")
-SCHEDULES = ("constant", "cosine", "trapezoid")
-# The part of a run over which the trapezoid falls.
-DECAY = 0.4
+SCHEDULES = ("constant", "cosine")
 
 
 @dataclass(frozen=True)
@@ -27,14 +25,11 @@ class Settings:
 
     def rate_factor(self, iteration, iterations):
         """The factor of the learning rates at an iteration, from 1 to `iterations`: a linear
-        warm-up times the schedule. A cosine falls to 0 as half a cosine; a trapezoid is constant
-        and falls linearly to 0 at the end."""
+        warm-up and, with the cosine schedule, half a cosine down to 0."""
         factor = min(1.0, iteration / self.warmup) if self.warmup else 1.0
-        done = (iteration - 1) / iterations  # - 1: the first rate is full, the last one above 0
         if self.lr_schedule == "cosine":
-            factor *= 0.5 * (1 + math.cos(math.pi * done))
-        if self.lr_schedule == "trapezoid":
-            factor *= min(1.0, (1 - done) / DECAY)
+            # iteration - 1: the first rate is the full one, and the last one is above 0.
+            factor *= 0.5 * (1 + math.cos(math.pi * (iteration - 1) / iterations))
         return factor
 
 

@@ -108,8 +108,8 @@ def crossovers(curves, quantity):
         lengths = sorted(linear.keys() & points)
         if lengths and not name.startswith("linear"):
             ratios = [points[length].value / linear[length].value for length in lengths]
-            if all(1 / TIE < ratio < TIE for ratio in ratios):
-                yield f"{quantity.title}: linear is within 5% of {name} at every length"
+            if 1 / TIE < ratios[-1] < TIE:
+                yield f"{quantity.title}: linear is within 5% of {name} at {lengths[-1]:,}"
             else:
                 yield f"linear {quantity.better} {name} {where(lengths, ratios)}"
 

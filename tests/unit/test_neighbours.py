@@ -253,6 +253,12 @@ def test_the_compiled_sampler_draws_the_images_of_the_plain_one(shape, sizes):
         assert torch.equal(images, expected)
 
 
+def keep_inputs_in_bfloat16(states):
+    """As in the states of a model that store_as_bfloat16 has rounded."""
+    for state in states:
+        state.inputs = state.inputs.bfloat16()
+
+
 @EVERY_SHAPE
 @pytest.mark.parametrize(("precision", "tolerance"), [("fp32", 1e-5), ("bf16", 2e-2)])
 def test_the_compiled_samplers_distributions_are_the_steps(shape, precision, tolerance):
@@ -269,12 +275,6 @@ def test_the_compiled_samplers_distributions_are_the_steps(shape, precision, tol
         at = torch.tensor([position])
         parameters = decoder.run(Batch(images.clone(), noise, 1.0, at, own, torch.tensor(True)), 1)
         torch.testing.assert_close(parameters, expected, rtol=tolerance, atol=tolerance)
-
-
-def keep_inputs_in_bfloat16(states):
-    """As in the states of a model that store_as_bfloat16 has rounded."""
-    for state in states:
-        state.inputs = state.inputs.bfloat16()
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
