@@ -60,6 +60,8 @@ def read(name):
     """The results in a file that --json wrote."""
     try:
         results = json.loads(Path(name).read_text())
+    except FileNotFoundError:
+        raise UserError(f"--results {name} does not exist") from None
     except ValueError:
         results = None
     if not (isinstance(results, dict) and {"machine", "date", "quick"} <= set(results)):
