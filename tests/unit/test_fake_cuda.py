@@ -173,7 +173,9 @@ def draw_three_bytes(model):
         assert describe(batch) == before
         assert_product_types(gpu.types, model.config.attention_type)
         if model.has_constant_state:
-            assert {tensor.dtype for tensor in tensors_of(batch.states)} == {torch.float32}
+            for state in batch.states:
+                assert {sums.dtype for sums in state.attention} == {torch.float32}
+                assert state.inputs is None or state.inputs.dtype == torch.bfloat16
 
 
 @EVERY_MODEL
