@@ -10,13 +10,22 @@ from pathlib import Path
 
 def main():
     args = parse_arguments()
-    curves = {Path(name).stem: read_curve(name, args.split) for name in args.files}
+    curves = {
+        name: read_curve(file, args.split)
+        for name, file in zip(short_names(args.files), args.files, strict=True)
+    }
     for name, points in curves.items():
         last = points[-1]
         print(f"{name}: {last['bits_per_dim']:.4f} bits/dim after {last['images']:,} images, "
               f"{last['seconds'] / 60:.1f} minutes")  # fmt: skip
     if args.plot:
         plot(curves, args)
+
+
+def short_names(files):
+    """The names without folder and ending, if they differ."""
+    stems = [Path(file).stem for file in files]
+    return stems if len(set(stems)) == len(stems) else files
 
 
 def read_curve(name, split):

@@ -83,6 +83,19 @@ def test_what_a_killed_run_did_again_is_counted_once(tmp_path):
     assert [(p["iteration"], p["bits_per_dim"]) for p in points] == [(10, 7), (20, 6), (30, 5)]
 
 
+def test_files_of_the_same_name_in_two_folders(tmp_path):
+    """The second one had replaced the first."""
+    for folder, bits in ("a", 3), ("b", 2):
+        (tmp_path / folder).mkdir()
+        record = {"split": "test", "iteration": 1, "images": 16, "seconds": 60}
+        (tmp_path / folder / "run.jsonl").write_text(json.dumps({**record, "bits_per_dim": bits}))
+    lines = curves("a/run.jsonl", "b/run.jsonl").splitlines()
+    assert [line.split(" bits")[0] for line in lines] == [
+        "a/run.jsonl: 3.0000",
+        "b/run.jsonl: 2.0000",
+    ]
+
+
 def test_a_line_that_was_cut_off_is_left_out(tmp_path):
     """As a run leaves it that is killed while writing."""
     file = write(tmp_path / "m.jsonl", (10, "test", 2.0, 7), (20, "test", 1.0, 6))
