@@ -208,7 +208,7 @@ class Trainer:
         parameters = sum(p.numel() for p in self.model.parameters()) / 1e6
         say(
             f"model: {config.attention_type}, {config.n_layers} layers, {config.n_heads} heads of "
-            f"{config.d_query}, {config.mixtures} mixtures, {parameters:.2f} M parameters"
+            f"{config.d_query}, {config.mixtures} mixture components, {parameters:.2f} M parameters"
         )
         say(
             f"data: {training.name}, {len(training)} training and {len(self.test)} test images of "

@@ -119,7 +119,7 @@ MODEL = {
     "n_layers": {**COUNT, "help": "transformer layers"},
     "n_heads": {**COUNT, "help": "attention heads"},
     "d_query": {**COUNT, "help": "size of a head's queries, keys and values"},
-    "mixtures": {**COUNT, "help": "logistics in the mixture over a byte"},
+    "mixtures": {**COUNT, "help": "components of the mixture of logistics that predicts a byte"},
     "dropout": {**PROBABILITY, "help": "dropout in the layers"},
     "attention_dropout": {**PROBABILITY, "help": "dropout of softmax's attention weights"},
     "softmax_temp": {

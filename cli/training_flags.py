@@ -42,10 +42,10 @@ SETTINGS = {
     },
     "lr": {
         **POSITIVE,
-        "help": "learning rate; with muon, that of AdamW; fast lowers it for runs of more than "
-        "1600 iterations",
+        "help": "learning rate; with muon, that of AdamW; fast multiplies its default by "
+        "(1600 / iterations)^0.3, at most 1.5",
     },
-    "muon_lr": {**POSITIVE, "help": "learning rate of Muon; fast lowers it likewise"},
+    "muon_lr": {**POSITIVE, "help": "learning rate of Muon; fast multiplies its default likewise"},
     "lr_schedule": {
         "choices": SCHEDULES,
         "help": "constant, or a cosine that falls to 0 over --iterations",
@@ -144,7 +144,10 @@ def parse(argv=None):
     add_flags(parser, {**DATA, **EVALUATED}, "data")
     add_model_flags(parser)
     settings = {name: with_defaults(name, options) for name, options in SETTINGS.items()}
-    description = "Checkpoints store the flags up to --clip_norm: a run continues with its own."
+    description = (
+        "A checkpoint stores --seed and the flags up to --clip_norm, and a run continues with "
+        "them; all but --seed, --recipe and --optimizer may be changed."
+    )
     add_flags(parser, {**settings, **OPTIMISATION}, "optimisation", description)
     add_flags(parser, SAVING, "checkpoints and evaluation")
     add_flags(parser, LOGGING, "logging")

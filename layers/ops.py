@@ -26,8 +26,8 @@ class PlainOps:
         return norm(x + y)
 
     def short_convolution(self, x, weight, offsets):
-        """x (N, L, D) plus, for each of T `offsets`, the same so many positions before times a row
-        of `weight` (T, D). Before the first position all is 0."""
+        """x[:, l] plus the sum over t of weight[t] * x[:, l - offsets[t]], for x (N, L, D), T
+        `offsets` and `weight` (T, D). Before the first position all is 0."""
         L, longest = x.shape[1], max(offsets)
         padded = pad(x, (0, 0, longest, 0))  # (N, longest + L, D)
         for offset, row in zip(offsets, weight.to(x.dtype), strict=True):

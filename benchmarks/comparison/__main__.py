@@ -135,7 +135,7 @@ def describe(case, values):
 
 
 def learn_all(methods, plan, device):
-    """The records of the learning runs, the methods by turns."""
+    """The records of the learning runs, the methods interleaved."""
     runs = [(name, seed) for seed in learning.SEEDS for name in learning.METHODS if name in methods]
     records = []
     length = plan.learning_seconds, plan.test_images
