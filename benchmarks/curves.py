@@ -7,6 +7,9 @@ import argparse
 import json
 from pathlib import Path
 
+from cli.process import run
+from utils import UserError
+
 
 def main():
     args = parse_arguments()
@@ -47,7 +50,7 @@ def read_curve(name, split):
         if record["split"] == split:
             points[record["iteration"]] = {**record, "seconds": before + last}
     if not points:
-        raise SystemExit(f"{name} has no {split} records")
+        raise UserError(f"{name} has no {split} records")
     return [points[iteration] for iteration in sorted(points)]
 
 
@@ -84,4 +87,4 @@ def parse_arguments():
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

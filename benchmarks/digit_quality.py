@@ -17,15 +17,16 @@ from torch import nn
 
 import datasets
 import prediction
+from cli.process import run
 
 CONFIDENCE = 0.8
 
 
 def main():
     args = parse_arguments()
+    samples = sample(args)  # first, since a wrong checkpoint is an error
     classifier = train_classifier(args.seed)
     real = datasets.load("mnist-10k", ".", train=False).images
-    samples = sample(args)
     print(f"real test digits: {sure(classifier, real):.3f} with confidence over {CONFIDENCE}")
     print(f"samples: {sure(classifier, samples):.3f} of {len(samples)}, "
           f"temperature {args.temperature:g}")  # fmt: skip
@@ -78,4 +79,4 @@ def parse_arguments():
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

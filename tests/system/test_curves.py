@@ -11,6 +11,7 @@ from conftest import ROOT, TINY
 from test_training import records
 
 from benchmarks.curves import read_curve
+from utils import UserError
 
 DIGITS = ["main.py", "--dataset", "digits", *TINY, "--batch_size", 8, "--evaluate_images", 8]
 DIGITS += ["--evaluate_frequency", 4, "--log_frequency", 1]
@@ -106,5 +107,18 @@ def test_a_line_that_was_cut_off_is_left_out(tmp_path):
 
 def test_a_file_without_records_of_the_split(tmp_path):
     file = write(tmp_path / "m.jsonl", (10, "train", 2.0, 7))
-    with pytest.raises(SystemExit, match="has no test records"):
+    with pytest.raises(UserError, match="has no test records"):
         read_curve(file, "test")
+
+
+@pytest.mark.parametrize("tool", ["curves", "digit_quality"])
+def test_a_missing_file_is_one_line(tool):
+    """A traceback, and of digit_quality only after its classifier was trained."""
+    command = [sys.executable, "-m", f"benchmarks.{tool}", "missing.pth"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert done.returncode == 2
+    assert done.stderr.count("\n") == 1
+    assert f"{tool}.py: error: " in done.stderr
+    assert "missing.pth" in done.stderr
+    assert not done.stdout
