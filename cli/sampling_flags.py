@@ -55,8 +55,8 @@ SAMPLING = {
         "type": index_list,
         "default": "0",
         "metavar": "I",
-        "help": "which images (only how many, if no bytes are given): 0-10 is 0 to 9; 3,5; 7*4 is 7 "
-        "four times",
+        "help": "which images (only how many, if no bytes are given): 0-10 is 0 to 9; 3,5; 7*4 is "
+        "7 four times",
     },
     "offset": {
         "type": number(int, 0),
