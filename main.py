@@ -97,7 +97,6 @@ class Trainer:
         self.start = checkpoint.get("iteration", 0)
         distributed.check_agreement("the iteration to continue from", self.start)
         building.warn_about_threads(checkpoint, device)
-        building.warn_about_muon(self.settings, device)
 
         self.training, self.test = load_data(args, checkpoint)
         self.counts = checkpoint.get("first_byte_counts")

@@ -10,7 +10,7 @@ from cpu.ops import CompiledOps
 from layers.ops import PlainOps
 from models import ImageTransformer, ModelConfig
 from runs import distributed, restoring
-from utils import has_bfloat16, warn
+from utils import warn
 
 
 def make_config(fields, image_shape):
@@ -82,14 +82,4 @@ def warn_about_threads(checkpoint, device):
         warn(
             f"this run used {stored} CPU threads and continues with {threads}: its numbers will "
             "differ in the last digits from those of an uninterrupted run"
-        )
-
-
-def warn_about_muon(settings, device):
-    """Warn if Muon's bfloat16 products would be emulated: one step of the paper's MNIST model then
-    took 5 to 34 s on one core instead of 0.5."""
-    if settings.optimizer == "muon" and not has_bfloat16(device):
-        warn(
-            f"--optimizer muon: this {device.type} device has no bfloat16 instructions, which Muon "
-            "uses, so its steps will be slow: consider --optimizer adam"
         )

@@ -1,9 +1,13 @@
 """The optimisers: those of the paper's experiment, and Muon for the layers' matrices."""
 
+from contextlib import nullcontext
 from itertools import islice
 
 import torch
 from torch import nn
+from torch.overrides import TorchFunctionMode
+
+from utils import has_bfloat16
 
 # Muon's learning rates are an order of magnitude above AdamW's, and so is its weight decay.
 MUON_WEIGHT_DECAY = 0.1
@@ -25,7 +29,7 @@ def make_optimizer(model, settings):
         chosen = set(matrices)
         others = [p for p in model.parameters() if p not in chosen]
         return OptimizerPair(
-            torch.optim.Muon(matrices, settings.muon_lr, weight_decay=MUON_WEIGHT_DECAY),
+            Muon(matrices, settings.muon_lr, MUON_WEIGHT_DECAY),
             adamw(others, settings.lr, decay, betas=(0.9, BETA2)),
         )
     if settings.optimizer == "radam":
@@ -33,6 +37,28 @@ def make_optimizer(model, settings):
             model.parameters(), settings.lr, weight_decay=decay, decoupled_weight_decay=True
         )
     return adamw(model.parameters(), settings.lr, decay)
+
+
+class Muon(torch.optim.Muon):
+    """Muon, which on a device without bfloat16 instructions multiplies in float32: 11 to 31 times
+    as fast there as emulated bfloat16."""
+
+    def __init__(self, matrices, lr, weight_decay):
+        super().__init__(matrices, lr, weight_decay)
+        self.products = nullcontext if has_bfloat16(matrices[0].device) else InsteadOfBfloat16
+
+    def step(self):
+        with self.products():
+            super().step()
+
+
+class InsteadOfBfloat16(TorchFunctionMode):
+    """Inside, `Tensor.bfloat16` returns a copy in float32."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        if function is torch.Tensor.bfloat16:
+            return args[0].to(torch.float32, copy=True)
+        return function(*args, **kwargs or {})
 
 
 def adamw(parameters, lr, decay, betas=(0.9, 0.999)):

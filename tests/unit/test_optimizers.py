@@ -5,10 +5,11 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from torch import nn
 
 from models import ImageTransformer, ModelConfig
-from runs import restoring
-from runs.optimizers import MUON_WEIGHT_DECAY, OptimizerPair, make_optimizer, set_rates
+from runs import optimizers, restoring
+from runs.optimizers import MUON_WEIGHT_DECAY, Muon, OptimizerPair, make_optimizer, set_rates
 from runs.recipes import RECIPES, Settings
 from runs.training import NegativeLogLikelihood, train_step
 
@@ -49,7 +50,7 @@ def test_muon_gets_the_matrices_inside_the_layers(neighbours):
     and none twice, belongs to AdamW."""
     model = make_model(neighbours)
     muon, adamw = make_optimizer(model, FAST).parts
-    assert type(muon) is torch.optim.Muon
+    assert isinstance(muon, torch.optim.Muon)
     assert type(adamw) is torch.optim.AdamW
     names = {parameter: name for name, parameter in model.named_parameters()}
     own, others = (
@@ -70,6 +71,34 @@ def test_each_part_has_its_rate_and_decay():
     muon, adamw = make_optimizer(make_model(), settings).parts
     assert [(g["lr"], g["weight_decay"]) for g in muon.param_groups] == [(0.05, MUON_WEIGHT_DECAY)]
     assert [(g["lr"], g["weight_decay"]) for g in adamw.param_groups] == [(3e-3, 0.3)]
+
+
+@pytest.mark.parametrize("shape", [(8, 8), (32, 8), (8, 32)])
+@pytest.mark.parametrize(("instructions", "error"), [(True, 3e-3), (False, 1e-6)])
+def test_muon_multiplies_in_float32_without_bfloat16_instructions(
+    shape, instructions, error, monkeypatch
+):
+    """Emulated bfloat16 made a step of the paper's model take 21 s."""
+    monkeypatch.setattr(optimizers, "has_bfloat16", lambda device: instructions)
+    torch.manual_seed(0)
+    weight = nn.Parameter(torch.randn(shape))
+    weight.grad = torch.randn(shape)
+    before, gradient = weight.detach().clone(), weight.grad.clone()
+    Muon([weight], 0.02, 0.0).step()
+    update = (before - weight.detach()) / 0.02 / max(1, shape[0] / shape[1]) ** 0.5
+    difference = (update - orthogonalised(gradient)).norm() / update.norm()
+    assert error / 10 < difference < 10 * error
+    assert torch.equal(weight.grad, gradient)
+
+
+def orthogonalised(gradient):
+    """Five Newton-Schulz iterations with Muon's coefficients, through the singular values, in
+    float64."""
+    u, s, v = torch.linalg.svd(gradient.double(), full_matrices=False)
+    s = s / s.norm()
+    for _ in range(5):
+        s = 3.4445 * s - 4.7750 * s**3 + 2.0315 * s**5
+    return (u * s) @ v
 
 
 @pytest.mark.parametrize("name", ["radam", "adam"])
