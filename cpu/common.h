@@ -14,6 +14,15 @@
 #include <thread>
 #include <vector>
 
+// The numbers in this CPU's widest vectors. Still wider ones would be split one by one.
+#if defined(__AVX512F__)
+constexpr int LANES = 16;
+#elif defined(__AVX__)
+constexpr int LANES = 8;
+#else
+constexpr int LANES = 4;
+#endif
+
 struct BFloat16 {
     uint16_t bits;
 };
@@ -120,7 +129,7 @@ inline float dot(const float* a, const float* b) {
 }
 
 // A row of SIZE numbers is COUNT vectors, the widest that divide it evenly.
-constexpr int WIDTH = std::min(16, SIZE & -SIZE), COUNT = SIZE / WIDTH;
+constexpr int WIDTH = std::min(LANES, SIZE & -SIZE), COUNT = SIZE / WIDTH;
 typedef float RowVector __attribute__((vector_size(4 * WIDTH), aligned(4), may_alias));
 
 // For N positions, one after the other: adds the outer product of x and row to the matrix

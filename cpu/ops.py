@@ -32,7 +32,7 @@ class CompiledOps(PlainOps):
         self.size = config.d_query
         self.functions, self.compile_seconds = load_library(SOURCE, sizes(config))
         for name in torch_private.FUNCTIONS:
-            torch_private.choose(name)  # warn now, not in the middle of training
+            torch_private.choose(name, torch.float32)  # warn now, not in the first step
 
     def linear(self, x, *layers, activation=None):
         weight, bias = layers[0].weight, layers[0].bias
@@ -77,7 +77,7 @@ class Linear(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, weight, bias, activation):
-        outputs = torch_private.choose("linear")(x, weight, bias, activation)
+        outputs = torch_private.choose("linear", x.dtype)(x, weight, bias, activation)
         ctx.save_for_backward(x, weight, outputs if activation == "relu" else None)
         return outputs
 
@@ -85,12 +85,13 @@ class Linear(torch.autograd.Function):
     def backward(ctx, gradient):
         x, weight, outputs = ctx.saved_tensors
         if outputs is not None:
-            gradient = torch_private.choose("relu_backward")(gradient, outputs)
+            gradient = torch_private.choose("relu_backward", x.dtype)(gradient, outputs)
         rows = gradient.flatten(0, -2)  # (positions, O)
         needs_x, _, needs_bias, _ = ctx.needs_input_grad
-        inputs = (
-            torch_private.choose("linear")(gradient, weight.t(), None, None) if needs_x else None
-        )
+        inputs = None
+        if needs_x:
+            linear = torch_private.choose("linear", x.dtype)
+            inputs = linear(gradient, weight.t(), None, None)
         return inputs, rows.t() @ x.flatten(0, -2), rows.sum(0) if needs_bias else None, None
 
 
@@ -114,7 +115,7 @@ class AddNorm(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, gradient):
-        backward = torch_private.choose("norm_backward")
+        backward = torch_private.choose("norm_backward", torch.float32)
         sums, *others = ctx.saved_tensors
         # In bfloat16 torch would also sum the gradients of weight and bias in bfloat16.
         inputs, *parameters = backward(gradient.float().contiguous(), sums.float(), *others)

@@ -19,13 +19,8 @@
 
 #include "common.h"
 
-#if defined(__AVX512F__)
-constexpr int LANES = 16, VECTORS = 4;  // of 32 registers, ROWS * VECTORS hold sums
-#elif defined(__AVX__)
-constexpr int LANES = 8, VECTORS = 2;  // of 16
-#else
-constexpr int LANES = 4, VECTORS = 4;  // of 32 on ARM
-#endif
+// ROWS * VECTORS registers hold sums: of 16 with AVX, of 32 with AVX-512 and on ARM.
+constexpr int VECTORS = LANES == 8 ? 2 : 4;
 constexpr int ROWS = 6, PANEL = LANES * VECTORS;
 // With fewer rows per thread, a team of threads shares its rows, and each reads a part of the
 // weights.

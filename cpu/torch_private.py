@@ -17,15 +17,20 @@ TOLERANCE = {torch.float32: (1e-4, 1e-5), torch.bfloat16: (2e-2, 2e-2)}
 
 
 @cache
-def choose(name):
-    """The function `name` of this file's table: private if it works here, else public."""
+def choose(name, dtype):
+    """The function `name` of this file's table: private if it works here for tensors of this type,
+    else public. (Without AVX-512, oneDNN has no bfloat16 products.)"""
     private, public, examples = FUNCTIONS[name]
+    arguments = [example(dtype) for example in examples]
     try:
-        works = all(agree(private(*example()), public(*example())) for example in examples)
+        works = all(agree(private(*some), public(*some)) for some in arguments)
     except (AttributeError, RuntimeError, TypeError, NotImplementedError):
         works = False
     if not works:
-        warn(f"this torch ({torch.__version__}) has no usable {name}: a slower one takes its place")
+        warn(
+            f"this torch ({torch.__version__}) has no usable {name} of {dtype} on this CPU: "
+            "a slower one takes its place"
+        )
     return private if works else public
 
 
@@ -81,7 +86,7 @@ def public_norm_backward(gradient, x, mean, inverse, weight, bias):
     return inputs.to(x.dtype), weight_gradient, gradient.flatten(0, -2).sum(0)
 
 
-def linear_example(dtype, activation):
+def linear_example(dtype, activation=None):
     generator = torch.Generator().manual_seed(0)
     x, weight, bias = (
         torch.randn(shape, generator=generator).to(dtype) for shape in ((2, 3, 8), (5, 8), (5,))
@@ -89,19 +94,23 @@ def linear_example(dtype, activation):
     return x, weight, bias, activation
 
 
-def transposed_example():
+def linear_relu_example(dtype):
+    return linear_example(dtype, "relu")
+
+
+def transposed_example(dtype):
     """As in `Linear.backward`: without a bias, with a transposed weight."""
-    x, weight, _, _ = linear_example(torch.float32, None)
+    x, weight, _, _ = linear_example(dtype)
     return x[..., :5].contiguous(), weight.t(), None, None
 
 
-def relu_example():
-    x = linear_example(torch.float32, None)[0]
+def relu_example(dtype):
+    x = linear_example(dtype)[0]
     return x, relu(x.roll(1))
 
 
-def norm_example():
-    x = linear_example(torch.float32, None)[0]
+def norm_example(dtype):
+    x = linear_example(dtype)[0]
     mean = x.mean(-1, keepdim=True)
     inverse = 1 / x.std(-1, correction=0, keepdim=True)
     weight = torch.linspace(0.5, 2, 8)
@@ -112,12 +121,7 @@ FUNCTIONS = {
     "linear": (
         onednn_linear,
         public_linear,
-        (
-            lambda: linear_example(torch.float32, None),
-            lambda: linear_example(torch.float32, "relu"),
-            lambda: linear_example(torch.bfloat16, "relu"),
-            transposed_example,
-        ),
+        (linear_example, linear_relu_example, transposed_example),
     ),
     "relu_backward": (aten_relu_backward, public_relu_backward, (relu_example,)),
     "norm_backward": (aten_norm_backward, public_norm_backward, (norm_example,)),
