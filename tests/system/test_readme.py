@@ -156,6 +156,12 @@ def test_commands_can_be_read_and_pasted(path, lines):
     assert not re.search(r"[{}*?\[\]|<>$]", unquoted), unquoted
 
 
+@pytest.mark.parametrize(("path", "lines"), COMMANDS, ids=[join(c)[:60] for _, c in COMMANDS])
+def test_commands_need_no_bfloat16_instructions(path, lines):
+    """--precision bf16 is refused on most laptops' CPUs; auto is bf16 where there is hardware."""
+    assert "--precision bf16 " not in join(lines) + " "
+
+
 def test_make_demo(tmp_path):
     """In a copy of the project, with few iterations."""
     if not (ROOT / ".venv" / "installed").exists():
