@@ -36,11 +36,13 @@ def mnist_files():
 
 
 def write_mnist(directory):
-    """Write MNIST's files into `directory`, as after a download; returns the directory."""
-    raw = directory / "MNIST" / "raw"
-    raw.mkdir(parents=True)
-    for name, content in mnist_files().items():
-        (raw / name).write_bytes(content)
+    """Write MNIST's files, also as those of Fashion-MNIST, into `directory`, as after a download;
+    returns the directory."""
+    for data_set in ("MNIST", "FashionMNIST"):
+        raw = directory / data_set / "raw"
+        raw.mkdir(parents=True)
+        for name, content in mnist_files().items():
+            (raw / name).write_bytes(content)
     return directory
 
 
