@@ -14,7 +14,7 @@
 #include <thread>
 #include <vector>
 
-// The numbers in this CPU's widest vectors. Still wider ones would be split one by one.
+// The numbers in this CPU's widest vectors. GCC computes wider ones number by number.
 #if defined(__AVX512F__)
 constexpr int LANES = 16;
 #elif defined(__AVX__)

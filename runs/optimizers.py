@@ -55,7 +55,7 @@ class Muon(torch.optim.Muon):
 
 
 class InsteadOfBfloat16(TorchFunctionMode):
-    """Inside, `Tensor.bfloat16` returns a copy in float32."""
+    """Inside, `Tensor.bfloat16` returns a copy in float32, which torch's Muon changes in place."""
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         if function is torch.Tensor.bfloat16:
