@@ -104,10 +104,15 @@ def fast_checkpoint(tmp_path_factory):
 @pytest.fixture(scope="session")
 def colour_folder(tmp_path_factory):
     """A data set of 12 + 4 colour images of 6 x 5, as train.npy and test.npy."""
-    folder = tmp_path_factory.mktemp("colour")
+    return write_colour_images(tmp_path_factory.mktemp("colour"), height=6, width=5)
+
+
+def write_colour_images(folder, height, width):
+    """Write 12 + 4 random images to train.npy and test.npy; returns the folder."""
     random = np.random.default_rng(0)
     for split, n in (("train", 12), ("test", 4)):
-        np.save(folder / f"{split}.npy", random.integers(0, 256, (n, 6, 5, 3), np.uint8))
+        images = random.integers(0, 256, (n, height, width, 3), np.uint8)
+        np.save(folder / f"{split}.npy", images)
     return folder
 
 

@@ -10,7 +10,7 @@ import imageio.v3
 import pytest
 import standins
 import torch
-from conftest import ROOT, require_library
+from conftest import ROOT, require_library, write_colour_images
 from test_distributed import run_two
 
 from cli.sampling_flags import index_list
@@ -69,6 +69,12 @@ def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("readme")
     shutil.copytree(ROOT / "weights", folder / "weights")
     return folder
+
+
+@pytest.fixture(scope="module")
+def colour_folder(tmp_path_factory):
+    """Images of CIFAR-10's shape, as weights/cifar10-subset.pth needs them."""
+    return write_colour_images(tmp_path_factory.mktemp("colour"), height=32, width=32)
 
 
 def shortened(words, folder, colour_folder):
