@@ -185,7 +185,9 @@ class ImageTransformer(nn.Module):
             nn.init.normal_(self.neighbour_projection.weight, std=0.2)
         # The predictor reads the neighbours too, so that means follow them from early training on.
         self.predictor = nn.Linear(config.d_model + n_features, 3 * config.mixtures)
-        nn.init.zeros_(self.predictor.weight[:, config.d_model :].detach())
+        if config.neighbours:
+            nn.init.zeros_(self.predictor.weight[:, config.d_model :].detach())
+            mixture.spread_components(self.predictor)
 
     def parameters_at(self, images, positions, states=None, keys=None, last_only=False):
         """Parameters (N, P, 3K) of the distribution of the byte after each of the consecutive

@@ -26,6 +26,24 @@ def split(parameters):
     return logits, means, log_scales.clamp(min=MIN_LOG_SCALE)
 
 
+def mean_rows(predictor):
+    """The rows of weight (K, D) and bias (K,) of a linear layer to 3K parameters that compute the
+    means, as views without a gradient."""
+    K = predictor.out_features // 3
+    return [tensor.detach()[K : 2 * K] for tensor in (predictor.weight, predictor.bias)]
+
+
+@torch.no_grad()
+def spread_components(predictor):
+    """Initialise a linear layer to 3K parameters so that the K logistics lie side by side over the
+    bytes, with scales of half their distance, and hardly depend on the input."""
+    K = predictor.out_features // 3
+    weight, bias = mean_rows(predictor)
+    weight *= 0.1
+    bias.copy_((2 * torch.arange(K) + 1) / K - 1)  # their distance is 2 / K
+    predictor.bias[2 * K :] = -math.log(K)
+
+
 def log_prob(parameters, values):
     """Log-probability in nats, (...), of the bytes `values` (...), any integer type.
 

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
+from layers.mixture import mean_rows
 from utils import has_bfloat16
 
 # Muon's learning rates are an order of magnitude above AdamW's, and so is its weight decay.
@@ -14,12 +15,17 @@ MUON_WEIGHT_DECAY = 0.1
 # AdamW's beside Muon. The usual 0.999 remembers gradients for longer than a short run lasts: after
 # 700 iterations it was 0.016 bits/dim worse.
 BETA2 = 0.95
+# The rate of the mixture's means beside Muon, relative to that of AdamW. A mean is measured in the
+# width of its logistic, which for background and white pixels is a fraction of a byte; at the full
+# rate every step moves it by more than that.
+MEAN_RATE = 0.03
 
 
 def make_optimizer(model, settings):
     """The optimiser of `Settings`, with weight decay decoupled from the gradient.
 
-    "muon" is Muon for the matrices inside the layers and AdamW for everything else.
+    "muon" is Muon for the matrices inside the layers and AdamW for everything else, with a lower
+    rate for the means.
     """
     decay = settings.weight_decay
     if settings.optimizer == "muon":
@@ -30,7 +36,7 @@ def make_optimizer(model, settings):
         others = [p for p in model.parameters() if p not in chosen]
         return OptimizerPair(
             Muon(matrices, settings.muon_lr, MUON_WEIGHT_DECAY),
-            adamw(others, settings.lr, decay, betas=(0.9, BETA2)),
+            SlowMeans(others, settings.lr, decay, mean_rows(model.predictor)),
         )
     if settings.optimizer == "radam":
         return torch.optim.RAdam(
@@ -63,10 +69,30 @@ class InsteadOfBfloat16(TorchFunctionMode):
         return function(*args, **kwargs or {})
 
 
-def adamw(parameters, lr, decay, betas=(0.9, 0.999)):
+def adamw(parameters, lr, decay):
     parameters = list(parameters)
-    fused = all(p.is_cuda for p in parameters)  # one kernel for all parameters
-    return torch.optim.AdamW(parameters, lr, betas, weight_decay=decay, fused=fused or None)
+    return torch.optim.AdamW(parameters, lr, weight_decay=decay, fused=may_fuse(parameters))
+
+
+def may_fuse(parameters):
+    """Whether one kernel can update all parameters: True or, for torch's default, None."""
+    return all(p.is_cuda for p in parameters) or None
+
+
+class SlowMeans(torch.optim.AdamW):
+    """AdamW with a lower rate for the rows of the predictor that compute the means."""
+
+    def __init__(self, parameters, lr, decay, means):
+        betas, fused = (0.9, BETA2), may_fuse(parameters)
+        super().__init__(parameters, lr, betas, weight_decay=decay, fused=fused)
+        self.means = means
+
+    def step(self):
+        before = [rows.clone() for rows in self.means]
+        super().step()
+        # The rows are parts of tensors, which can only have one rate: go most of the way back.
+        for rows, old in zip(self.means, before, strict=True):
+            rows.lerp_(old, 1 - MEAN_RATE)
 
 
 def set_rates(optimizer, settings, factor):

@@ -141,3 +141,19 @@ def test_first_byte_log_probs():
     assert math.isclose(log_probs.exp().sum(), 1)
     assert math.isclose(log_probs[7].exp(), (99 + 1 / 256) / 100)
     assert log_probs.isfinite().all()
+
+
+@pytest.mark.parametrize("components", [5, 10, 30])
+def test_spread_components_begin_as_almost_every_byte_alike(components):
+    """Means side by side, moved by the input by a fraction of the range. An ordinary
+    initialisation puts all of them around grey."""
+    torch.manual_seed(0)
+    predictor = torch.nn.Linear(64, 3 * components)
+    mixture.spread_components(predictor)
+    parameters = predictor(torch.randn(50, 64)).detach()
+    _, means, _ = mixture.split(parameters)
+    places = torch.linspace(-1, 1, components) * (components - 1) / components
+    assert (means - places).abs().mean() < 0.06
+    probabilities = mixture.probabilities(parameters)
+    entropy = -(probabilities * probabilities.log2()).sum(-1)
+    assert entropy.mean() > 7  # bits, of 8; an ordinary one has 5

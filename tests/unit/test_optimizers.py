@@ -9,7 +9,14 @@ from torch import nn
 
 from models import ImageTransformer, ModelConfig
 from runs import optimizers, restoring
-from runs.optimizers import MUON_WEIGHT_DECAY, Muon, OptimizerPair, make_optimizer, set_rates
+from runs.optimizers import (
+    MEAN_RATE,
+    MUON_WEIGHT_DECAY,
+    Muon,
+    OptimizerPair,
+    make_optimizer,
+    set_rates,
+)
 from runs.recipes import RECIPES, Settings
 from runs.training import NegativeLogLikelihood, train_step
 
@@ -51,7 +58,7 @@ def test_muon_gets_the_matrices_inside_the_layers(neighbours):
     model = make_model(neighbours)
     muon, adamw = make_optimizer(model, FAST).parts
     assert isinstance(muon, torch.optim.Muon)
-    assert type(adamw) is torch.optim.AdamW
+    assert isinstance(adamw, torch.optim.AdamW)
     names = {parameter: name for name, parameter in model.named_parameters()}
     own, others = (
         [names[p] for group in part.param_groups for p in group["params"]] for part in (muon, adamw)
@@ -71,6 +78,30 @@ def test_each_part_has_its_rate_and_decay():
     muon, adamw = make_optimizer(make_model(), settings).parts
     assert [(g["lr"], g["weight_decay"]) for g in muon.param_groups] == [(0.05, MUON_WEIGHT_DECAY)]
     assert [(g["lr"], g["weight_decay"]) for g in adamw.param_groups] == [(3e-3, 0.3)]
+
+
+@NEIGHBOURS
+def test_beside_muon_the_means_move_at_a_lower_rate(neighbours):
+    """And everything else of AdamW's exactly as at the full rate."""
+    model, plain = (make_model(neighbours) for _ in range(2))
+    start = copy.deepcopy(model.state_dict())
+    _, adamw = make_optimizer(model, FAST).parts
+    others = make_optimizer(plain, FAST).parts[1].param_groups[0]["params"]
+    full = torch.optim.AdamW(others, FAST.lr, (0.9, 0.95), weight_decay=FAST.weight_decay)
+    for net, optimizer in ((model, adamw), (plain, full)):
+        generator = torch.Generator().manual_seed(2)
+        for parameter in net.parameters():
+            parameter.grad = torch.randn(parameter.shape, generator=generator)
+        optimizer.step()
+    means = slice(2, 4)  # of 2 components
+    for name, moved in model.state_dict().items():
+        expected = plain.state_dict()[name]
+        if name.startswith("predictor."):
+            first = start[name]
+            assert not torch.equal(expected[means], first[means])
+            expected = expected.clone()
+            expected[means] = first[means] + MEAN_RATE * (expected[means] - first[means])
+        torch.testing.assert_close(moved, expected, rtol=1e-5, atol=1e-7)
 
 
 @pytest.mark.parametrize("shape", [(8, 8), (32, 8), (8, 32)])
