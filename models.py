@@ -183,7 +183,7 @@ class ImageTransformer(nn.Module):
             n_features = self.neighbours.size
             self.neighbour_projection = nn.Linear(n_features, config.d_model, bias=False)
             nn.init.normal_(self.neighbour_projection.weight, std=0.2)
-        # The predictor reads the neighbours too, so that means follow them from early training on.
+        # The predictor reads the neighbours too, so that a mean can follow the byte beside it.
         self.predictor = nn.Linear(config.d_model + n_features, 3 * config.mixtures)
         if config.neighbours:
             nn.init.zeros_(self.predictor.weight[:, config.d_model :].detach())

@@ -18,7 +18,7 @@ from cli.flags import (
 )
 from cli.process import YIELDED
 from runs import checkpoints
-from runs.optimizers import MUON_WEIGHT_DECAY
+from runs.optimizers import MEAN_RATE, MUON_WEIGHT_DECAY
 from runs.recipes import OPTIMIZERS, RECIPES, SCHEDULES, Settings
 from utils import UserError, check_writable
 
@@ -42,8 +42,8 @@ SETTINGS = {
     },
     "lr": {
         **POSITIVE,
-        "help": "learning rate; with muon, that of AdamW; fast multiplies its default by "
-        "(1600 / iterations)^0.3, at most 1.5",
+        "help": f"learning rate; with muon, that of AdamW, of which the mixture's means get "
+        f"{MEAN_RATE}; fast multiplies its default by (1600 / iterations)^0.3, at most 1.5",
     },
     "muon_lr": {**POSITIVE, "help": "learning rate of Muon; fast multiplies its default likewise"},
     "lr_schedule": {
