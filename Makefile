@@ -1,4 +1,4 @@
-# make demo       train a small model for two to five minutes, sample it, write pictures to demo/
+# make demo       train a small model for one to five minutes, sample it, write pictures to demo/
 # make test       check the style and run all tests
 # make reference  add pytorch-fast-transformers, for --backend fast-transformers and its tests
 # make benchmark-sampling, make benchmark-training   compare speed with pytorch-fast-transformers
