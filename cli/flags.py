@@ -136,7 +136,8 @@ MODEL = {
     "neighbours": {
         "action": argparse.BooleanOptionalAction,
         "help": "show the network the pixels around the byte to be predicted: a masked "
-        "convolution of the image, and a short convolution in each layer",
+        "convolution of the image, and a short convolution in each layer; the mixture's "
+        "components begin side by side",
     },
 }
 # Fields of ModelConfig that follow from the data set.
