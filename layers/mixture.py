@@ -36,7 +36,7 @@ def mean_rows(predictor):
 @torch.no_grad()
 def spread_components(predictor):
     """Initialise a linear layer to 3K parameters so that the K logistics lie side by side over the
-    bytes, with scales of half their distance, and hardly depend on the input."""
+    bytes, with scales of half their distance, and their means hardly depend on the input."""
     K = predictor.out_features // 3
     weight, bias = mean_rows(predictor)
     weight *= 0.1

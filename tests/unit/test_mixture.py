@@ -144,7 +144,7 @@ def test_first_byte_log_probs():
 
 
 @pytest.mark.parametrize("components", [5, 10, 30])
-def test_spread_components_begin_as_almost_every_byte_alike(components):
+def test_spread_components_begin_side_by_side(components):
     """Means side by side, moved by the input by a fraction of the range. An ordinary
     initialisation puts all of them around grey."""
     torch.manual_seed(0)
