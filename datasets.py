@@ -131,7 +131,7 @@ def choose_name(given, stored, may_differ=False):
 
 
 def portable_name(name):
-    """The name of a data set without the place of its folder on this machine."""
+    """The name of a data set without the path of its folder."""
     return name if name in NAMES else f"./{Path(name).name}"
 
 

@@ -61,19 +61,20 @@ def train(args, device):
             trainer.evaluate(start, stop)
             return stop.exit_status
         if start and not trainer.optimizer.state_dict()["state"]:
-            say("the checkpoint has no moments of the optimiser: they start anew")
+            say("the checkpoint has no moments of the optimiser: they start at zero")
         for iteration in range(start + 1, args.iterations + 1):
             loss = trainer.step(iteration)
             log.step(iteration, loss, trainer.rates)
 
             finished = iteration == args.iterations
-            stopping = iteration - start == args.yield_frequency or distributed.any_of(stop)
-            stopping = stopping and not finished
+            yielding = iteration - start == args.yield_frequency
+            stopping = (yielding or distributed.any_of(stop)) and not finished
             if iteration % args.save_frequency == 0 or finished or stopping:
                 log.write()
                 trainer.save(iteration, last=finished or stopping)
             if stopping:
-                say(f"stopped at iteration {iteration} by {stop.name or '--yield_frequency'}")
+                cause = "--yield_frequency" if yielding else "a signal to another process"
+                say(f"stopped at iteration {iteration} by {stop.name or cause}")
                 return stop.exit_status or YIELDED
             if iteration % args.evaluate_frequency == 0 or finished:
                 trainer.evaluate(iteration, stop)

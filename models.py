@@ -42,8 +42,8 @@ class ModelConfig:
     chunk_size: int = 32
     unmasked_reformer: bool = False
     neighbours: bool = False
-    width: int = 0  # pixels per row, and bytes per pixel; for `neighbours`
-    channels: int = 0
+    width: int = 0  # pixels per row, 0 without `neighbours`
+    channels: int = 0  # bytes per pixel, 0 without `neighbours`
 
     @property
     def d_model(self):
@@ -51,6 +51,7 @@ class ModelConfig:
 
     @property
     def n_parameters(self):
+        """The number of parameters, without those of `neighbours`."""
         layer = 12 * self.d_model**2 + 13 * self.d_model
         rest = 130 * self.d_model + 3 * self.mixtures * (self.d_model + 1)
         return self.n_layers * layer + rest
@@ -65,7 +66,7 @@ class LayerState:
 
     @property
     def tensors(self):
-        """All tensors, of causal linear attention: S, Z and perhaps the inputs."""
+        """S, Z and, with `neighbours`, the last inputs; of causal linear attention only."""
         return [tensor for tensor in (*self.attention, self.inputs) if tensor is not None]
 
 

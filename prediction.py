@@ -51,7 +51,8 @@ def complete(args, device):
     length = given.shape[1]
     offset = choose_offset(args, length)
     config = building.make_config(fields, shape)
-    check_memory(building.sampling_memory(config, min(args.batch_size, len(given))), device)
+    n_states = min(args.batch_size, len(given)) if args.sampler == "recurrent" else 0
+    check_memory(building.sampling_memory(config, n_states), device)
     building.check_backend(args.backend, config, device, precision, args.compile)
     steps = math.ceil(len(given) / args.batch_size) * (length - offset)
     model, sampler = make_sampler(config, args, precision, device, checkpoint, path, steps)
@@ -140,7 +141,7 @@ def load_data(args, checkpoint, train):
 
 def choose_offset(args, length):
     """How many bytes of an image are given: all if no output shows samples, else the flag, else
-    300, else half of a small image."""
+    300, or half of an image of fewer than 600."""
     if not sampling_flags.shows_samples(args):
         return length
     if args.offset is None:
@@ -184,11 +185,11 @@ def check_compile_flag(config, args, device):
     possible = recurrent
     if device.type == "cpu":
         possible = config.attention_type == "causal-linear" or not recurrent
-    if args.compile is not None and not (possible and args.backend == "native"):
+    if args.compile is not None and not possible:
         raise UserError(
-            f"--{'compile' if args.compile else 'no-compile'} has no effect with these flags: only "
-            "--backend native compiles, on a CPU with --attention_type causal-linear or "
-            "the batched sampler, on a GPU with --recurrent: leave it out"
+            f"--{'compile' if args.compile else 'no-compile'} has no effect with these flags, only "
+            "on a CPU with --attention_type causal-linear or the batched sampler, and on a GPU "
+            "with --recurrent: leave it out"
         )
 
 

@@ -43,9 +43,10 @@ def check_fields(flag, pattern, least, example):
         ]
         pattern.format("pred", 0) if least == 2 else pattern.format(0)
     except (ValueError, KeyError, IndexError):
-        fields = ()
-    if not least <= len(fields) <= max(1, least):
-        raise UserError(f"{flag} {pattern} needs {least} {{}}, {example}")
+        fields = None
+    if fields is None or not least <= len(fields) <= max(1, least):
+        needs = f"needs {least}" if least else "takes at most one"
+        raise UserError(f"{flag} {pattern} {needs} {{}}, {example}")
 
 
 def check_figure_size(args):

@@ -61,8 +61,8 @@ def keep_freed_memory():
 
 
 class StopSignals:
-    """Remembers the first SIGINT, SIGTERM or SIGPIPE (stdout was closed), so that the training
-    loop can save and exit; a second one ends the program at once. True after a signal."""
+    """Remembers a SIGINT, SIGTERM or SIGPIPE (stdout was closed), so that the training loop can
+    save and exit; the same signal again ends the program at once. True after a signal."""
 
     NUMBERS = signal.SIGINT, signal.SIGTERM, signal.SIGPIPE
 

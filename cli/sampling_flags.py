@@ -62,7 +62,8 @@ SAMPLING = {
         "type": number(int, 0),
         "metavar": "BYTES",
         "help": "number of given bytes: 0 is unconditional (the original used 1 for that) "
-        f"(default: {DEFAULT_OFFSET}, or half of a smaller image)",
+        f"(default: {DEFAULT_OFFSET}, or half of the bytes if there are fewer than "
+        f"{2 * DEFAULT_OFFSET})",
     },
     "sampler": {
         "choices": ["batched", "recurrent"],

@@ -42,8 +42,8 @@ SETTINGS = {
     },
     "lr": {
         **POSITIVE,
-        "help": f"learning rate; with muon, that of AdamW, of which the mixture's means get "
-        f"{MEAN_RATE}; fast multiplies its default by (1600 / iterations)^0.3, at most 1.5",
+        "help": f"learning rate; with muon, that of AdamW, and {MEAN_RATE} of it for the mixture's "
+        "means; fast multiplies its default by (1600 / iterations)^0.3, at most 1.5",
     },
     "muon_lr": {**POSITIVE, "help": "learning rate of Muon; fast multiplies its default likewise"},
     "lr_schedule": {
@@ -119,8 +119,8 @@ SAVING = {
     },
     "export": {
         "metavar": "FILE",
-        "help": "write --continue_from without the optimiser's moments, a third of the size or "
-        "half, to FILE and exit",
+        "help": "write --continue_from to FILE without the optimiser's moments (a third or half of "
+        "the size), and exit",
     },
 }
 
@@ -145,8 +145,8 @@ def parse(argv=None):
     add_model_flags(parser)
     settings = {name: with_defaults(name, options) for name, options in SETTINGS.items()}
     description = (
-        "A checkpoint stores --seed and the flags up to --clip_norm, and a run continues with "
-        "them; all but --seed, --recipe and --optimizer may be changed."
+        "A checkpoint stores --seed and the flags from --recipe to --clip_norm. A run continues "
+        "with them; all but --seed, --recipe and --optimizer may be changed."
     )
     add_flags(parser, {**settings, **OPTIMISATION}, "optimisation", description)
     add_flags(parser, SAVING, "checkpoints and evaluation")

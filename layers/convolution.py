@@ -13,7 +13,8 @@ from torch import nn
 class ShortConvolution(nn.Module):
     """Adds to the inputs (N, P, D) of a layer those at earlier positions, weighted per channel.
 
-    The offsets are positions of the sequence: at the ends of a row they reach into the next one.
+    The offsets count positions of the sequence, so at either end of a row some of them reach into
+    a row beside it.
     """
 
     def __init__(self, size, offsets, ops):
@@ -47,8 +48,9 @@ class ShortConvolution(nn.Module):
 
 
 def convolution_offsets(length, width, channels):
-    """How many positions before its own a position reads: those of the bytes just before it, and of
-    the same channel in the three pixels above the predicted one, which is one position on."""
+    """How many positions back the convolution reads: to the bytes just before, and to the same
+    channel of the pixel above the predicted byte and of that pixel's left and right neighbours. The
+    predicted byte is one position ahead."""
     row = width * channels
     offsets = {1, 2, channels}
     offsets |= {row - 1 + channels * side for side in (-1, 0, 1)}

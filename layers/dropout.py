@@ -1,4 +1,4 @@
-"""Dropout whose noise depends on the image, not on the batch, the device or the process.
+"""Dropout with keys for each image, so that the noise does not depend on how a batch is split.
 
 Whether an element is dropped is decided by a hash of its index within the image's tensor and of
 two keys of the image. A batch that is split, over time or over processes, therefore drops the
@@ -60,7 +60,7 @@ def scale(threshold):
 
 
 class Dropout(nn.Module):
-    """nn.Dropout on (N, ...), with noise that depends on the image alone; `ops` computes it."""
+    """nn.Dropout on (N, ...), with noise from the keys of each image; `ops` computes it."""
 
     def __init__(self, p, noise, ops):
         super().__init__()

@@ -58,19 +58,22 @@ def check_backend(backend, config, device, precision, compiled):
 
 
 def training_memory(config, batch_size, accumulate, evaluate_only):
-    """A lower bound of the bytes that training needs: weights, gradients and moments; ten 2-byte
-    activations per channel, layer and position of a batch; the images of an iteration. An
-    evaluation keeps the activations of one layer only."""
-    layers = 1 if evaluate_only else config.n_layers
+    """A lower bound of the bytes that training needs: weights, gradients and at least one moment;
+    ten 2-byte activations per channel, layer and position of a batch; the images of an iteration.
+    An evaluation keeps the weights, and the activations of one layer."""
+    layers, per_parameter = (1, 4) if evaluate_only else (config.n_layers, 12)
     activations = 20 * layers * config.d_model * batch_size // distributed.world_size()
-    return 16 * config.n_parameters + config.length * (activations + batch_size * accumulate)
+    images = config.length * (activations + batch_size * accumulate)
+    return per_parameter * config.n_parameters + images
 
 
-def sampling_memory(config, n_images):
-    """A lower bound of the bytes that sampling needs: the weights, and the images' states."""
-    per_channel = 2 * config.length if config.attention_type == "full" else config.d_query
+def sampling_memory(config, n_states):
+    """A lower bound of the bytes that sampling needs: the weights, and the states of so many
+    images."""
+    # Keys and values of softmax attention may be bfloat16: two 2-byte numbers for each position.
+    per_channel = config.length if config.attention_type == "full" else config.d_query
     per_channel += config.channels * config.width  # the last inputs of a short convolution, or 0
-    states = n_images * config.n_layers * config.d_model * per_channel
+    states = n_states * config.n_layers * config.d_model * per_channel
     return 4 * (config.n_parameters + states)
 
 

@@ -79,8 +79,8 @@ def save(pattern, checkpoint, keep=None):
 
 def export(path, checkpoint):
     """Write a checkpoint without the moments of its optimiser, which are up to twice as large as
-    the weights, and without the place of its data set on this machine. All else stays, so that it
-    loads wherever the checkpoint does. Raises OSError."""
+    the weights, and without the path of its data set. Everything else stays, so that it loads
+    wherever the checkpoint does. Raises OSError."""
     content = dict(checkpoint)
     if "optimizer_state" in content:
         content["optimizer_state"] = {**content["optimizer_state"], "state": {}}

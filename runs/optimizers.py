@@ -108,7 +108,12 @@ def rates(optimizer):
 
 
 def rate_name(group):
-    return "muon_lr" if "ns_steps" in group else "lr"
+    return "muon_lr" if is_muon(group) else "lr"
+
+
+def is_muon(group):
+    """Whether a group of parameters belongs to Muon."""
+    return "ns_steps" in group
 
 
 class OptimizerPair:

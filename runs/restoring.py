@@ -6,6 +6,7 @@ import torch
 
 from models import ModelConfig
 from runs.checkpoints import damaged
+from runs.optimizers import is_muon
 from utils import UserError
 
 # The moments that an optimiser keeps of each parameter.
@@ -70,7 +71,7 @@ def stored_config(checkpoint, path, n_heads=None, d_query=None):
     return {**sizes, "n_heads": n_heads, "d_query": d_query}
 
 
-def config_from_tensors(state, path="the checkpoint"):
+def config_from_tensors(state, path):
     """What the shapes in a `model_state` determine: n_layers, d_model, mixtures and, if it has
     a position table, length."""
     try:
@@ -116,7 +117,7 @@ def import_optimizer_state(state, optimizer):
     """
     names = [name for group in state["param_groups"] for name in group["params"]]
     expected = [
-        (parameter, MUON_MOMENTS if "ns_steps" in group else ADAM_MOMENTS)
+        (parameter, MUON_MOMENTS if is_muon(group) else ADAM_MOMENTS)
         for group in optimizer.param_groups
         for parameter in group["params"]
     ]

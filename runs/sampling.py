@@ -111,7 +111,7 @@ def sample_recurrent(
     """Fill in bytes `offset`, ... of `images` (N, L), int64, in place: the fast way.
 
     The given bytes go through the model in one parallel pass; the `decoder` draws the others one
-    by one with a state of constant size. `offset` is at least 1; `advance(n)` is called after
+    by one from the states after them. `offset` is at least 1; `advance(n)` is called after
     each n bytes. Raises `UserError` if a distribution is not finite.
     """
     n, length = images.shape

@@ -29,9 +29,9 @@ def train_step(nll, optimizer, images, *, seed, iteration, accumulate, precision
 
     `nll` is a `NegativeLogLikelihood`, or one that `distributed.parallel` has wrapped. The batch
     goes through it in `accumulate` parts, and each process takes its shard of every part. The
-    noise of dropout depends on (seed, iteration) and the image alone: neither a restart nor
-    another split of the batch changes it. Raises `UserError`, and changes no weight, if the
-    loss or the gradient is not finite.
+    noise of dropout depends on (seed, iteration) and the image's place in the batch alone: neither
+    a restart nor another split of the batch changes it. Raises `UserError`, and changes no weight,
+    if the loss or the gradient is not finite.
     """
     keys = to_device(set_noise(seed, iteration, len(images)), images.device)
     values = images[:, 1:].numel()
@@ -50,10 +50,11 @@ def train_step(nll, optimizer, images, *, seed, iteration, accumulate, precision
     if not clip(nll.parameters(), clip_norm, loss):
         with autocast(images.device, precision):
             name = first_non_finite(unwrap(nll).model, images, keys)
-        flags = [f"--{flag} {rate:g}" for flag, rate in rates(optimizer).items()]
+        flags = " and ".join(f"--{flag} (now {rate:g})" for flag, rate in rates(optimizer).items())
+        clipping = "lower --clip_norm" if clip_norm else "clip with --clip_norm 1"
         raise UserError(
-            f"iteration {iteration}: {name} is not finite: lower {', '.join(flags)} or "
-            "--clip_norm; the last checkpoint is intact"
+            f"iteration {iteration}: {name} is not finite: lower {flags}, or {clipping}; "
+            "the last checkpoint is intact"
         )
     optimizer.step()
     return loss

@@ -10,7 +10,7 @@ from models import ImageTransformer, ModelConfig
 from runs import checkpoints
 from runs.checkpoint_schema import CHECKS
 
-ANEW = "the checkpoint has no moments of the optimiser: they start anew\n"
+AT_ZERO = "the checkpoint has no moments of the optimiser: they start at zero\n"
 
 
 @pytest.fixture(params=["tiny_checkpoint", "fast_checkpoint"])
@@ -51,19 +51,19 @@ def test_an_export_is_evaluated_and_sampled_as_its_checkpoint(exported, succeed,
     assert evaluation(succeed, exported[0]) == evaluation(succeed, exported[1])
     for name, path in zip("ab", exported, strict=True):
         flags = ["--offset", 20, "--save_image", f"{name}.{{}}.{{}}.png"]
-        assert "anew" not in succeed("prediction.py", path, *flags).out
+        assert "start at zero" not in succeed("prediction.py", path, *flags).out
     images = [(tmp_path / f"{name}.pred.0.png").read_bytes() for name in "ab"]
     assert images[0] == images[1]
 
 
-def test_a_run_that_continues_from_an_export_says_that_moments_start_anew(exported, succeed):
+def test_a_run_that_continues_from_an_export_says_that_moments_start_at_zero(exported, succeed):
     flags = ["--iterations", 40, "--evaluate_images", 2, "--save_to", "next.pth"]
     out = succeed("main.py", "--continue_from", exported[1], *flags).out
-    assert out.count(ANEW) == 1
+    assert out.count(AT_ZERO) == 1
     steps = [moments["step"] for moments in final_moments() if "step" in moments]
     start = checkpoints.load(exported[0])["iteration"]
     assert {int(step) for step in steps} == {40 - start}
-    assert ANEW not in succeed("main.py", "--continue_from", exported[0], *flags).out
+    assert AT_ZERO not in succeed("main.py", "--continue_from", exported[0], *flags).out
 
 
 def final_moments():

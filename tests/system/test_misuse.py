@@ -186,6 +186,8 @@ PREDICTION = [
     ("good.pth --save_image {x}.{}.png", "{x}"),
     ("good.pth --save_image /proc/no/{}.{}.png", "/proc/no"),
     ("good.pth --save_gif one.gif --index 0-2", "{}"),
+    ("good.pth --save_gif {}.{}.gif", "at most one {}"),
+    ("good.pth --save_gif {x}.gif", "at most one {}"),
     ("good.pth --save_gif {}.png", ".gif"),
     ("good.pth --save_grid grid.xyz", ".xyz"),
     ("good.pth --save_grid folder/only.txt/grid.png", "folder/only.txt"),

@@ -138,7 +138,7 @@ def original_file(library, tmp_path):
 def test_weights_of_the_original_load_strictly_and_predict_the_same(library, original_file, length):
     path, original = original_file(make_config(length))
     checkpoint = checkpoints.load(path)
-    seen = restoring.config_from_tensors(checkpoint["model_state"])
+    seen = restoring.config_from_tensors(checkpoint["model_state"], path)
     assert seen == {"n_layers": 2, "d_model": 32, "mixtures": 3, "length": length}
 
     model = ImageTransformer(make_config(length)).eval()
