@@ -78,7 +78,7 @@ def parse_arguments():
     parser.add_argument("--dataset", default="mnist", help="as of main.py")
     parser.add_argument("--dataset_directory", default=".", help="as of main.py")
     parser.add_argument("--folder", type=Path, required=True, help="for the metrics files")
-    parser.add_argument("--iterations", type=int, default=400)
+    parser.add_argument("--iterations", type=int, default=1600)
     parser.add_argument("--evaluate_images", type=int, default=1000)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     return parser.parse_args()
