@@ -28,8 +28,9 @@ def main():
     classifier = train_classifier(args.seed)
     real = datasets.load("mnist-10k", ".", train=False).images
     print(f"real test digits: {sure(classifier, real):.3f} with confidence over {CONFIDENCE}")
-    print(f"samples: {sure(classifier, samples):.3f} of {len(samples)}, "
-          f"temperature {args.temperature:g}")  # fmt: skip
+    fraction, n = sure(classifier, samples), len(samples)
+    error = (fraction * (1 - fraction) / n) ** 0.5  # standard error of a binomial proportion
+    print(f"samples: {fraction:.3f} ± {error:.3f} of {n}, temperature {args.temperature:g}")
 
 
 def train_classifier(seed, epochs=12):

@@ -1,6 +1,7 @@
 """Every command of README.md and docs/, in order, with few iterations and stand-ins for data."""
 
 import itertools
+import json
 import re
 import shlex
 import shutil
@@ -130,11 +131,14 @@ def check(words, out, folder):
     elif words[1] == "main.py":
         assert re.search(r"test \d+\.\d+ bits/dim \(\d+\.\d+ over all bytes\)", out)
     if "--metrics_file" in given:
-        assert (folder / given["--metrics_file"]).read_text().count("\n") == 2
+        records = (folder / given["--metrics_file"]).read_text().splitlines()
+        last = json.loads(records[-1])
+        assert (last["split"], last["iteration"]) == ("test", 2)
+        assert '"split": "train"' in records[0]
     if "--save_image" in given:
         names = [given["--save_image"].format(k, i) for k in ("pred", "real") for i in images]
         paths = [folder / (name.removesuffix(".png") + ".png") for name in names]
-        shape = (28, 28) if given.get("--dataset") == "mnist" else (8, 8)
+        shape = (8, 8) if given.get("--dataset") == "digits" else (28, 28)
         assert all(imageio.v3.imread(path).shape == shape for path in paths)
     if "--save_gif" in given:
         assert all((folder / given["--save_gif"].format(i)).exists() for i in images)
