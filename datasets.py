@@ -160,13 +160,14 @@ def load_torchvision(name, directory, train):
                 f"{folder} cannot be read ({reason}): delete {files[train]} there "
                 "to download them again"
             ) from None
+        embedded = "; --dataset mnist-10k needs no download" if name == "mnist" else ""
         damaged = damaged_file(dataset_class, folder)
         problem = f"{damaged} is damaged" if damaged else f"{name} is not complete in {directory}"
         raise UserError(
             f"{problem} and the download failed ({reason}): fetch "
             f"{', '.join(addresses(dataset_class))} on a machine with a network and put "
             f"{'them, unpacked,' if name != 'cifar10' else 'its unpacked files'} in {folder}, "
-            "or give --dataset_directory"
+            f"or give --dataset_directory{embedded}"
         ) from None
 
 

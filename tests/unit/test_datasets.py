@@ -79,6 +79,7 @@ def test_a_failed_download_says_what_to_fetch(name, server, monkeypatch, tmp_pat
     file = "train-images-idx3-ubyte.gz" if name == "mnist" else "cifar-10-python.tar.gz"
     assert server[1] + file in str(error.value)
     assert str(tmp_path / "data") in str(error.value)
+    assert ("--dataset mnist-10k needs no download" in str(error.value)) == (name == "mnist")
 
 
 def test_damaged_mnist_files_are_named(tmp_path):
