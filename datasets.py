@@ -215,6 +215,8 @@ def mnist_10k_labels():
 
 def load_folder(folder, split):
     """train.npy and test.npy, or folders train/ and test/ of image files, under `folder`."""
+    if not folder.is_dir():
+        raise UserError(f"the data set's folder {folder} does not exist: give it with --dataset")
     if (folder / f"{split}.npy").exists():
         return load_array(folder / f"{split}.npy")
     if (folder / split).is_dir():
