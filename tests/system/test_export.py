@@ -110,13 +110,12 @@ def test_the_newest_of_a_pattern_is_exported(succeed, tiny_checkpoint, tmp_path)
     assert checkpoints.load("w.30.pth")["iteration"] == 30
 
 
-def test_an_export_does_not_tell_where_a_folder_was(succeed, call, colour_folder, tmp_path):
+def test_an_export_does_not_tell_where_a_folder_was(succeed, colour_folder, tmp_path):
     command = ["main.py", *TINY, "--dataset", colour_folder, "--iterations", 1]
     succeed(*command, "--save_to", "c.pth")
     succeed("main.py", "--continue_from", "c.pth", "--export", "w.pth")
     assert str(colour_folder.parent).encode() not in (tmp_path / "w.pth").read_bytes()
     assert checkpoints.load("w.pth")["dataset"]["name"] == f"./{colour_folder.name}"
     succeed("prediction.py", "w.pth", "--dataset", colour_folder)
-    assert "does not exist: give it with --dataset" in call("prediction.py", "w.pth").err
     (tmp_path / colour_folder.name).symlink_to(colour_folder)
     assert "was trained on" not in succeed("prediction.py", "w.pth").out

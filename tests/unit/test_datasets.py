@@ -113,6 +113,12 @@ def test_imagenet64_is_memory_mapped_in_either_shape(tmp_path):
         assert np.array_equal(data.images, images.reshape(3, -1))
 
 
+def test_a_missing_folder_is_named(tmp_path):
+    """As that of weights/cifar10-subset.pth. The message was about files inside it."""
+    with pytest.raises(UserError, match="gone does not exist: give it with --dataset"):
+        datasets.load(str(tmp_path / "gone"), ".", True)
+
+
 def test_a_folder_of_image_files(tmp_path):
     images = np.random.default_rng(0).integers(0, 256, (4, 5, 7, 3), np.uint8)
     for i, image in enumerate(images):
