@@ -33,10 +33,10 @@ test: .venv/installed-test
 reference: .venv/installed-reference
 
 benchmark-sampling: reference
-	$(BIN)/python -m benchmarks.sampling
+	$(BIN)/python -m benchmarks.sampling_speed
 
 benchmark-training: reference
-	$(BIN)/python -m benchmarks.training
+	$(BIN)/python -m benchmarks.training_speed
 
 comparison: .venv/installed
 	$(BIN)/python -m benchmarks.comparison --json comparison/speed.json --plot comparison/speed.png

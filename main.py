@@ -11,11 +11,13 @@ import datasets
 from cli import training_flags
 from cli.flags import model_fields
 from cli.process import YIELDED, StopSignals, run
-from runs import building, checkpoints, distributed, restoring
-from runs.optimizers import make_optimizer, set_rates
-from runs.recipes import RECIPES, choose_seed, choose_settings, stored_settings
-from runs.reporting import Metrics, TrainingLog
-from runs.training import (
+from engine import checkpoint as checkpoints
+from engine import construction, distributed, restoring
+from engine.metrics import Metrics
+from engine.optimizers import make_optimizer, set_rates
+from engine.progress import TrainingLog
+from engine.recipes import RECIPES, choose_seed, choose_settings, stored_settings
+from engine.training import (
     NegativeLogLikelihood,
     evaluate,
     non_finite_parameter,
@@ -97,14 +99,14 @@ class Trainer:
         self.seed = choose_seed(args.seed, checkpoint)
         self.start = checkpoint.get("iteration", 0)
         distributed.check_agreement("the iteration to continue from", self.start)
-        building.warn_about_threads(checkpoint, device)
+        construction.warn_about_threads(checkpoint, device)
 
         self.training, self.test = load_data(args, checkpoint)
         self.counts = checkpoint.get("first_byte_counts")
         if self.counts is None:
             self.counts = self.training.first_byte_counts()
         self.training = self.training.resident(device)
-        config = building.make_config(architecture, self.training.image_shape)
+        config = construction.make_config(architecture, self.training.image_shape)
         self.model = build_model(config, args, self.precision, device, self.seed, checkpoint, path)
         self.optimizer = make_optimizer(self.model, self.settings)
         restoring.load_optimizer_state(self.optimizer, checkpoint, path)
@@ -246,13 +248,15 @@ def load_data(args, checkpoint):
 
 def build_model(config, args, precision, device, seed, checkpoint, path):
     """The model to train, with the checkpoint's weights if there is one."""
-    needed = building.training_memory(config, args.batch_size, args.accumulate, args.evaluate_only)
+    needed = construction.training_memory(
+        config, args.batch_size, args.accumulate, args.evaluate_only
+    )
     check_memory(needed, device)
-    building.check_backend(args.backend, config, device, precision, args.compile)
+    construction.check_backend(args.backend, config, device, precision, args.compile)
     ops = None
     if args.backend == "native":
-        ops = building.choose_ops(config, device, args.compile, "training")
-    return building.build_model(
+        ops = construction.choose_ops(config, device, args.compile, "training")
+    return construction.build_model(
         config,
         device,
         backend=args.backend,

@@ -15,9 +15,10 @@ from cli import outputs, sampling_flags
 from cli.flags import model_fields
 from cli.process import run
 from cpu.build import is_cached, try_compile
-from runs import building, checkpoints, distributed, restoring
-from runs.reporting import SamplingProgress
-from runs.sampling import (
+from engine import checkpoint as checkpoints
+from engine import construction, distributed, restoring
+from engine.progress import SamplingProgress
+from engine.sampling import (
     EagerDecoder,
     GraphDecoder,
     image_noise,
@@ -25,7 +26,7 @@ from runs.sampling import (
     sample_first_byte,
     sample_recurrent,
 )
-from runs.surprisal import first_byte_surprisal, surprisal
+from engine.surprisal import first_byte_surprisal, surprisal
 from utils import UserError, autocast, check_memory, say, select_device, select_precision
 
 # Compiling takes two seconds, once, and saves some milliseconds per step.
@@ -50,10 +51,10 @@ def complete(args, device):
         given, real, shape = open_images(args, checkpoint)
     length = given.shape[1]
     offset = choose_offset(args, length)
-    config = building.make_config(fields, shape)
+    config = construction.make_config(fields, shape)
     n_states = min(args.batch_size, len(given)) if args.sampler == "recurrent" else 0
-    check_memory(building.sampling_memory(config, n_states), device)
-    building.check_backend(args.backend, config, device, precision, args.compile)
+    check_memory(construction.sampling_memory(config, n_states), device)
+    construction.check_backend(args.backend, config, device, precision, args.compile)
     steps = math.ceil(len(given) / args.batch_size) * (length - offset)
     model, sampler = make_sampler(config, args, precision, device, checkpoint, path, steps)
 
@@ -160,8 +161,8 @@ def make_sampler(config, args, precision, device, checkpoint, path, steps):
     compiles = compiles_on_cpu(config, args, precision, device, steps)
     ops = None
     if compiles and not recurrent:
-        ops = building.choose_ops(config, device, args.compile, "sampling")
-    model = building.build_model(
+        ops = construction.choose_ops(config, device, args.compile, "sampling")
+    model = construction.build_model(
         config,
         device,
         backend=args.backend,
@@ -209,7 +210,7 @@ def compiles_on_cpu(config, args, precision, device, steps):
 
 
 def make_decoder(model, args, precision, device, compiles):
-    """The decoder of the recurrent sampler (runs/sampling.py)."""
+    """The decoder of the recurrent sampler (engine/sampling.py)."""
     if device.type == "cpu":
         build = partial(cpu.sampler.CompiledDecoder, model, precision)
         decoder = try_compile(build, args.compile, "sampling") if compiles else None

@@ -22,11 +22,11 @@ import torch
 
 from benchmarks import measure, sampling, training
 from cli.process import run
+from engine.sampling import EagerDecoder, GraphDecoder
+from engine.training import NegativeLogLikelihood
 from layers.attention import chunk_length, linear_chunked
 from models import ImageTransformer, ModelConfig
 from prediction import store_as_bfloat16
-from runs.sampling import EagerDecoder, GraphDecoder
-from runs.training import NegativeLogLikelihood
 from utils import is_out_of_memory, one_line, select_device
 
 ROOT = Path(__file__).parent.parent

@@ -11,8 +11,8 @@ import shutil
 from dataclasses import MISSING, fields
 
 from datasets import NAMES
+from engine.recipes import RECIPES
 from models import ATTENTIONS, NATIVE_ATTENTIONS, ModelConfig
-from runs.recipes import RECIPES
 from utils import UserError
 
 

@@ -3,7 +3,7 @@
 import string
 from pathlib import Path
 
-from cli import figures
+from engine import pictures
 from utils import UserError, check_writable, say
 
 # Limits of a figure: matplotlib needs about ten milliseconds for each row and image.
@@ -15,7 +15,7 @@ def check_outputs(args):
     after it."""
     if args.save_image:
         check_fields("--save_image", args.save_image, 2, "as in images/{}.{}.png")
-        path = figures.image_path(args.save_image, "pred", 0)
+        path = pictures.image_path(args.save_image, "pred", 0)
         check_writable(path, "--save_image")
         if path.suffix != Path(args.save_image).suffix:
             extension = Path(args.save_image).suffix or "no extension"
@@ -89,24 +89,24 @@ def write_files(args, completions, originals, offset):
         if args.save_image:
             kinds = {"pred": image} | ({} if originals is None else {"real": originals[n]})
             for kind, picture in kinds.items():
-                written.append(figures.image_path(args.save_image, kind, n))
-                figures.save_image(written[-1], picture)
+                written.append(pictures.image_path(args.save_image, kind, n))
+                pictures.save_image(written[-1], picture)
         if args.save_gif:
             written.append(Path(args.save_gif.format(n)))
-            figures.save_gif(written[-1], image, offset, args.gif_seconds)
+            pictures.save_gif(written[-1], image, offset, args.gif_seconds)
     if written:
         say(f"wrote {written[0]}" + (f" to {written[-1]}" if len(written) > 1 else ""))
 
 
 def show_figure(args, completions, originals, offset, caption):
     """Write --save_grid and show --plot."""
-    drawing = figures.figure(figure_rows(args.index, completions, originals), offset, caption)
+    drawing = pictures.figure(figure_rows(args.index, completions, originals), offset, caption)
     if args.save_grid:
-        figures.save_figure(drawing, args.save_grid)
+        pictures.save_figure(drawing, args.save_grid)
         say(f"wrote {args.save_grid} ({caption})")
     if args.plot:
-        figures.show()
-    figures.close(drawing)
+        pictures.show()
+    pictures.close(drawing)
 
 
 def write_surprisal(args, images, bits):
@@ -118,10 +118,10 @@ def write_surprisal(args, images, bits):
     per_byte = bits.reshape(len(bits), -1)  # (N, L)
     bits_per_dim, all_bytes = per_byte[:, 1:].mean(), per_byte.mean()
     caption = f"surprisal: {bits_per_dim:.4f} bits/dim, {all_bytes:.4f} over all bytes"
-    drawing = figures.surprisal_figure(images, bits, list(map(str, different)), caption)
-    figures.save_figure(drawing, args.save_surprisal)
+    drawing = pictures.surprisal_figure(images, bits, list(map(str, different)), caption)
+    pictures.save_figure(drawing, args.save_surprisal)
     say(f"wrote {args.save_surprisal} ({caption})")
-    figures.close(drawing)
+    pictures.close(drawing)
 
 
 def figure_rows(index, completions, originals):

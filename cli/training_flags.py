@@ -17,9 +17,9 @@ from cli.flags import (
     refuse_given,
 )
 from cli.process import YIELDED
-from runs import checkpoints
-from runs.optimizers import MEAN_RATE, MUON_WEIGHT_DECAY
-from runs.recipes import OPTIMIZERS, RECIPES, SCHEDULES, Settings
+from engine import checkpoint as checkpoints
+from engine.optimizers import MEAN_RATE, MUON_WEIGHT_DECAY
+from engine.recipes import OPTIMIZERS, RECIPES, SCHEDULES, Settings
 from utils import UserError, check_writable
 
 EVALUATED = {
@@ -29,7 +29,7 @@ EVALUATED = {
     },
 }
 
-# The defaults of these depend on the recipe: see runs/recipes.py.
+# The defaults of these depend on the recipe: see engine/recipes.py.
 SETTINGS = {
     "recipe": {
         "choices": RECIPES,

@@ -42,7 +42,7 @@ def pack_weights(weight, bias, panel, dtype):
 
 
 class CompiledDecoder:
-    """A decoder of runs/sampling.py for a causal-linear model on the CPU.
+    """A decoder of engine/sampling.py for a causal-linear model on the CPU.
 
     The weights are copied at construction. With bf16 the states' last inputs are bfloat16: those
     of a model whose linear layers are. Raises `UserError` if it cannot be compiled.

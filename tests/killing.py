@@ -18,7 +18,7 @@ import torch._dynamo  # noqa: F401 - the optimisers import it, which would delay
 
 import main
 from cli.process import run
-from runs import checkpoints
+from engine import checkpoint as checkpoints
 
 
 def start(arguments):

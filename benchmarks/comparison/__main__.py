@@ -17,11 +17,11 @@ import torch
 
 from benchmarks import measure
 from benchmarks.comparison import cases, learning
-from benchmarks.comparison.figures import draw
 from benchmarks.comparison.methods import available_methods, trained_methods
+from benchmarks.comparison.plots import draw
 from benchmarks.comparison.report import report
 from cli.process import run
-from runs.reporting import progress_bar
+from engine.progress import progress_bar
 from utils import UserError, check_writable, is_out_of_memory, say, select_device
 
 

@@ -7,9 +7,9 @@ from functools import partial
 
 from benchmarks import measure
 from benchmarks.comparison.methods import make_model, make_sampler
-from benchmarks.training import make_images, trainer
+from benchmarks.training_speed import make_images, trainer
 from cli.process import keep_freed_memory
-from runs.training import NegativeLogLikelihood
+from engine.training import NegativeLogLikelihood
 
 # Where in an image bytes are drawn to extrapolate to all of it, and their weights in the mean:
 # Simpson's rule, exact if the time is a polynomial of the position of up to third degree.

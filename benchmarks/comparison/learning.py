@@ -10,9 +10,9 @@ import torch._dynamo  # noqa: F401  An optimiser would import it during its firs
 import datasets
 from benchmarks import measure
 from benchmarks.comparison.methods import make_model
-from runs.optimizers import make_optimizer
-from runs.recipes import Settings
-from runs.training import NegativeLogLikelihood, evaluate, train_step
+from engine.optimizers import make_optimizer
+from engine.recipes import Settings
+from engine.training import NegativeLogLikelihood, evaluate, train_step
 from utils import to_device
 
 METHODS = ["linear", "softmax", "reformer (library)"]

@@ -6,14 +6,14 @@ from functools import partial
 
 import torch
 
-from benchmarks.sampling import new_batch, new_images, uncompiled_decoder
+from benchmarks.sampling_speed import new_batch, new_images, uncompiled_decoder
 from cpu.build import try_compile
 from cpu.sampler import CompiledDecoder
+from engine import construction
+from engine.sampling import sample_batched
 from layers.attention import KVCache
 from layers.ops import PlainOps
 from models import ModelConfig
-from runs import building
-from runs.sampling import sample_batched
 from utils import UserError, say
 
 
@@ -40,7 +40,7 @@ def available_methods(device):
     names = list(METHODS)
     for name, method in METHODS.items():
         try:
-            building.check_backend(method.backend, make_config(name, {"length": 64}), device,
+            construction.check_backend(method.backend, make_config(name, {"length": 64}), device,
                                    "fp32", None)  # fmt: skip
         except UserError as error:
             say(f"without {name}: {error}")
@@ -65,8 +65,8 @@ def make_model(name, fields, device, ops=None, seed=0):
     prediction.py use them, or with `ops`."""
     config, method = make_config(name, fields), METHODS[name]
     if method.backend == "native":
-        ops = ops or building.choose_ops(config, device, None, name)
-    return building.build_model(config, device, backend=method.backend, ops=ops, seed=seed,
+        ops = ops or construction.choose_ops(config, device, None, name)
+    return construction.build_model(config, device, backend=method.backend, ops=ops, seed=seed,
                                 checkpoint={}, path=None)  # fmt: skip
 
 

@@ -9,7 +9,7 @@ import torch
 from conftest import DEVICE, TINY
 from test_training import records
 
-from runs import checkpoints
+from engine import checkpoint as checkpoints
 
 pytestmark = pytest.mark.cuda
 DIGITS = ["main.py", "--dataset", "digits", *TINY, "--batch_size", 8, "--evaluate_images", 16]

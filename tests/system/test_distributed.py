@@ -14,8 +14,8 @@ import pytest
 import torch
 from conftest import ROOT, TINY
 
-from runs import distributed
-from runs.training import set_noise
+from engine import distributed
+from engine.training import set_noise
 
 DIGITS = ["--dataset", "digits", *TINY, "--lr", 1e-2, "--evaluate_images", 51]
 

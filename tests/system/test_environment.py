@@ -13,7 +13,7 @@ import torch
 from conftest import ROOT, TINY, start
 from test_training import assert_equal_weights
 
-from runs import checkpoints
+from engine import checkpoint as checkpoints
 
 DIGITS = ["--dataset", "digits", *TINY, "--batch_size", 4, "--evaluate_images", 8]
 ON_LINUX = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")

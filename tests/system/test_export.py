@@ -6,9 +6,9 @@ import pytest
 import torch
 from conftest import TINY
 
+from engine import checkpoint as checkpoints
+from engine.checkpoint_schema import CHECKS
 from models import ImageTransformer, ModelConfig
-from runs import checkpoints
-from runs.checkpoint_schema import CHECKS
 
 AT_ZERO = "the checkpoint has no moments of the optimiser: they start at zero\n"
 

@@ -10,9 +10,9 @@ from conftest import TINY
 from test_misuse import help_of
 from test_training import assert_equal_weights, records
 
+from engine import checkpoint as checkpoints
+from engine.recipes import Settings
 from models import ImageTransformer, ModelConfig
-from runs import checkpoints
-from runs.recipes import Settings
 
 DIGITS = ["--dataset", "digits", *TINY, "--batch_size", 8, "--evaluate_images", 8]
 FAST = ["main.py", *DIGITS, "--recipe", "fast"]

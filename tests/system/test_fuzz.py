@@ -25,7 +25,7 @@ from hypothesis import strategies as st
 import datasets
 import utils
 from cli import process, sampling_flags
-from runs import checkpoints
+from engine import checkpoint as checkpoints
 
 
 def cases(number):

@@ -14,7 +14,7 @@ import datasets
 import main
 import prediction
 from benchmarks import digit_quality
-from runs import checkpoints
+from engine import checkpoint as checkpoints
 
 
 @pytest.fixture(autouse=True)

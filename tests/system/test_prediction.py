@@ -12,7 +12,8 @@ from PIL import Image
 import datasets
 import models
 import prediction
-from cli import figures, sampling_flags
+from cli import sampling_flags
+from engine import pictures
 
 
 @pytest.fixture
@@ -177,7 +178,7 @@ def test_a_gif_is_short_and_small_whatever_the_image(shape, tmp_path):
     """With a frame of 20 ms for each byte, a CIFAR-10 image took a minute and several megabytes."""
     image = np.random.default_rng(0).integers(0, 256, shape, np.uint8)
     offset = image.size // 4
-    figures.save_gif(tmp_path / "a.gif", image, offset, sampling_flags.GIF_SECONDS)
+    pictures.save_gif(tmp_path / "a.gif", image, offset, sampling_flags.GIF_SECONDS)
     frames, durations = read_gif(tmp_path / "a.gif")
     assert sum(durations) == pytest.approx(6000, rel=0.02)
     assert min(durations) >= 20  # browsers slow down what is faster
@@ -185,13 +186,13 @@ def test_a_gif_is_short_and_small_whatever_the_image(shape, tmp_path):
     assert (tmp_path / "a.gif").stat().st_size < 500_000
     for frame, count in ((frames[0], offset), (frames[-1], image.size)):
         factor = len(frame) // shape[0]
-        expected = figures.partial_image(image, offset, count)
+        expected = pictures.partial_image(image, offset, count)
         difference = np.abs(frame[::factor, ::factor] - expected)
         assert difference.mean() < 12  # a GIF has 256 colours
         assert np.percentile(difference, 99) < 50
     rows = shape[0] // 4
     below = frames[0][len(frames[0]) * rows // shape[0] :]
-    assert (np.abs(below - figures.NOT_YET) < 12).all()  # nothing is drawn yet
+    assert (np.abs(below - pictures.NOT_YET) < 12).all()  # nothing is drawn yet
 
 
 def test_gif_seconds_has_an_effect(succeed, tiny_checkpoint, tmp_path):

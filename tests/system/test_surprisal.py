@@ -8,11 +8,11 @@ import torch
 from conftest import TINY
 
 import datasets
-from cli import figures
+from engine import checkpoint as checkpoints
+from engine import pictures
+from engine.surprisal import first_byte_surprisal, surprisal
 from layers import mixture
 from models import ImageTransformer, ModelConfig
-from runs import checkpoints
-from runs.surprisal import first_byte_surprisal, surprisal
 
 CPU = {"precision": "fp32", "device": torch.device("cpu")}
 
@@ -21,7 +21,7 @@ CPU = {"precision": "fp32", "device": torch.device("cpu")}
 def drawn(monkeypatch):
     """The figures that were drawn."""
     drawings = []
-    monkeypatch.setattr(figures, "close", drawings.append)
+    monkeypatch.setattr(pictures, "close", drawings.append)
     return drawings
 
 

@@ -14,8 +14,8 @@ from conftest import TINY, start
 
 import datasets
 import main
-from runs import checkpoints
-from runs.training import train_step
+from engine import checkpoint as checkpoints
+from engine.training import train_step
 
 DIGITS = ["--dataset", "digits", *TINY, "--batch_size", 8, "--evaluate_images", 8]
 

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from runs import checkpoints, restoring
+from engine import checkpoint as checkpoints
+from engine import restoring
 from utils import UserError
 
 

@@ -15,9 +15,9 @@ import prediction
 from cpu import build, ops, sampler
 from cpu.build import cache_path, find_compiler
 from cpu.sampler import CompiledDecoder
+from engine.sampling import Batch, EagerDecoder, image_noise, sample_recurrent
 from layers import mixture
 from models import ImageTransformer, ModelConfig
-from runs.sampling import Batch, EagerDecoder, image_noise, sample_recurrent
 from utils import UserError
 
 LENGTH = 40

@@ -6,17 +6,17 @@ import pytest
 import torch
 from conftest import DEVICE
 
-from layers.attention import LinearAttention, SoftmaxAttention, linear_chunked
-from layers.ops import PlainOps
-from models import ImageTransformer, ModelConfig
-from prediction import store_as_bfloat16
-from runs.sampling import (
+from engine.sampling import (
     EagerDecoder,
     GraphDecoder,
     image_noise,
     sample_batched,
     sample_recurrent,
 )
+from layers.attention import LinearAttention, SoftmaxAttention, linear_chunked
+from layers.ops import PlainOps
+from models import ImageTransformer, ModelConfig
+from prediction import store_as_bfloat16
 from utils import autocast
 
 pytestmark = pytest.mark.cuda

@@ -15,11 +15,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import layers.attention
+from engine.optimizers import make_optimizer
+from engine.recipes import Settings
+from engine.sampling import Batch, EagerDecoder, sample_batched, sample_recurrent
 from models import ImageTransformer, ModelConfig
 from prediction import store_as_bfloat16
-from runs.optimizers import make_optimizer
-from runs.recipes import Settings
-from runs.sampling import Batch, EagerDecoder, sample_batched, sample_recurrent
 from utils import autocast
 
 CUDA = torch.device("cuda")

@@ -10,13 +10,7 @@ import models
 from cpu import sampler
 from cpu.ops import CompiledOps
 from cpu.sampler import CompiledDecoder
-from layers import neighbours
-from layers.dropout import draw_keys
-from layers.neighbours import Neighbours
-from layers.ops import PlainOps
-from models import ImageTransformer, ModelConfig
-from prediction import store_as_bfloat16
-from runs.sampling import (
+from engine.sampling import (
     Batch,
     EagerDecoder,
     image_noise,
@@ -24,6 +18,12 @@ from runs.sampling import (
     sample_first_byte,
     sample_recurrent,
 )
+from layers import neighbours
+from layers.dropout import draw_keys
+from layers.neighbours import Neighbours
+from layers.ops import PlainOps
+from models import ImageTransformer, ModelConfig
+from prediction import store_as_bfloat16
 from utils import UserError
 
 SHAPES = {"grey": (6, 5, 1), "colour": (4, 3, 3)}  # height, width, channels

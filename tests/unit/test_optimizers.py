@@ -7,9 +7,8 @@ import pytest
 import torch
 from torch import nn
 
-from models import ImageTransformer, ModelConfig
-from runs import optimizers, restoring
-from runs.optimizers import (
+from engine import optimizers, restoring
+from engine.optimizers import (
     MEAN_RATE,
     MUON_WEIGHT_DECAY,
     Muon,
@@ -17,8 +16,9 @@ from runs.optimizers import (
     make_optimizer,
     set_rates,
 )
-from runs.recipes import RECIPES, Settings
-from runs.training import NegativeLogLikelihood, train_step
+from engine.recipes import RECIPES, Settings
+from engine.training import NegativeLogLikelihood, train_step
+from models import ImageTransformer, ModelConfig
 
 FAST = RECIPES["fast"][0]
 SIZES = {"n_layers": 2, "n_heads": 2, "d_query": 4, "mixtures": 2, "dropout": 0.1}

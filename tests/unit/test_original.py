@@ -13,8 +13,9 @@ import torch
 from conftest import require_library
 from torch import nn
 
+from engine import checkpoint as checkpoints
+from engine import restoring
 from models import ImageTransformer, ModelConfig
-from runs import checkpoints, restoring
 from utils import UserError
 
 MNIST, CIFAR10, DIGIT = 784, 3072, 64  # bytes of an image

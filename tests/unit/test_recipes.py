@@ -7,8 +7,8 @@ from itertools import pairwise
 import pytest
 import torch
 
+from engine.recipes import RECIPES, Settings, choose_settings, is_settings
 from models import ModelConfig
-from runs.recipes import RECIPES, Settings, choose_settings, is_settings
 from utils import UserError
 
 FAST = RECIPES["fast"][0]

@@ -10,8 +10,8 @@ from conftest import require_library
 from torch.nn.functional import interpolate
 
 import datasets
+from engine.sampling import image_noise, sample_batched, sample_recurrent
 from models import ImageTransformer, ModelConfig
-from runs.sampling import image_noise, sample_batched, sample_recurrent
 from utils import UserError
 
 SMALL = {"n_layers": 2, "n_heads": 2, "d_query": 8, "mixtures": 3, "bits": 4, "chunk_size": 8}

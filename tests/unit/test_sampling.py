@@ -6,16 +6,16 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from layers import mixture
-from models import ImageTransformer, ModelConfig
-from runs import sampling
-from runs.sampling import (
+from engine import sampling
+from engine.sampling import (
     GraphDecoder,
     image_noise,
     sample_batched,
     sample_first_byte,
     sample_recurrent,
 )
+from layers import mixture
+from models import ImageTransformer, ModelConfig
 from utils import UserError
 
 LENGTH = 30

@@ -14,7 +14,7 @@ LEVELS = [
     {"layers"},
     {"models", "datasets"},
     {"cpu", "reference"},
-    {"runs"},
+    {"engine"},
     {"cli"},
     {"main", "prediction"},
 ]
@@ -42,7 +42,7 @@ def imported_modules(path, known):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
             assert not node.level, f"{path} has a relative import"
-            # `from runs import sampling` imports runs.sampling, `from models import x` models.
+            # `from engine import sampling` imports engine.sampling, `from models import x` models.
             found |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
     with_packages = set()
     for name in found:
@@ -96,12 +96,12 @@ def test_utils_imports_nothing_of_the_project():
 
 def test_distributed_does_not_import_the_models():
     """It imported the models indirectly, through utils.py."""
-    code = "import sys, runs.distributed; print(*sys.modules)"
+    code = "import sys, engine.distributed; print(*sys.modules)"
     run = subprocess.run(
         [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
     )
     loaded = {name for name in run.stdout.split() if package(name) in LEVEL}
-    assert loaded == {"utils", "runs", "runs.distributed"}
+    assert loaded == {"utils", "engine", "engine.distributed"}
 
 
 def functions(path):

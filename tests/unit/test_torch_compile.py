@@ -9,9 +9,9 @@ from torch._inductor import config as inductor
 
 import main
 import prediction
+from engine.sampling import image_noise, sample_recurrent
 from layers.dropout import draw_keys
 from models import ImageTransformer, ModelConfig
-from runs.sampling import image_noise, sample_recurrent
 
 CUDA = torch.device("cuda")
 COMPILE = SimpleNamespace(compile=True)

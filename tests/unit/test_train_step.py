@@ -7,10 +7,10 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from engine.optimizers import make_optimizer
+from engine.recipes import Settings
+from engine.training import NegativeLogLikelihood, train_step
 from models import ImageTransformer, ModelConfig
-from runs.optimizers import make_optimizer
-from runs.recipes import Settings
-from runs.training import NegativeLogLikelihood, train_step
 from utils import UserError
 
 

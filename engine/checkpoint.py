@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 
 import datasets
-from runs.checkpoint_schema import CHECKS, OPTIONAL, check_checksums, is_count
+from engine.checkpoint_schema import CHECKS, OPTIONAL, check_checksums, is_count
 from utils import UserError, one_line, say, warn, write_whole
 
 FORMAT_VERSION = 1

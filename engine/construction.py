@@ -7,9 +7,9 @@ import torch
 
 from cpu.build import try_compile
 from cpu.ops import CompiledOps
+from engine import distributed, restoring
 from layers.ops import PlainOps
 from models import ImageTransformer, ModelConfig
-from runs import distributed, restoring
 from utils import warn
 
 

@@ -1,6 +1,6 @@
 """Time per sampled byte, compared with pytorch-fast-transformers and with the machine's limits.
 
-python -m benchmarks.sampling --json sampling.json --plot sampling.png
+python -m benchmarks.sampling_speed --json sampling.json --plot sampling.png
 """
 
 import argparse
@@ -14,14 +14,14 @@ from benchmarks import measure
 from cli.process import keep_freed_memory
 from cpu.build import find_compiler
 from cpu.sampler import CompiledDecoder
-from models import ImageTransformer, ModelConfig
-from runs.sampling import (
+from engine.sampling import (
     Batch,
     EagerDecoder,
     GraphDecoder,
     image_noise,
     sample_batched,
 )
+from models import ImageTransformer, ModelConfig
 from utils import autocast
 
 # Seconds of one measurement, which determine its number of bytes (at least two).

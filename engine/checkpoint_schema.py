@@ -5,9 +5,9 @@ import zipfile
 
 import torch
 
+from engine.recipes import OPTIMIZERS, is_settings
 from layers.neighbours import REACH
 from models import ATTENTIONS, ModelConfig
-from runs.recipes import OPTIMIZERS, is_settings
 
 
 def check_checksums(file):

@@ -6,10 +6,10 @@ from functools import partial
 import numpy as np
 import torch
 
+from engine import distributed
+from engine.optimizers import rates
+from engine.progress import progress_bar
 from layers.mixture import NATS_PER_BIT, first_byte_log_probs
-from runs import distributed
-from runs.optimizers import rates
-from runs.reporting import progress_bar
 from utils import UserError, autocast, to_device
 
 

@@ -4,9 +4,9 @@ import math
 
 import torch
 
+from engine.checkpoint import damaged
+from engine.optimizers import is_muon
 from models import ModelConfig
-from runs.checkpoints import damaged
-from runs.optimizers import is_muon
 from utils import UserError
 
 # The moments that an optimiser keeps of each parameter.

@@ -1,6 +1,6 @@
 """Time and memory of a training step and of an evaluation, compared with the library.
 
-python -m benchmarks.training --json training.json --plot training.png
+python -m benchmarks.training_speed --json training.json --plot training.png
 """
 
 import argparse
@@ -11,10 +11,10 @@ import torch
 
 from benchmarks import measure
 from cli.process import keep_freed_memory
+from engine.optimizers import make_optimizer
+from engine.recipes import Settings
+from engine.training import NegativeLogLikelihood, train_step
 from models import ModelConfig
-from runs.optimizers import make_optimizer
-from runs.recipes import Settings
-from runs.training import NegativeLogLikelihood, train_step
 from utils import autocast
 
 # On random images, which take as long as real ones.

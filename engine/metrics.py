@@ -1,0 +1,51 @@
+"""Records of a run: a file of JSON lines, and TensorBoard."""
+
+import json
+import os
+from pathlib import Path
+
+from utils import UserError, is_first_process, warn
+
+
+class Metrics:
+    """Writes records to a file of JSON lines and to TensorBoard; both are optional."""
+
+    def __init__(self, path=None, log_dir=None):
+        if not is_first_process():
+            path = log_dir = None
+        self.path, self.board = path, open_tensorboard(log_dir) if log_dir else None
+        if path:
+            Path(path).parent.mkdir(parents=True, exist_ok=True)
+
+    def write(self, split, iteration, **values):
+        """Write one record; a failure is a warning."""
+        try:
+            if self.path:
+                append_line(self.path, {"iteration": iteration, "split": split, **values})
+            self.write_to_board(split, iteration, values)
+        except OSError as error:
+            warn(f"the metrics of iteration {iteration} cannot be written ({error.strerror})")
+
+    def write_to_board(self, split, iteration, values):
+        if self.board:
+            for name, value in values.items():
+                self.board.add_scalar(f"{split}/{name}", value, iteration)
+            self.board.flush()
+
+
+def append_line(path, record):
+    """Append a line of JSON to a file, whose last line may be incomplete if a run was killed."""
+    with open(path, "ab+") as file:
+        cut_off = file.tell() and (file.seek(-1, os.SEEK_END), file.read())[1] != b"\n"
+        file.write((b"\n" if cut_off else b"") + json.dumps(record).encode() + b"\n")
+
+
+def open_tensorboard(log_dir):
+    """A writer of TensorBoard events. Raises a `UserError` if TensorBoard is not installed."""
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        raise UserError(
+            "--log_dir needs TensorBoard: pip install tensorboard, or use --metrics_file"
+        ) from None
+    return SummaryWriter(log_dir)
