@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from options import choose
 from utils import UserError, device_memory, one_line, say, to_device
 
 NAMES = ("mnist", "fashion-mnist", "cifar10", "imagenet64", "mnist-10k", "digits")
@@ -84,12 +85,11 @@ def load(name, directory, train):
     return ImageDataset(name, images.flatten(1), tuple(images.shape[1:]))
 
 
-def load_matching(name, directory, train, stored):
-    """The training or test images of the data set `name`. Their shape must be the one `stored` in
-    a checkpoint ({} for none)."""
+def load_matching(name, directory, train, shape):
+    """The training or test images of the data set `name`. Their shape must be `shape`, that of a
+    checkpoint (None for any)."""
     dataset = load(name, directory, train)
-    shape = tuple(stored.get("image_shape", dataset.image_shape))
-    if dataset.image_shape != shape:
+    if shape and dataset.image_shape != shape:
         raise UserError(
             f"--dataset {dataset.name} has images of {describe(dataset.image_shape)} and the "
             f"checkpoint's have {describe(shape)}: give a data set of that shape"
@@ -97,9 +97,9 @@ def load_matching(name, directory, train, stored):
     return dataset
 
 
-def load_both(name, directory, stored):
+def load_both(name, directory, shape):
     """The training and the test images by `load_matching`; both must have one shape."""
-    train, test = (load_matching(name, directory, split, stored) for split in (True, False))
+    train, test = (load_matching(name, directory, split, shape) for split in (True, False))
     if train.image_shape != test.image_shape:
         raise UserError(
             f"--dataset {train.name} has training images of {describe(train.image_shape)} and "
@@ -108,7 +108,7 @@ def load_both(name, directory, stored):
     return train, test
 
 
-def choose_name(given, stored, may_differ=False):
+def choose_name(given: str | None, stored: str | None, may_differ: bool = False) -> str:
     """The name or, for a folder, the absolute path of the data set that was given, else of the one
     that the checkpoint was trained on (`stored`, None without a checkpoint), else mnist.
 
@@ -117,17 +117,17 @@ def choose_name(given, stored, may_differ=False):
     """
     if given and given not in NAMES and not Path(given).is_dir():
         raise UserError(f"--dataset {given} is neither a folder nor one of {', '.join(NAMES)}")
-    name = given or stored or "mnist"
-    name = name if name in NAMES else str(Path(name).resolve())
-    differs = given and stored and name != stored
-    if differs and may_differ:
+    names = [{"dataset": full_name(name)} if name else {} for name in (given, stored)]
+    moved = None not in (given, stored) and not {given, stored} & set(NAMES)
+    name = choose("dataset", *names, {"dataset": "mnist"}, may_change=may_differ or moved)
+    if may_differ and stored and name != full_name(stored):
         say(f"the images are those of {name}; the model was trained on {stored}")
-    elif differs and (name in NAMES or stored in NAMES):
-        raise UserError(
-            f"--dataset {given} contradicts the checkpoint, which was trained on {stored}: "
-            "leave the flag out"
-        )
     return name
+
+
+def full_name(name: str) -> str:
+    """The name of a data set, or the absolute path of its folder."""
+    return name if name in NAMES else str(Path(name).resolve())
 
 
 def portable_name(name):

@@ -9,23 +9,27 @@ import torch
 
 import datasets
 from cli import training_flags
-from cli.flags import model_fields
+from cli.flags import choose_model, given_options
 from cli.process import YIELDED, StopSignals, run
-from engine import checkpoint as checkpoints
-from engine import construction, distributed, restoring
+from engine import construction, distributed
+from engine.checkpoint import NO_CHECKPOINT, Checkpoint, format_path
+from engine.construction import load_model
 from engine.metrics import Metrics
-from engine.optimizers import make_optimizer, set_rates
+from engine.optimizers import export_state, make_optimizer, set_rates
 from engine.progress import TrainingLog
-from engine.recipes import RECIPES, choose_seed, choose_settings, stored_settings
+from engine.recipes import Settings, choose_recipe, choose_settings
 from engine.training import (
     NegativeLogLikelihood,
     evaluate,
     non_finite_parameter,
     train_step,
 )
+from models import ModelConfig
+from options import choose
 from utils import (
     UserError,
     check_memory,
+    is_first_process,
     say,
     select_device,
     select_precision,
@@ -45,12 +49,25 @@ def main(argv=None):
 
 def export(args):
     """Write the weights of --continue_from without the optimiser's moments."""
-    checkpoint, source = checkpoints.load_newest(args.continue_from)
-    path = checkpoints.format_path(args.export, checkpoint["iteration"])
-    if path.resolve() == source.resolve():
+    checkpoint = load_checkpoint(args)
+    path = format_path(args.export, checkpoint.iteration)
+    if path.resolve() == checkpoint.path.resolve():
         raise UserError(f"--export {path} would replace the checkpoint itself: give another file")
-    checkpoints.export(path, checkpoint)
+    checkpoint.export(path)
     say(f"wrote {path} ({path.stat().st_size / 1e6:.1f} MB, without the optimiser's moments)")
+
+
+def load_checkpoint(args):
+    """The checkpoint to continue from, `NO_CHECKPOINT` for a run from scratch."""
+    if not args.continue_from:
+        return NO_CHECKPOINT
+    must_exist = args.evaluate_only or args.export
+    checkpoint = Checkpoint.newest(args.continue_from, missing_ok=not must_exist)
+    if checkpoint:
+        say(f"loaded {checkpoint.path}, iteration {checkpoint.iteration}")
+    else:
+        say(f"no file matches {args.continue_from}: starting from scratch")
+    return checkpoint
 
 
 def train(args, device):
@@ -90,26 +107,25 @@ class Trainer:
         self.args, self.device = args, device
         self.precision = select_precision(args.precision, device)
         check_batch_size(args)
-        checkpoint, path = load_checkpoint(args)
-        stored = restoring.stored_config(checkpoint, path, args.n_heads, args.d_query)
-        self.settings = choose_settings(
-            training_flags.given_settings(args), stored_settings(checkpoint), args.iterations
-        )
-        architecture = model_fields(args, stored, RECIPES[self.settings.recipe][1])
-        self.seed = choose_seed(args.seed, checkpoint)
-        self.start = checkpoint.get("iteration", 0)
+        checkpoint = load_checkpoint(args)
+        given = given_options(args, Settings)
+        self.settings = choose_settings(given, checkpoint.settings, args.iterations)
+        recipe = choose_recipe(given, checkpoint.settings, args.iterations)
+        stored = checkpoint.model_options(args.n_heads, args.d_query)
+        values = choose_model(args, stored, recipe)
+        self.seed = choose_seed(args, checkpoint)
+        self.start = checkpoint.iteration
         distributed.check_agreement("the iteration to continue from", self.start)
-        construction.warn_about_threads(checkpoint, device)
+        checkpoint.warn_about_threads(device)
 
         self.training, self.test = load_data(args, checkpoint)
-        self.counts = checkpoint.get("first_byte_counts")
-        if self.counts is None:
-            self.counts = self.training.first_byte_counts()
+        config = ModelConfig.for_images(self.training.image_shape, **values)
+        self.model = build_model(config, args, self.precision, device, self.seed, checkpoint)
+        if checkpoint.first_byte_counts is None:
+            self.model.first_byte_counts.copy_(self.training.first_byte_counts())
         self.training = self.training.resident(device)
-        config = construction.make_config(architecture, self.training.image_shape)
-        self.model = build_model(config, args, self.precision, device, self.seed, checkpoint, path)
         self.optimizer = make_optimizer(self.model, self.settings)
-        restoring.load_optimizer_state(self.optimizer, checkpoint, path)
+        checkpoint.restore_optimizer(self.optimizer)
         self.nll = parallel_nll(self.model, args, device)
 
         self.images_per_iteration = args.batch_size * args.accumulate
@@ -147,7 +163,6 @@ class Trainer:
             bits = evaluate(
                 self.nll,
                 self.test.images[: self.args.evaluate_images],
-                self.counts,
                 batch_size=self.args.batch_size,
                 precision=self.precision,
                 device=self.device,
@@ -172,13 +187,12 @@ class Trainer:
         the `last` save."""
         if name := non_finite_parameter(self.model):
             raise UserError(f"iteration {iteration}: the parameter {name} is not finite: not saved")
-        if not self.args.save_to or distributed.rank() > 0:
+        if not self.args.save_to or not is_first_process():
             return
         with self.log.paused():
             try:
-                path = checkpoints.save(
-                    self.args.save_to, self.state(iteration), self.args.keep_checkpoints
-                )
+                checkpoint = self.checkpoint(iteration)
+                path = checkpoint.save(self.args.save_to, self.args.keep_checkpoints)
             except OSError as error:
                 problem = f"{self.args.save_to} cannot be written at iteration {iteration}: "
                 problem += error.strerror or str(error)
@@ -188,21 +202,19 @@ class Trainer:
             else:
                 say(f"iteration {iteration}: saved {path}")
 
-    def state(self, iteration):
-        """The entries of a checkpoint."""
-        training = self.training
-        return {
-            "model_state": self.model.state_dict(),
-            "optimizer_state": restoring.optimizer_state(self.optimizer),
-            "iteration": iteration,
-            "config": vars(self.model.config),
-            "dataset": {"name": training.name, "image_shape": list(training.image_shape)},
-            "first_byte_counts": self.counts,
-            "seed": self.seed,
-            "optimizer": self.settings.optimizer,
-            "settings": asdict(self.settings),
-            "threads": torch.get_num_threads(),
-        }
+    def checkpoint(self, iteration):
+        return Checkpoint(
+            model_state=self.model.state_dict(),
+            optimizer_state=export_state(self.optimizer),
+            iteration=iteration,
+            config=self.model.config,
+            dataset=self.training.name,
+            image_shape=self.training.image_shape,
+            first_byte_counts=self.model.first_byte_counts.cpu(),
+            seed=self.seed,
+            settings=asdict(self.settings),
+            threads=torch.get_num_threads(),
+        )
 
     def describe(self):
         """Print one line each about the model, the data and the machine."""
@@ -231,22 +243,22 @@ def check_batch_size(args):
         )
 
 
-def load_checkpoint(args):
-    """The checkpoint to continue from and its path, or ({}, None) for a run from scratch."""
-    if not args.continue_from:
-        return {}, None
-    return checkpoints.load_newest(args.continue_from, or_none=not args.evaluate_only)
+def choose_seed(args, checkpoint):
+    """The seed of a run, which stays the same when it continues."""
+    given, stored = (
+        {} if seed is None else {"seed": seed} for seed in (args.seed, checkpoint.seed)
+    )
+    return choose("seed", given, stored, {"seed": 0})
 
 
 def load_data(args, checkpoint):
     """The training and the test images; only an evaluation may use another data set."""
-    stored = checkpoint.get("dataset", {})
-    name = datasets.choose_name(args.dataset, stored.get("name"), may_differ=args.evaluate_only)
+    name = datasets.choose_name(args.dataset, checkpoint.dataset, may_differ=args.evaluate_only)
     with distributed.first_process_first():
-        return datasets.load_both(name, args.dataset_directory, stored)
+        return datasets.load_both(name, args.dataset_directory, checkpoint.image_shape)
 
 
-def build_model(config, args, precision, device, seed, checkpoint, path):
+def build_model(config, args, precision, device, seed, checkpoint):
     """The model to train, with the checkpoint's weights if there is one."""
     needed = construction.training_memory(
         config, args.batch_size, args.accumulate, args.evaluate_only
@@ -256,15 +268,7 @@ def build_model(config, args, precision, device, seed, checkpoint, path):
     ops = None
     if args.backend == "native":
         ops = construction.choose_ops(config, device, args.compile, "training")
-    return construction.build_model(
-        config,
-        device,
-        backend=args.backend,
-        ops=ops,
-        seed=seed,
-        checkpoint=checkpoint,
-        path=path,
-    )
+    return load_model(checkpoint, config, device=device, backend=args.backend, ops=ops, seed=seed)
 
 
 def parallel_nll(model, args, device):

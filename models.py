@@ -4,7 +4,9 @@ Sizes: N images, L positions (at most the bytes of an image), H heads, D = H * d
 K mixture components.
 """
 
+import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -15,42 +17,81 @@ from layers.convolution import ShortConvolution, convolution_offsets
 from layers.dropout import Dropout, DropoutNoise, draw_keys
 from layers.neighbours import Neighbours
 from layers.ops import PlainOps
+from options import COUNT, POSITIVE, PROBABILITY, option
 
 # How many positions go through the layers at once when no gradient is needed: this bounds the
 # memory of long prefixes and keeps every tensor small enough for its memory to be reused.
 POSITIONS_AT_ONCE = 2**12
-NATIVE_ATTENTIONS = ["causal-linear", "full"]
-# The others need pytorch-fast-transformers (reference/).
-ATTENTIONS = [*NATIVE_ATTENTIONS, "reformer", "exact-topk", "local"]
+NATIVE_ATTENTIONS = ("causal-linear", "full")
+ATTENTIONS = (*NATIVE_ATTENTIONS, "reformer")  # which needs pytorch-fast-transformers (reference/)
+# Some options have an effect with some attentions only.
+SOFTMAX = "attention_type", ("full", "reformer")
+REFORMER = "attention_type", ("reformer",)
 
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """Everything that defines the model; stored in every checkpoint. The defaults are only here."""
+    """Everything that defines the model; stored in every checkpoint."""
 
     length: int  # bytes of an image
-    attention_type: str = "causal-linear"
-    n_layers: int = 4
-    n_heads: int = 6
-    d_query: int = 32
-    mixtures: int = 10
-    dropout: float = 0.1
-    softmax_temp: float | None = None  # multiplies q.k; None is 1 / sqrt(d_query)
-    attention_dropout: float = 0.1
-    bits: int = 32
-    rounds: int = 4
-    chunk_size: int = 32
-    unmasked_reformer: bool = False
-    neighbours: bool = False
+    attention_type: str = option(
+        "causal-linear",
+        ATTENTIONS,
+        "linear, softmax (full), or with --backend fast-transformers reformer",
+    )
+    n_layers: int = option(4, COUNT, "transformer layers")
+    n_heads: int = option(6, COUNT, "attention heads")
+    d_query: int = option(32, COUNT, "size of a head's queries, keys and values")
+    mixtures: int = option(10, COUNT, "components of the mixture of logistics that predicts a byte")
+    dropout: float = option(0.1, PROBABILITY, "dropout in the layers", may_change=True)
+    attention_dropout: float = option(
+        0.1,
+        PROBABILITY,
+        "dropout of softmax's attention weights",
+        only_with=SOFTMAX,
+        may_change=True,
+    )
+    softmax_temp: float | None = option(
+        None,
+        POSITIVE,
+        "scale of q.k before the softmax (default: 1/sqrt(d_query))",
+        only_with=SOFTMAX,
+    )
+    bits: int = option(32, COUNT, "hash bits (reformer only)", only_with=REFORMER)
+    rounds: int = option(4, COUNT, "hashing rounds (reformer only)", only_with=REFORMER)
+    chunk_size: int = option(32, COUNT, "queries per block (reformer only)", only_with=REFORMER)
+    unmasked_reformer: bool = option(
+        False, bool, "let a query attend to itself (reformer only)", only_with=REFORMER
+    )
+    neighbours: bool = option(
+        False,
+        bool,
+        "show the network the pixels around the byte to be predicted: a masked convolution of the "
+        "image, and a short convolution in each layer; the mixture's components begin side by side",
+    )
     width: int = 0  # pixels per row, 0 without `neighbours`
     channels: int = 0  # bytes per pixel, 0 without `neighbours`
 
+    @classmethod
+    def for_images(cls, image_shape: tuple[int, ...], **values: Any) -> "ModelConfig":
+        """The configuration with these `values` of its options for images of a shape, (H, W) or
+        (H, W, 3)."""
+        length = math.prod(image_shape)
+        if not values.get("neighbours"):
+            return cls(length, **values)
+        return cls(length, **values, width=image_shape[1], channels=math.prod(image_shape[2:]))
+
     @property
-    def d_model(self):
+    def d_model(self) -> int:
         return self.n_heads * self.d_query
 
     @property
-    def n_parameters(self):
+    def has_recurrence(self) -> bool:
+        """Whether a position can be computed from a state of the positions before it."""
+        return self.attention_type in NATIVE_ATTENTIONS
+
+    @property
+    def n_parameters(self) -> int:
         """The number of parameters, without those of `neighbours`."""
         layer = 12 * self.d_model**2 + 13 * self.d_model
         rest = 130 * self.d_model + 3 * self.mixtures * (self.d_model + 1)
@@ -169,9 +210,13 @@ class ImageTransformer(nn.Module):
     layers: `PlainOps`, or the compiled operations of cpu/ops.py.
     """
 
-    def __init__(self, config, ops=None):
+    def __init__(self, config: ModelConfig, ops: PlainOps | None = None):
         super().__init__()
         self.config, self.ops = config, ops or PlainOps()
+        # How often each byte is the first of a training image. Not a weight: the original's
+        # checkpoints do not have it.
+        counts = torch.zeros(256, dtype=torch.int64)
+        self.register_buffer("first_byte_counts", counts, persistent=False)
         half = config.d_model // 2
         # The last byte is predicted but never read, hence L - 1 positions.
         self.pos_embedding = PositionalEncoding(half, config.length - 1)
@@ -190,7 +235,14 @@ class ImageTransformer(nn.Module):
             nn.init.zeros_(self.predictor.weight[:, config.d_model :].detach())
             mixture.spread_components(self.predictor)
 
-    def parameters_at(self, images, positions, states=None, keys=None, last_only=False):
+    def parameters_at(
+        self,
+        images: torch.Tensor,
+        positions: torch.Tensor,
+        states: list[LayerState] | None = None,
+        keys: torch.Tensor | None = None,
+        last_only: bool = False,
+    ) -> torch.Tensor:
         """Parameters (N, P, 3K) of the distribution of the byte after each of the consecutive
         `positions` (P,) of images (N, L); with `last_only`, of the byte after the last (N, 1, 3K).
 
@@ -214,34 +266,41 @@ class ImageTransformer(nn.Module):
         """The transformer: (N, P, D) at `positions` (P,) -> (N, P, D)."""
         return self.transformer(x, positions, states or [None] * self.config.n_layers)
 
-    def forward(self, images, keys=None):
+    def forward(self, images: torch.Tensor, keys: torch.Tensor | None = None) -> torch.Tensor:
         """Parameters (N, L, 3K) of the distribution of the byte after each of `images` (N, L)."""
         return self.parameters_at(images, positions_of(images), keys=keys)
 
-    def nll(self, images, keys=None):
+    def nll(self, images: torch.Tensor, keys: torch.Tensor | None = None) -> torch.Tensor:
         """-log p(image | its first byte), (N,), in nats, of whole images (N, length)."""
         return self.nll_per_byte(images, keys).sum(-1)
 
-    def nll_per_byte(self, images, keys=None):
+    def first_byte_nll(self, images: torch.Tensor) -> torch.Tensor:
+        """-log p(first byte), (N,), float64, in nats, of images (N, L) on any device."""
+        counts = self.first_byte_counts.to(images.device)
+        return -mixture.first_byte_log_probs(counts)[images[:, 0].long()]
+
+    def nll_per_byte(self, images: torch.Tensor, keys: torch.Tensor | None = None) -> torch.Tensor:
         """-log p(byte | the bytes before it), (N, length - 1), in nats, of the bytes of whole
         images (N, length) after their first."""
         return -mixture.log_prob(self(images[:, :-1], keys), images[:, 1:])
 
-    def predict_next(self, prefix):
+    def predict_next(self, prefix: torch.Tensor) -> torch.Tensor:
         """Parameters (N, 3K) of the byte after `prefix` (N, P), P > 0, without any state."""
         positions = positions_of(prefix)
         parts = prefix.split(max(1, POSITIONS_AT_ONCE // prefix.shape[1]))
         parameters = [self.parameters_at(part, positions, last_only=True) for part in parts]
         return torch.cat(parameters)[:, 0]
 
-    def prefill(self, prefix):
+    def prefill(self, prefix: torch.Tensor) -> tuple[torch.Tensor, list[LayerState]]:
         """As `predict_next`, and the states after the prefix, for `step`."""
         states = self.empty_states(len(prefix))
         for positions in positions_of(prefix).split(max(1, POSITIONS_AT_ONCE // len(prefix))):
             parameters = self.parameters_at(prefix, positions, states, last_only=True)
         return parameters[:, 0], states
 
-    def step(self, images, position, states):
+    def step(
+        self, images: torch.Tensor, position: torch.Tensor, states: list[LayerState]
+    ) -> torch.Tensor:
         """Read byte `position`, a tensor (1,), of images (N, L); updates `states` in place.
 
         Returns the parameters (N, 3K) of the byte after it, without a device synchronisation.
@@ -249,16 +308,16 @@ class ImageTransformer(nn.Module):
         return self.parameters_at(images, position, states)[:, 0]
 
     @property
-    def has_constant_state(self):
+    def has_constant_state(self) -> bool:
         """Whether the states are tensors that keep their addresses and never grow."""
         return self.config.attention_type == "causal-linear"
 
-    def empty_states(self, n_images):
+    def empty_states(self, n_images: int) -> list[LayerState]:
         """One state per layer, for `n_images` images before their first byte is read."""
         like = self.predictor.weight
         return [layer.empty_state(n_images, self.config, like) for layer in self.transformer.layers]
 
 
-def positions_of(images):
+def positions_of(images: torch.Tensor) -> torch.Tensor:
     """The positions (L,) of images (N, L)."""
     return torch.arange(images.shape[1], device=images.device)

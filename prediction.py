@@ -1,36 +1,27 @@
 """Sample images from a trained model, byte by byte, and write them as PNG, GIF or a figure.
 
-python prediction.py weights.{}.pth --recurrent --index 0-10 --save_grid grid.png
+python prediction.py weights.{}.pth --index 0-10 --save_grid grid.png
+
+Other programs import `load_model`, `sample_images`, `complete_images` and `surprisal` from here
+(docs/python.md).
 """
 
 import math
-from functools import partial
-
-import torch
 
 import cpu.ops
-import cpu.sampler
 import datasets
 from cli import outputs, sampling_flags
-from cli.flags import model_fields
+from cli.flags import choose_model
 from cli.process import run
-from cpu.build import is_cached, try_compile
-from engine import checkpoint as checkpoints
-from engine import construction, distributed, restoring
-from engine.progress import SamplingProgress
-from engine.sampling import (
-    EagerDecoder,
-    GraphDecoder,
-    image_noise,
-    sample_batched,
-    sample_first_byte,
-    sample_recurrent,
-)
-from engine.surprisal import first_byte_surprisal, surprisal
-from utils import UserError, autocast, check_memory, say, select_device, select_precision
+from engine import construction, distributed
+from engine.checkpoint import NO_CHECKPOINT, Checkpoint
+from engine.construction import load_model
+from engine.sampling import complete_images, first_bytes, is_worth_compiling, sample_images
+from engine.surprisal import surprisal
+from models import ModelConfig
+from utils import UserError, check_memory, say, select_device, select_precision
 
-# Compiling takes two seconds, once, and saves some milliseconds per step.
-STEPS_WORTH_COMPILING = 200
+__all__ = ["complete_images", "load_model", "sample_images", "surprisal"]
 
 
 def main(argv=None):
@@ -44,59 +35,66 @@ def complete(args, device):
     """Load the model and the images, complete the images, write them."""
     precision = select_precision(args.precision, device)
     outputs.check_outputs(args)
-    checkpoint, path = load_checkpoint(args)
-    stored = restoring.stored_config(checkpoint, path, args.n_heads, args.d_query)
-    fields = model_fields(args, stored)
+    checkpoint = load_checkpoint(args)
+    values = choose_model(args, checkpoint.model_options(args.n_heads, args.d_query))
     with distributed.first_process_first():
-        given, real, shape = open_images(args, checkpoint)
-    length = given.shape[1]
-    offset = choose_offset(args, length)
-    config = construction.make_config(fields, shape)
-    n_states = min(args.batch_size, len(given)) if args.sampler == "recurrent" else 0
-    check_memory(construction.sampling_memory(config, n_states), device)
-    construction.check_backend(args.backend, config, device, precision, args.compile)
-    steps = math.ceil(len(given) / args.batch_size) * (length - offset)
-    model, sampler = make_sampler(config, args, precision, device, checkpoint, path, steps)
+        real, shape, counts = open_images(args, checkpoint)
+    config = ModelConfig.for_images(shape, **values)
+    offset = choose_offset(args, config.length)
+    check(args, config, precision, device)
+    model = build_model(args, config, checkpoint, device, config.length - offset)
+    if counts is not None:
+        model.first_byte_counts.copy_(counts)
 
-    completed = sample(sampler, given, offset, args, precision, device)
+    noise = {"seed": args.seed, "temperature": args.temperature}
+    given = first_bytes(model, len(args.index), **noise) if real is None else real
+    completed = complete_images(
+        model,
+        given,
+        max(1, offset),
+        **noise,
+        batch_size=args.batch_size,
+        precision=precision,
+        recompute=args.recompute,
+        compile=args.compile,
+    )
     if completed is None:
         return  # only the first process writes images
     shape = args.image_shape or shape
     completions = completed.view(-1, *shape).numpy()
     originals = None if real is None else real.view(-1, *shape).numpy()
     outputs.write_files(args, completions, originals, offset)
-    score = partial(surprisal, model, precision=precision, device=device)
     if args.save_grid or args.plot:
-        caption = describe_samples(args, offset, score, completed, real)
+        caption = describe_samples(args, offset, model, precision, completed, real)
         outputs.show_figure(args, completions, originals, offset, caption)
     if args.save_surprisal:
-        first = first_byte_surprisal(real, first_byte_counts(args, checkpoint))
-        bits = torch.cat([first, score(real)], dim=1)  # (N, L)
+        bits = surprisal(model, real, precision=precision)  # (N, L)
         outputs.write_surprisal(args, originals, bits.view(-1, *shape).numpy())
 
 
 def load_checkpoint(args):
-    """The checkpoint to sample from and its path, or ({}, None) for random weights."""
+    """The checkpoint to sample from, or `NO_CHECKPOINT` for random weights."""
     if args.model == "-":
         say("random weights: the samples will be noise")
-        return {}, None
-    checkpoint, path = checkpoints.load_newest(args.model)
-    if args.load_pytorch:
-        restoring.upgrade_layout(checkpoint, path)
-    return checkpoint, path
+        return NO_CHECKPOINT
+    checkpoint = Checkpoint.newest(args.model)
+    say(f"loaded {checkpoint.path}, iteration {checkpoint.iteration}")
+    return checkpoint.upgraded() if args.load_pytorch else checkpoint
 
 
 def open_images(args, checkpoint):
-    """The images to complete (N, L), the real ones (N, L), both uint8, and their shape.
+    """The images to complete (N, L), uint8, None with --offset 0; the shape of an image; and the
+    histogram (256,) of first bytes, None if it is neither stored nor needed.
 
-    With --offset 0 nothing is given: the first byte is drawn from the training set's histogram,
-    and there are no real images.
+    With --offset 0 no data set is needed if the checkpoint has the shape and the histogram.
     """
+    shape, counts = checkpoint.image_shape, checkpoint.first_byte_counts
+    if counts is None and (args.offset == 0 or args.save_surprisal):
+        training = load_data(args, checkpoint, train=True)
+        shape, counts = training.image_shape, training.first_byte_counts()
+    real = None
     if args.offset == 0:
-        shape, counts = unconditional_source(args, checkpoint)
-        real, given = None, torch.zeros(len(args.index), math.prod(shape), dtype=torch.uint8)
-        noise = image_noise(args.seed, range(len(given)), 1)[:, 0, 0]
-        given[:, 0] = sample_first_byte(counts, noise, args.temperature)
+        datasets.choose_name(args.dataset, checkpoint.dataset)
     else:
         data = load_data(args, checkpoint, train=args.training_set)
         if max(args.index) >= len(data):
@@ -105,39 +103,18 @@ def open_images(args, checkpoint):
                 f"the last is {len(data) - 1}"
             )
         real, shape = data.images[args.index], data.image_shape
-        given = real.clone()
     if args.image_shape and math.prod(args.image_shape) != math.prod(shape):
         raise UserError(
             f"--image_shape {datasets.describe(args.image_shape)} has "
             f"{math.prod(args.image_shape)} bytes and the images have {math.prod(shape)}: "
             f"leave it out for {datasets.describe(shape)}"
         )
-    return given, real, shape
-
-
-def unconditional_source(args, checkpoint):
-    """The shape of an image and the histogram of first bytes; no data set is needed if the
-    checkpoint has both."""
-    if "format_version" in checkpoint:
-        stored = checkpoint["dataset"]
-        datasets.choose_name(args.dataset, stored["name"])
-        return tuple(stored["image_shape"]), checkpoint["first_byte_counts"]
-    training = load_data(args, checkpoint, train=True)
-    return training.image_shape, training.first_byte_counts()
-
-
-def first_byte_counts(args, checkpoint):
-    """The histogram (256,) of first bytes in the training set, which the checkpoint has unless it
-    is one of the original."""
-    if "format_version" in checkpoint:
-        return checkpoint["first_byte_counts"]
-    return load_data(args, checkpoint, train=True).first_byte_counts()
+    return real, shape, counts
 
 
 def load_data(args, checkpoint, train):
-    stored = checkpoint.get("dataset", {})
-    name = datasets.choose_name(args.dataset, stored.get("name"), may_differ=True)
-    return datasets.load_matching(name, args.dataset_directory, train, stored)
+    name = datasets.choose_name(args.dataset, checkpoint.dataset, may_differ=True)
+    return datasets.load_matching(name, args.dataset_directory, train, checkpoint.image_shape)
 
 
 def choose_offset(args, length):
@@ -154,102 +131,49 @@ def choose_offset(args, length):
     return args.offset
 
 
-def make_sampler(config, args, precision, device, checkpoint, path, steps):
-    """The model, and a function that completes a batch of images with it."""
-    check_compile_flag(config, args, device)
-    recurrent = args.sampler == "recurrent"
-    compiles = compiles_on_cpu(config, args, precision, device, steps)
-    ops = None
-    if compiles and not recurrent:
-        ops = construction.choose_ops(config, device, args.compile, "sampling")
-    model = construction.build_model(
-        config,
-        device,
-        backend=args.backend,
-        ops=ops,
-        seed=args.seed,
-        checkpoint=checkpoint,
-        path=path,
-    ).eval()
-    sampler = partial(sample_batched, model)
-    if recurrent:
-        decoder = make_decoder(model, args, precision, device, compiles)
-        sampler = partial(sample_recurrent, model, decoder=decoder)
-    if precision == "bf16":
-        store_as_bfloat16(model)
-    return model, sampler
-
-
-def check_compile_flag(config, args, device):
-    """Raise a `UserError` for --compile or --no-compile if nothing can be compiled."""
-    recurrent = args.sampler == "recurrent"
-    possible = recurrent
+def check(args, config, precision, device):
+    """Raise a `UserError` for flags that this model cannot follow, or too little memory."""
+    if args.recurrent and not config.has_recurrence:
+        raise UserError(
+            f"--attention_type {config.attention_type} has no recurrent form: leave --recurrent out"
+        )
+    recurrent = config.has_recurrence and not args.recompute
+    construction.check_backend(args.backend, config, device, precision, args.compile)
+    compiles = recurrent
     if device.type == "cpu":
-        possible = config.attention_type == "causal-linear" or not recurrent
-    if args.compile is not None and not possible:
+        compiles = config.attention_type == "causal-linear" or not recurrent
+    if args.compile is not None and not compiles:
         raise UserError(
             f"--{'compile' if args.compile else 'no-compile'} has no effect with these flags, only "
-            "on a CPU with --attention_type causal-linear or the batched sampler, and on a GPU "
-            "with --recurrent: leave it out"
+            "on a CPU with --attention_type causal-linear or --recompute, and on a GPU without "
+            "--recompute: leave it out"
         )
+    n_states = min(args.batch_size, len(args.index)) if recurrent else 0
+    check_memory(construction.sampling_memory(config, n_states), device)
 
 
-def compiles_on_cpu(config, args, precision, device, steps):
-    """Whether to try the compiled code of cpu/. With neither --compile nor --no-compile, only if
-    there are enough `steps` to make up for the compilation, or the library is cached."""
-    recurrent = args.sampler == "recurrent"
-    if device.type != "cpu" or args.backend != "native":
-        return False
-    if recurrent and config.attention_type != "causal-linear":
-        return False
-    if args.compile is not None or steps >= STEPS_WORTH_COMPILING:
-        return True
-    if recurrent:
-        return is_cached(cpu.sampler.SOURCE, cpu.sampler.sizes(config, precision))
-    return is_cached(cpu.ops.SOURCE, cpu.ops.sizes(config))
+def build_model(args, config, checkpoint, device, n_bytes):
+    """The model, with compiled operations if it recomputes prefixes on a CPU to draw so many bytes
+    that they are worth it. (The recurrence has a compiled sampler instead.)"""
+    ops = None
+    if args.backend == "native" and (args.recompute or not config.has_recurrence):
+        steps = math.ceil(len(args.index) / args.batch_size) * n_bytes
+        if is_worth_compiling(cpu.ops.SOURCE, cpu.ops.sizes(config), args.compile, steps):
+            ops = construction.choose_ops(config, device, args.compile, "sampling")
+    return load_model(
+        checkpoint, config, device=device, backend=args.backend, ops=ops, seed=args.seed
+    )
 
 
-def make_decoder(model, args, precision, device, compiles):
-    """The decoder of the recurrent sampler (engine/sampling.py)."""
-    if device.type == "cpu":
-        build = partial(cpu.sampler.CompiledDecoder, model, precision)
-        decoder = try_compile(build, args.compile, "sampling") if compiles else None
-        return decoder or EagerDecoder(model)
-    step = torch.compile(model.step) if args.compile else None
-    graph = device.type == "cuda" and model.has_constant_state
-    return (GraphDecoder if graph else EagerDecoder)(model, step)
-
-
-def store_as_bfloat16(model):
-    """Round the weights of linear layers once; autocast would round them for every byte."""
-    for module in model.modules():
-        if isinstance(module, torch.nn.Linear):
-            module.bfloat16()
-
-
-def sample(sampler, given, offset, args, precision, device):
-    """Complete the images (N, L) after `offset` bytes, --batch_size at a time: (N, L), uint8.
-
-    Each process completes its shard; the first one gets them all, the others None.
-    """
-    own, length = torch.arange(len(given))[distributed.shard(len(given))], given.shape[1]
-    start = max(1, offset)
-    completed = [given[:0]]
-    with SamplingProgress(len(own), length - start) as progress:
-        for numbers in own.split(args.batch_size) if len(own) else ():
-            images = given[numbers].to(device).long()
-            noise = image_noise(args.seed, numbers.tolist(), length).to(device)
-            with autocast(device, precision):
-                sampler(images, start, noise, args.temperature, advance=progress.advance)
-            completed.append(images.to("cpu", torch.uint8))
-    return distributed.gather(torch.cat(completed))
-
-
-def describe_samples(args, offset, score, completed, real):
+def describe_samples(args, offset, model, precision, completed, real):
     """The caption of the figure: how the samples were drawn, and the model's bits/dim of them."""
+
+    def bits_per_dim(images):
+        return surprisal(model, images, precision=precision)[:, 1:].mean()
+
     text = f"seed {args.seed}, offset {offset}, temperature {args.temperature:g}; "
-    text += f"samples {score(completed).mean():.3f} bits/dim"
-    return text if real is None else f"{text}, real images {score(real).mean():.3f}"
+    text += f"samples {bits_per_dim(completed):.3f} bits/dim"
+    return text if real is None else f"{text}, real images {bits_per_dim(real):.3f}"
 
 
 if __name__ == "__main__":

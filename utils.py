@@ -1,9 +1,9 @@
 """Shared helpers: errors, messages, atomic file writes, device and precision."""
 
 import errno
+import logging
 import os
 import shutil
-import signal
 import subprocess
 import sys
 import tempfile
@@ -11,7 +11,6 @@ from contextlib import suppress
 from pathlib import Path
 
 import torch
-from tqdm import tqdm
 
 # Where Linux lists the instruction sets of a CPU, and those with bfloat16 (x86; ARM).
 CPU_FLAGS = Path("/proc/cpuinfo")
@@ -33,30 +32,10 @@ def is_first_process():
     return int(os.environ.get("WORLD_SIZE", 1)) == 1 or os.environ.get("RANK", "0") == "0"
 
 
-def say(text):
-    """Print a line on stdout, from the first process only, without breaking a progress bar.
-
-    When stdout is closed, as in `| head`, later lines are dropped and SIGPIPE is raised: training
-    then saves and exits (`StopSignals`), sampling continues.
-    """
-    if not is_first_process():
-        return
-    try:
-        tqdm.write(text)
-        sys.stdout.flush()
-    except OSError as error:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        if isinstance(error, BrokenPipeError):
-            signal.raise_signal(signal.SIGPIPE)
-        else:
-            warn(f"the output cannot be written ({error.strerror}); continuing without it")
-
-
-def warn(text):
-    """Print a warning on stderr, from the first process only, without breaking a progress bar."""
-    if is_first_process():
-        with suppress(OSError):
-            tqdm.write(f"warning: {text}", file=sys.stderr)
+# Messages and warnings go to a logger: cli/process.py prints them, other programs that import the
+# modules see the warnings only, unless they ask for more.
+LOG = logging.getLogger("image_transformer")
+say, warn = LOG.info, LOG.warning
 
 
 def print_error(text):
@@ -177,19 +156,13 @@ def to_device(tensor, device):
 
 
 def select_precision(name, device):
-    """The precision, "fp32" or "bf16", that --precision names.
-
-    "bf16" is refused if the device has no bfloat16 instructions, since emulating them is slow;
-    "bf16-emulated" is bf16 in any case; "auto" is bf16 if the device has them.
-    """
+    """The precision, "fp32" or "bf16", that --precision names: "auto" is bf16 if the device has
+    bfloat16 instructions, since emulating them is slow."""
     if name == "auto":
         return "bf16" if has_bfloat16(device) else "fp32"
     if name == "bf16" and not has_bfloat16(device):
-        raise UserError(
-            f"--precision bf16: this {device.type} device has no bfloat16 instructions, so bf16 "
-            "would be slower: use fp32, or bf16-emulated to use bf16 anyway"
-        )
-    return name.removesuffix("-emulated")
+        warn(f"--precision bf16: this {device.type} has no bfloat16 instructions: fp32 is faster")
+    return name
 
 
 def has_bfloat16(device):

@@ -20,13 +20,12 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import measure, sampling, training
+from benchmarks import measure, sampling_speed, training_speed
 from cli.process import run
-from engine.sampling import EagerDecoder, GraphDecoder
+from engine.sampling import EagerDecoder, GraphDecoder, convert_weights
 from engine.training import NegativeLogLikelihood
 from layers.attention import chunk_length, linear_chunked
 from models import ImageTransformer, ModelConfig
-from prediction import store_as_bfloat16
 from utils import is_out_of_memory, one_line, select_device
 
 ROOT = Path(__file__).parent.parent
@@ -168,8 +167,7 @@ def measure_sampling(config, compiled, device):
     prefix = "compiled " if compiled else ""
     for precision in ("bf16",) if compiled else ("bf16", "fp32"):
         model = make_model(config, device).eval()
-        if precision == "bf16":
-            store_as_bfloat16(model)
+        convert_weights(model, precision)
         step = torch.compile(model.step) if compiled else None
         decoders = {"loop": EagerDecoder(model, step)}
         if device.type == "cuda":
@@ -177,7 +175,7 @@ def measure_sampling(config, compiled, device):
         for batch in SAMPLING_BATCHES[device.type]:
             for mode, decoder in decoders.items():
                 what = describe_case("sampling", config, batch, prefix + mode, precision)
-                yield attempt(what, sampling_speed, model, decoder, batch, precision, device)
+                yield attempt(what, time_sampling, model, decoder, batch, precision, device)
 
 
 def measure_training(config, device):
@@ -185,7 +183,7 @@ def measure_training(config, device):
     images_per_s = {}
     for batch in TRAINING_BATCHES[device.type][config]:
         what = describe_case("training", config, batch, "uncompiled", "bf16")
-        record = attempt(what, training_speed, config, batch, "bf16", None, device)
+        record = attempt(what, time_training, config, batch, "bf16", None, device)
         images_per_s[batch] = record.get("images_per_s", 0)
         yield record
     best = max(images_per_s, key=images_per_s.get)
@@ -194,7 +192,7 @@ def measure_training(config, device):
         others += [("compiled graph", "bf16", {"mode": "reduce-overhead"})]
     for mode, precision, options in others:
         what = describe_case("training", config, best, mode, precision)
-        yield attempt(what, training_speed, config, best, precision, options, device)
+        yield attempt(what, time_training, config, best, precision, options, device)
 
 
 def measure_library(config, device):
@@ -211,7 +209,7 @@ def measure_library(config, device):
     for batch in SAMPLING_BATCHES[device.type]:
         what = describe_case("sampling", config, batch, "library", "fp32")
         decoder = EagerDecoder(model)
-        yield attempt(what, sampling_speed, model, decoder, batch, "fp32", device)
+        yield attempt(what, time_sampling, model, decoder, batch, "fp32", device)
 
 
 def measure_chunks(device):
@@ -243,12 +241,12 @@ def describe_case(what, config, batch, mode, precision):
 
 
 @torch.no_grad()
-def sampling_speed(model, decoder, batch, precision, device):
+def time_sampling(model, decoder, batch, precision, device):
     """Milliseconds of a byte of the whole batch, and its least operations and memory traffic."""
     reset_peak(device)
-    draw = sampling.loop(model, decoder, batch, precision, device)
+    draw = sampling_speed.loop(model, decoder, batch, precision, device)
     draw(8)  # compiles, and records a graph
-    ms = sampling.milliseconds_per_byte({0: draw}, ROUNDS, device)[0]
+    ms = sampling_speed.milliseconds_per_byte({0: draw}, ROUNDS, device)[0]
     weights = measure.count_weights(model)
     traffic = None
     if type(model) is ImageTransformer:  # the library's keeps states of its own
@@ -261,7 +259,7 @@ def sampling_speed(model, decoder, batch, precision, device):
     }  # fmt: skip
 
 
-def training_speed(config, batch, precision, options, device):
+def time_training(config, batch, precision, options, device):
     """As `step_speed`, for our model compiled with `options`, None for not at all."""
     torch._dynamo.reset()
     nll = NegativeLogLikelihood(make_model(config, device))
@@ -273,8 +271,8 @@ def training_speed(config, batch, precision, options, device):
 def step_speed(nll, batch, precision, device):
     """Milliseconds and memory of a training step on random images, and its least operations."""
     reset_peak(device)
-    images = training.make_images(nll.model, batch, device)
-    step = training.trainer(nll, images, precision)
+    images = training_speed.make_images(nll.model, batch, device)
+    step = training_speed.trainer(nll, images, precision)
     step()
     seconds = measure.interleaved({0: step}, ROUNDS, device)[0]
     n_bytes = images[:, 1:].numel()

@@ -17,9 +17,9 @@ from cpu.sampler import CompiledDecoder
 from engine.sampling import (
     Batch,
     EagerDecoder,
-    GraphDecoder,
     image_noise,
-    sample_batched,
+    plain_decoder,
+    sample_recomputing,
 )
 from models import ImageTransformer, ModelConfig
 from utils import autocast
@@ -76,7 +76,7 @@ def measure_config(config, args, rates, device):
             if compiled:
                 decoder = compiled[precision]
                 runs["recurrent", precision] = loop(ours, decoder, batch, precision, device)
-            decoder = uncompiled_decoder(ours, device)
+            decoder = plain_decoder(ours)
             runs["uncompiled", precision] = loop(ours, decoder, batch, precision, device)
         ms = milliseconds_per_byte(runs, args.rounds, device)
         their_ms = ms.pop(("theirs", "fp32"), None)
@@ -114,12 +114,6 @@ def new_images(n, length, device):
     """Black images (n, length), int64, and noise (n, length, 2) to draw them with."""
     images = torch.zeros(n, length, dtype=torch.int64, device=device)
     return images, image_noise(0, [0], length).expand(n, -1, -1).contiguous().to(device)
-
-
-def uncompiled_decoder(model, device):
-    """The decoder in plain PyTorch."""
-    graph = device.type == "cuda" and model.has_constant_state
-    return (GraphDecoder if graph else EagerDecoder)(model)
 
 
 def loop(model, decoder, n, precision, device):
@@ -160,7 +154,7 @@ def measure_batched(config, ours, theirs, rounds, device):
 
     def run(model):
         images, noise = new_images(BATCHED_IMAGES, length, device)
-        sample_batched(model, images, length - 1, noise)
+        sample_recomputing(model, images, length - 1, noise)
 
     models = {"ours": ours} | ({"theirs": theirs} if theirs else {})
     runs = {name: partial(run, model) for name, model in models.items()}

@@ -5,14 +5,15 @@ Flags are tables {name: arguments of argparse's add_argument}, added with `add_f
 
 import argparse
 import difflib
-import math
 import os
 import shutil
-from dataclasses import MISSING, fields
+from typing import Any
 
+import options
 from datasets import NAMES
-from engine.recipes import RECIPES
-from models import ATTENTIONS, NATIVE_ATTENTIONS, ModelConfig
+from engine.recipes import FAST
+from models import NATIVE_ATTENTIONS, ModelConfig
+from options import Number, Option, choose_all
 from utils import UserError
 
 
@@ -60,8 +61,8 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
 def add_flags(parser, flags, title=None, description=None):
     """Add a table of flags, as a group of its own if it has a title."""
     group = parser.add_argument_group(title, description) if title else parser
-    for name, options in flags.items():
-        group.add_argument(f"--{name}", **options)
+    for name, flag in flags.items():
+        group.add_argument(f"--{name}", **flag)
 
 
 def refuse_given(args, flags, reason):
@@ -71,30 +72,8 @@ def refuse_given(args, flags, reason):
             raise UserError(f"--{name} has no effect {reason}: leave it out")
 
 
-def number(convert, low=-math.inf, high=math.inf, above=False):
-    """An argparse type: a number from `low` (excluded with `above`) to `high`."""
-    bounds = f"{'above' if above else 'at least'} {low}"
-    bounds += "" if high == math.inf else f" and at most {high}"
-    kind = "a whole number" if convert is int else "a number"
-
-    def parse(text):
-        try:
-            value = convert(text)
-        except ValueError:
-            raise argparse.ArgumentTypeError(f"{text!r} is not {kind}") from None
-        if not (low <= value <= high and math.isfinite(value)) or (above and value == low):
-            raise argparse.ArgumentTypeError(f"{text} is out of range: give {kind} {bounds}")
-        return value
-
-    return parse
-
-
-positive_int = number(int, 1, 2**62)
-COUNT = {"type": positive_int, "metavar": "N"}
-PROBABILITY = {"type": number(float, 0, 0.999), "metavar": "P"}
-POSITIVE = {"type": number(float, 0, above=True), "metavar": "X"}
-NOT_NEGATIVE = {"type": number(float, 0), "metavar": "X"}
-SEED = {"type": number(int, 0, 2**63 - 1), "metavar": "N"}
+COUNT = {"type": options.COUNT, "metavar": "N"}
+SEED = {"type": options.SEED, "metavar": "N"}
 
 DATA = {
     "dataset": {
@@ -111,113 +90,59 @@ DATA = {
     },
 }
 
-MODEL = {
-    "attention_type": {
-        "choices": ATTENTIONS,
-        "help": "linear, softmax (full), or with --backend fast-transformers one of the others",
-    },
-    "n_layers": {**COUNT, "help": "transformer layers"},
-    "n_heads": {**COUNT, "help": "attention heads"},
-    "d_query": {**COUNT, "help": "size of a head's queries, keys and values"},
-    "mixtures": {**COUNT, "help": "components of the mixture of logistics that predicts a byte"},
-    "dropout": {**PROBABILITY, "help": "dropout in the layers"},
-    "attention_dropout": {**PROBABILITY, "help": "dropout of softmax's attention weights"},
-    "softmax_temp": {
-        **POSITIVE,
-        "help": "scale of q.k before the softmax (default: 1/sqrt(d_query))",
-    },
-    "bits": {**COUNT, "help": "hash bits (reformer only)"},
-    "rounds": {**COUNT, "help": "hashing rounds (reformer only)"},
-    "chunk_size": {**COUNT, "help": "queries per block (reformer), bytes seen (local)"},
-    "unmasked_reformer": {
-        "action": "store_true",
-        "help": "let a query attend to itself (reformer only)",
-    },
-    "neighbours": {
-        "action": argparse.BooleanOptionalAction,
-        "help": "show the network the pixels around the byte to be predicted: a masked "
-        "convolution of the image, and a short convolution in each layer; the mixture's "
-        "components begin side by side",
-    },
-}
-# Fields of ModelConfig that follow from the data set.
-OF_THE_IMAGES = ("length", "width", "channels")
-FAST_MODEL = RECIPES["fast"][1]
-SOFTMAX_ATTENTIONS = ["full", "reformer", "exact-topk", "local"]
-# Flags that only some attention types use.
-ONLY_FOR = {
-    "softmax_temp": SOFTMAX_ATTENTIONS,
-    "attention_dropout": SOFTMAX_ATTENTIONS,
-    "bits": ["reformer"],
-    "rounds": ["reformer"],
-    "chunk_size": ["reformer", "local"],
-    "unmasked_reformer": ["reformer"],
-}
-# A run may continue with another dropout; anything else would be another model.
-MAY_CHANGE = ("dropout", "attention_dropout")
+
+def option_flags(cls: type) -> dict[str, dict]:
+    """The flags of the options of a dataclass. Their defaults are None: what is not given comes
+    from a checkpoint, a recipe, or the dataclass."""
+    return {name: option_flag(option) for name, option in options.options(cls).items()}
 
 
-def add_model_flags(parser, more=None):
-    """The architecture, and `more` flags.
+def option_flag(option: Option) -> dict:
+    flag = {"help": option.help + default_text(option), "default": None}
+    if isinstance(option.kind, Number):
+        return {**flag, "type": option.kind, "metavar": "N" if option.kind.type is int else "X"}
+    if option.kind is bool:
+        return {**flag, "action": argparse.BooleanOptionalAction}
+    return {**flag, "choices": option.kind}
 
-    Every default is None: what is not given comes from a checkpoint, else from `ModelConfig`.
-    """
-    defaults = {field.name: field.default for field in fields(ModelConfig)}
-    flags = {}
-    for name, options in MODEL.items():
-        flags[name] = {**options, "default": None}
-        if defaults[name] not in (MISSING, None, False):
-            fast = f", fast: {FAST_MODEL[name]}" if name in FAST_MODEL else ""
-            flags[name]["help"] = f"{options['help']} (default: {defaults[name]}{fast})"
+
+def default_text(option: Option) -> str:
+    """The default of an option, and the fast recipe's value, for the help."""
+    if option.default in (None, False):
+        return ""
+    text = f" (default: {option.default}"
+    fast = FAST.values.get(option.name, option.default)
+    return text + ("" if fast == option.default else f", fast: {fast}") + ")"
+
+
+def add_model_flags(parser: argparse.ArgumentParser, more: dict | None = None) -> None:
+    """The architecture, and `more` flags."""
     description = "For a new model or a checkpoint of the original; other checkpoints store these."
-    add_flags(parser, {**flags, **(more or {})}, "model", description)
+    add_flags(parser, {**option_flags(ModelConfig), **(more or {})}, "model", description)
 
 
-def model_fields(args, stored, recipe=None):
-    """The fields of ModelConfig, except those that follow from the images: those `stored` in a
-    checkpoint, else the flags, else the `recipe`'s.
-
-    A flag that contradicts the checkpoint, or has no effect, is a `UserError`.
-    """
-    names = [field.name for field in fields(ModelConfig) if field.name not in OF_THE_IMAGES]
-    given = {name: value for name in names if (value := getattr(args, name)) is not None}
-    for name, value in given.items():
-        if name not in MAY_CHANGE and stored.get(name, value) != value:
-            raise UserError(
-                f"{typed(name, value)} contradicts the checkpoint, whose {name} is "
-                f"{stored[name]}: leave the flag out, or give another checkpoint"
-            )
-    known = stored or recipe or {}
-    chosen = {**{name: known[name] for name in names if name in known}, **given}
-    check_model(ModelConfig(length=2, **chosen), given, args.backend)
-    return chosen
+def given_options(args: argparse.Namespace, cls: type) -> dict[str, Any]:
+    """The options of a dataclass that were given as flags."""
+    return {name: getattr(args, name) for name in options.options(cls) if name in args.given}
 
 
-def typed(name, value):
-    """A model flag as it is typed."""
-    if isinstance(value, bool):
-        return f"--{name}" if value else f"--no-{name}"
-    return f"--{name} {value}"
-
-
-def check_model(config, given, backend):
-    """Raise a `UserError` for flags that do not fit together."""
-    for name in given:
-        if config.attention_type not in ONLY_FOR.get(name, (config.attention_type,)):
-            raise UserError(
-                f"--{name} has no effect with --attention_type {config.attention_type}: "
-                f"leave it out, or use --attention_type {ONLY_FOR[name][0]}"
-            )
-    if config.attention_type not in NATIVE_ATTENTIONS and backend == "native":
+def choose_model(
+    args: argparse.Namespace, stored: dict, recipe: dict | None = None
+) -> dict[str, Any]:
+    """The options of ModelConfig: each as given, else as `stored` in a checkpoint, else the
+    recipe's or the default. Raises a `UserError` for flags that do not fit together."""
+    values = choose_all(ModelConfig, given_options(args, ModelConfig), stored, recipe or {})
+    if values["attention_type"] not in NATIVE_ATTENTIONS and args.backend == "native":
         raise UserError(
-            f"--attention_type {config.attention_type} needs --backend fast-transformers: "
+            f"--attention_type {values['attention_type']} needs --backend fast-transformers: "
             "give that, or use causal-linear or full"
         )
-    if config.d_model % 4:
+    if (d_model := values["n_heads"] * values["d_query"]) % 4:
         raise UserError(
-            f"--n_heads {config.n_heads} times --d_query {config.d_query} is {config.d_model}: "
+            f"--n_heads {values['n_heads']} times --d_query {values['d_query']} is {d_model}: "
             "it must be a multiple of 4, since half of it holds sines and cosines"
         )
+    return values
 
 
 MACHINE = {
@@ -226,11 +151,10 @@ MACHINE = {
         "help": "auto (a GPU if there is one), cpu, cuda, cuda:N or mps",
     },
     "precision": {
-        "choices": ["fp32", "bf16", "bf16-emulated", "auto"],
+        "choices": ["fp32", "bf16", "auto"],
         "default": "fp32",
-        "help": "of the matrix products; attention sums and the loss remain fp32; bf16-emulated: "
-        "bf16 even if the device has no bfloat16 instructions, which is slow; auto: bf16 if it "
-        "has them",
+        "help": "of the matrix products; attention sums and the loss remain fp32; auto: bf16 if "
+        "the device has bfloat16 instructions, without which it is slow",
     },
     "backend": {
         "choices": ["native", "fast-transformers"],

@@ -1,12 +1,17 @@
 """A script as a process: its exit status, and the signals that stop it."""
 
 import ctypes
+import logging
 import os
 import signal
 import sys
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
-from utils import BAD_PATHS, UserError, is_out_of_memory, print_error
+from tqdm import tqdm
+
+from utils import BAD_PATHS, LOG, UserError, is_first_process, is_out_of_memory, print_error, warn
 
 # Exit statuses, documented in docs/checkpoints.md.
 INVALID = 2
@@ -15,16 +20,17 @@ YIELDED = 75  # "temporary failure, try again" in sysexits.h
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
 
 
-def run(main):
+def run(main: Callable[[], int | None]) -> None:
     """Run a script's `main()` and exit: a `UserError` is one line on stderr and status 2."""
     name = Path(sys.argv[0]).name
     keep_freed_memory()
+    show_messages()
     sys.stdout.reconfigure(errors="backslashreplace")  # for paths it cannot encode
     try:
         status = main()
         sys.stdout.flush()
     except BrokenPipeError:  # as in `| head`: Python must not try to flush at exit
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        drop_stdout()
         status = 128 + signal.SIGPIPE
     except KeyboardInterrupt:
         print_error(f"{name}: interrupted")
@@ -35,7 +41,7 @@ def run(main):
     sys.exit(status)
 
 
-def explain(error):
+def explain(error: Exception) -> tuple[str, int]:
     """The message and the exit status for an exception, which is re-raised if it is a bug."""
     if isinstance(error, UserError):
         return str(error), INVALID
@@ -46,7 +52,7 @@ def explain(error):
     raise error
 
 
-def keep_freed_memory():
+def keep_freed_memory() -> None:
     """Let glibc keep the memory of freed tensors for the next ones.
 
     New memory from the system is zeroed page by page, which on virtual machines takes several
@@ -58,6 +64,45 @@ def keep_freed_memory():
         return
     mallopt(M_MMAP_THRESHOLD, 2**30)
     mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
+
+
+class MessageHandler(logging.Handler):
+    """Prints messages on stdout and warnings on stderr, from the first process only, without
+    breaking a progress bar.
+
+    When stdout is closed, as in `| head`, later messages are dropped and SIGPIPE is raised:
+    training then saves and exits (`StopSignals`), sampling continues.
+    """
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if not is_first_process():
+            return
+        if record.levelno >= logging.WARNING:
+            with suppress(OSError):
+                tqdm.write(f"warning: {record.getMessage()}", file=sys.stderr)
+            return
+        try:
+            tqdm.write(record.getMessage())
+            sys.stdout.flush()
+        except OSError as error:
+            drop_stdout()
+            if isinstance(error, BrokenPipeError):
+                signal.raise_signal(signal.SIGPIPE)
+            else:
+                warn(f"the output cannot be written ({error.strerror}); continuing without it")
+
+
+def show_messages() -> None:
+    """Print the messages of this process."""
+    LOG.setLevel(logging.INFO)
+    LOG.propagate = False
+    if not LOG.handlers:
+        LOG.addHandler(MessageHandler())
+
+
+def drop_stdout() -> None:
+    """Let Python write to nowhere instead of a closed stdout."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 class StopSignals:

@@ -11,9 +11,9 @@ from cli.flags import (
     add_flags,
     add_machine_flags,
     add_model_flags,
-    number,
     refuse_given,
 )
+from options import Number
 from utils import UserError
 
 # An index expression may not ask for more images than this.
@@ -59,19 +59,22 @@ SAMPLING = {
         "7 four times",
     },
     "offset": {
-        "type": number(int, 0),
+        "type": Number(int, 0),
         "metavar": "BYTES",
         "help": "number of given bytes: 0 is unconditional (the original used 1 for that) "
         f"(default: {DEFAULT_OFFSET}, or half of the bytes if there are fewer than "
         f"{2 * DEFAULT_OFFSET})",
     },
-    "sampler": {
-        "choices": ["batched", "recurrent"],
-        "help": "batched recomputes the prefix for every byte (default), recurrent keeps a state",
+    "recurrent": {
+        "action": "store_true",
+        "help": "keep a state after every byte: what happens anyway if the attention has one",
     },
-    "recurrent": {"action": "store_true", "help": "the same as --sampler recurrent"},
+    "recompute": {
+        "action": "store_true",
+        "help": "recompute the prefix for every byte instead: slow, for comparison",
+    },
     "temperature": {
-        "type": number(float, 1e-3, 1e3),
+        "type": Number(float, 1e-3, 1e3),
         "default": 1.0,
         "metavar": "T",
         "help": "below 1 for more likely, above for more varied images",
@@ -93,7 +96,7 @@ OUTPUT = {
         "{} becomes a number",
     },
     "gif_seconds": {
-        "type": number(float, 0.1, 600),  # a frame of a GIF lasts 655 seconds at most
+        "type": Number(float, 0.1, 600),  # a frame of a GIF lasts 655 seconds at most
         "metavar": "X",
         "default": GIF_SECONDS,
         "help": "seconds that an animation lasts",
@@ -143,7 +146,6 @@ def parse(argv=None):
     add_machine_flags(parser, compile_help, {"force_cpu": FORCE_CPU})
     args = parser.parse_args(argv)
     check(args)
-    args.sampler = "recurrent" if args.recurrent else args.sampler or "batched"
     args.device = "cpu" if args.force_cpu else args.device
     if not (shows_samples(args) or args.save_surprisal):
         args.save_grid = "samples.png"
@@ -157,8 +159,8 @@ def shows_samples(args):
 
 def check(args):
     """Raise a `UserError` for flags that contradict each other or have no effect."""
-    if args.recurrent and args.sampler == "batched":
-        raise UserError("--recurrent contradicts --sampler batched: give one of them")
+    if args.recurrent and args.recompute:
+        raise UserError("--recurrent contradicts --recompute: give one of them")
     if args.force_cpu and args.device not in ("auto", "cpu"):
         raise UserError(f"--force_cpu contradicts --device {args.device}: give one of them")
     if args.model == "-":
@@ -168,7 +170,7 @@ def check(args):
     if not args.save_gif:
         refuse_given(args, ["gif_seconds"], "without --save_gif")
     if args.save_surprisal and not shows_samples(args):
-        without_effect = ["offset", "sampler", "recurrent", "temperature"]
+        without_effect = ["offset", "recurrent", "recompute", "temperature"]
         refuse_given(args, without_effect, "with --save_surprisal alone, which samples nothing")
     if args.save_surprisal and args.offset == 0:
         raise UserError(

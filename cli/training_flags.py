@@ -1,25 +1,22 @@
 """The command line of main.py."""
 
-from dataclasses import fields
 from pathlib import Path
 
 from cli.flags import (
     COUNT,
     DATA,
-    NOT_NEGATIVE,
-    POSITIVE,
     SEED,
     ArgumentParser,
     add_flags,
     add_machine_flags,
     add_model_flags,
-    number,
+    option_flags,
     refuse_given,
 )
 from cli.process import YIELDED
-from engine import checkpoint as checkpoints
-from engine.optimizers import MEAN_RATE, MUON_WEIGHT_DECAY
-from engine.recipes import OPTIMIZERS, RECIPES, SCHEDULES, Settings
+from engine.checkpoint import format_path, is_pattern
+from engine.recipes import Settings
+from options import options
 from utils import UserError, check_writable
 
 EVALUATED = {
@@ -27,39 +24,6 @@ EVALUATED = {
         **COUNT,
         "help": "evaluate on the first N test images only (default: all)",
     },
-}
-
-# The defaults of these depend on the recipe: see engine/recipes.py.
-SETTINGS = {
-    "recipe": {
-        "choices": RECIPES,
-        "help": "paper: RAdam at a constant rate; fast: Muon, a cosine schedule, no dropout, no "
-        "clipping, and --neighbours; each part can be overridden",
-    },
-    "optimizer": {
-        "choices": OPTIMIZERS,
-        "help": "adam is AdamW; muon is Muon for the matrices in the layers and AdamW for the rest",
-    },
-    "lr": {
-        **POSITIVE,
-        "help": f"learning rate; with muon, that of AdamW, and {MEAN_RATE} of it for the mixture's "
-        "means; fast multiplies its default by (1600 / iterations)^0.3, at most 1.5",
-    },
-    "muon_lr": {**POSITIVE, "help": "learning rate of Muon; fast multiplies its default likewise"},
-    "lr_schedule": {
-        "choices": SCHEDULES,
-        "help": "constant, or a cosine that falls to 0 over --iterations",
-    },
-    "warmup": {
-        "type": number(int, 0, 2**62),
-        "metavar": "N",
-        "help": "raise the learning rate linearly over the first N iterations",
-    },
-    "weight_decay": {
-        **NOT_NEGATIVE,
-        "help": f"decoupled weight decay; that of Muon is {MUON_WEIGHT_DECAY}",
-    },
-    "clip_norm": {**NOT_NEGATIVE, "help": "clip the global gradient norm at X; 0 for no clipping"},
 }
 
 OPTIMISATION = {
@@ -143,7 +107,7 @@ def parse(argv=None):
     )
     add_flags(parser, {**DATA, **EVALUATED}, "data")
     add_model_flags(parser)
-    settings = {name: with_defaults(name, options) for name, options in SETTINGS.items()}
+    settings = option_flags(Settings)
     description = (
         "A checkpoint stores --seed and the flags from --recipe to --clip_norm. A run continues "
         "with them; all but --seed, --recipe and --optimizer may be changed."
@@ -161,21 +125,6 @@ def parse(argv=None):
     return args
 
 
-def given_settings(args):
-    """The flags of the optimisation that were given."""
-    names = [field.name for field in fields(Settings)]
-    return {name: value for name in names if (value := getattr(args, name)) is not None}
-
-
-def with_defaults(name, options):
-    """The options of a flag of SETTINGS, with its default in each recipe in the help."""
-    values = {recipe: getattr(settings, name) for recipe, (settings, _) in RECIPES.items()}
-    text = f"default: {values['paper']}"
-    if values["fast"] != values["paper"] and name != "recipe":
-        text += f", fast: {values['fast']}"
-    return {**options, "help": f"{options['help']} ({text})"}
-
-
 def check(args):
     """Raise a `UserError` for flags that contradict each other or have no effect."""
     for name in ("evaluate_only", "export"):
@@ -183,13 +132,13 @@ def check(args):
             raise UserError(f"--{name} needs --continue_from: give the checkpoint")
     if args.export:
         refuse_given(args, sorted(args.given - {"continue_from", "export"}), "with --export")
-        check_writable(checkpoints.format_path(args.export, 0), "--export")
+        check_writable(format_path(args.export, 0), "--export")
     if args.evaluate_only:
-        without_effect = {*SETTINGS, *OPTIMISATION, *SAVING, "log_frequency"}
+        without_effect = {*options(Settings), *OPTIMISATION, *SAVING, "log_frequency"}
         without_effect -= {"batch_size", "continue_from", "evaluate_only"}
         refuse_given(args, sorted(without_effect), "with --evaluate_only")
     if args.save_to:
-        check_writable(checkpoints.format_path(args.save_to, 0), "--save_to")
+        check_writable(format_path(args.save_to, 0), "--save_to")
     else:
         refuse_given(args, ["save_frequency"], "without --save_to")
         if "yield_frequency" in args.given:
@@ -197,7 +146,7 @@ def check(args):
                 "--yield_frequency needs --save_to, or each start would begin at iteration 0: "
                 "give --save_to and --continue_from"
             )
-    if args.keep_checkpoints and not checkpoints.is_pattern(args.save_to or ""):
+    if args.keep_checkpoints and not is_pattern(args.save_to or ""):
         raise UserError("--keep_checkpoints needs a --save_to with {}, as in weights.{}.pth")
     if args.metrics_file:
         check_writable(args.metrics_file, "--metrics_file")

@@ -1,38 +1,396 @@
-"""Checkpoint files: written atomically, found by pattern, loaded without executing code.
+"""Checkpoint files. This module alone knows what is in them.
 
 A checkpoint has the three entries of the original experiment (`model_state`, `optimizer_state`,
-`iteration`), so that its loader reads ours, and what else a run needs: `config` (the fields
-of ModelConfig), `dataset` (its name and image_shape), `first_byte_counts` (256), `seed`,
-`optimizer` (its name), `settings` (of the optimisation), `threads` (of the CPU) and
-`format_version`.
+`iteration`), so that its loader reads ours, and what else a run needs: `config` (the fields of
+ModelConfig), `dataset` (its name and image_shape), `first_byte_counts` (256), `seed`, `settings`
+(of the optimisation), `threads` (of the CPU) and `format_version`.
 """
 
 import re
 import time
 import warnings
+import zipfile
+from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import dataclass, field, fields, replace
 from itertools import zip_longest
 from pathlib import Path
+from typing import Any
 
 import torch
 
 import datasets
-from engine.checkpoint_schema import CHECKS, OPTIONAL, check_checksums, is_count
-from utils import UserError, one_line, say, warn, write_whole
+from engine.optimizers import import_state
+from engine.recipes import Settings
+from models import ImageTransformer, ModelConfig
+from options import COUNT, SEED, Number, options
+from utils import UserError, one_line, warn, write_whole
 
-FORMAT_VERSION = 1
+# Version 1 also had the optimiser's name as an entry of its own.
+FORMAT_VERSION = 2
 # A temporary file not written to for this long, in seconds, was left by a run that was killed.
 ABANDONED = 3600
-# What a checkpoint of the original must have; the moments of its optimiser may be missing.
-ORIGINAL = ("model_state", "iteration")
 
 
-def is_pattern(name):
+@dataclass(frozen=True)
+class Checkpoint:
+    """A model that was trained, and what a run needs to continue.
+
+    What is None or empty is not known. That is everything for `NO_CHECKPOINT`, which is false, and
+    all but the weights, the moments and the iteration for a checkpoint of the original.
+    """
+
+    model_state: dict[str, torch.Tensor] = field(default_factory=dict)
+    optimizer_state: dict | None = None
+    iteration: int = 0
+    config: ModelConfig | None = None
+    dataset: str | None = None
+    image_shape: tuple[int, ...] | None = None
+    first_byte_counts: torch.Tensor | None = None  # (256,), int64
+    seed: int | None = None
+    settings: dict[str, Any] = field(default_factory=dict)  # fields of Settings
+    threads: int | None = None
+    path: Path | None = None
+
+    def __bool__(self) -> bool:
+        return bool(self.model_state)
+
+    @property
+    def is_original(self) -> bool:
+        """Whether the original's scripts wrote it, which store no configuration."""
+        return bool(self) and self.config is None
+
+    # Reading
+
+    @classmethod
+    def newest(cls, pattern: str | Path, missing_ok: bool = False) -> "Checkpoint":
+        """The checkpoint `pattern`, or the newest readable one of a pattern with {}.
+
+        Raises `UserError` if the file is missing, damaged or not a checkpoint, or if a pattern
+        matches only such files or none; with `missing_ok`, no match gives `NO_CHECKPOINT`.
+        """
+        name = str(pattern)
+        found = [Path(name)]
+        if is_pattern(name) and not found[0].exists():
+            found = [path for _, path in find(name)]
+        if not found and not missing_ok:
+            raise UserError(f"no file matches {name}: give a checkpoint or a pattern")
+        for path, older in zip_longest(found, found[1:]):
+            try:
+                return cls.read(path)
+            except UserError as error:
+                if not older:
+                    raise
+                warn(f"{error}; falling back to {older}")
+        return NO_CHECKPOINT
+
+    @classmethod
+    def read(cls, path: Path) -> "Checkpoint":
+        """Read one file and validate its entries. Nothing in the file is executed."""
+        entries = read_entries(path)
+        version = entries.get("format_version", 0)
+        if COUNT.accepts(version) and version > FORMAT_VERSION:
+            raise UserError(f"{path} was written by a newer version: update this program")
+        required = set(ENTRIES)
+        if "format_version" not in entries:
+            required = {"model_state", "iteration"}  # of the original, perhaps without moments
+        if missing := [name for name in ENTRIES if name in required and name not in entries]:
+            raise UserError(f"{path} is not a checkpoint: it has no {' and no '.join(missing)}")
+        for name, is_valid in ENTRIES.items():
+            if name in entries and not is_valid(entries[name]):
+                raise damaged(path, f"its {name} is not valid")
+        return cls.from_entries(entries, path)
+
+    @classmethod
+    def from_entries(cls, entries: dict, path: Path) -> "Checkpoint":
+        """The checkpoint of valid entries. Raises `UserError` if they contradict each other."""
+        known = {f.name: entries[f.name] for f in fields(cls) if f.name in entries}
+        if "config" not in entries:
+            return cls(**known, path=path)
+        shape = tuple(entries["dataset"]["image_shape"])
+        stored = entries["config"]
+        values = {name: stored[name] for name in options(ModelConfig) if name in stored}
+        config = ModelConfig.for_images(shape, **values)
+        known |= {"config": config, "dataset": entries["dataset"]["name"], "image_shape": shape}
+        checkpoint = cls(**known, path=path)
+        expected = {**vars(config), "d_model": config.d_model}
+        if any(expected[name] != x for name, x in {**stored, **checkpoint.sizes()}.items()):
+            raise damaged(path, "its config does not match its weights and images")
+        return checkpoint
+
+    def sizes(self) -> dict[str, int]:
+        """What the shapes of the weights determine: n_layers, d_model, mixtures and, if there is a
+        table of positions, length."""
+        state = self.model_state
+        try:
+            outputs = len(state["predictor.bias"])
+            (d_model,) = state["transformer.norm.weight"].shape
+            layers = {
+                name.split(".")[2] for name in state if name.startswith("transformer.layers.")
+            }
+            sizes = {"n_layers": len(layers), "d_model": d_model, "mixtures": outputs // 3}
+            if "pos_embedding.pe" in state:
+                sizes["length"] = state["pos_embedding.pe"].shape[1] + 1
+        except (KeyError, ValueError, IndexError):
+            raise UserError(f"{self.path} is not a checkpoint of an image transformer") from None
+        return sizes
+
+    def model_options(
+        self, n_heads: int | None = None, d_query: int | None = None
+    ) -> dict[str, Any]:
+        """The options of ModelConfig that the checkpoint determines.
+
+        One of the original does not determine the number of heads, since 8 heads of 32 and 4 of 64
+        have equal shapes: `n_heads` or `d_query` must be given.
+        """
+        if not self.is_original:
+            return {name: getattr(self.config, name) for name in options(ModelConfig) if self}
+        sizes = self.sizes()
+        d_model = sizes["d_model"]
+        if not (n_heads or d_query):
+            raise UserError(
+                f"{self.path} does not determine how many heads its {d_model} channels have: "
+                "give --n_heads or --d_query"
+            )
+        n_heads = n_heads or d_model // d_query
+        d_query = d_query or d_model // n_heads
+        if n_heads * d_query != d_model:
+            raise UserError(
+                f"{self.path} has {d_model} channels: --n_heads {n_heads} times --d_query "
+                f"{d_query} is {n_heads * d_query}"
+            )
+        determined = {name: sizes[name] for name in ("n_layers", "mixtures")}
+        return {**determined, "n_heads": n_heads, "d_query": d_query, "neighbours": False}
+
+    def upgraded(self) -> "Checkpoint":
+        """The same checkpoint with the weights of the original's older layout (--load_pytorch)
+        renamed. There a layer's attention is torch's own: in_proj stacks the query, key and value
+        projections.
+
+        The position table is left out: the original, too, replaced it by the model's own.
+        """
+        if not any("self_attn." in name for name in self.model_state):
+            raise UserError(
+                f"--load_pytorch: {self.path} has no self_attn weights: leave the flag out"
+            )
+        upgraded = {}
+        for name, tensor in self.model_state.items():
+            prefix, found, rest = name.partition("self_attn.")
+            kind = rest.rpartition("in_proj_")[2]  # weight or bias
+            if found and rest.startswith("in_proj_"):
+                for part, piece in zip(("query", "key", "value"), tensor.chunk(3), strict=True):
+                    upgraded[f"{prefix}attention.{part}_projection.{kind}"] = piece
+            elif found:
+                # Temperatures, once stored beside the weights, are left out too.
+                if rest != "softmax_temp":
+                    rest = rest.replace("out_proj.", "out_projection.")
+                    upgraded[f"{prefix}attention.{rest}"] = tensor
+            elif name != "pos_embedding.pe":
+                upgraded[name] = tensor
+        return replace(self, model_state=upgraded)
+
+    # Restoring
+
+    def restore_model(self, model: ImageTransformer) -> None:
+        """Copy the weights and the histogram of first bytes to a model. Raises `UserError` unless
+        every name and shape agrees and every number is finite."""
+        for name, tensor in self.model_state.items():
+            if not torch.isfinite(tensor).all():
+                raise UserError(f"{self.path}: {name} is not finite: give an earlier checkpoint")
+        # Positions are not trained: if an upgraded layout has none, the model keeps its own.
+        weights = {"pos_embedding.pe": model.pos_embedding.pe, **self.model_state}
+        if difference := first_difference(model.state_dict(), weights):
+            raise UserError(f"the weights in {self.path} do not fit the model: {difference}")
+        model.load_state_dict(weights)
+        if self.first_byte_counts is not None:
+            model.first_byte_counts.copy_(self.first_byte_counts)
+
+    def restore_optimizer(self, optimizer: Any) -> None:
+        """Give the moments to an optimiser; without any they start at zero. Raises `UserError` for
+        those of another model."""
+        if not self.optimizer_state:
+            return
+        try:
+            import_state(optimizer, self.optimizer_state)
+        except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
+            raise UserError(
+                f"the optimiser's state in {self.path} does not belong to this model: {error}"
+            ) from None
+
+    def warn_about_threads(self, device: torch.device) -> None:
+        """Warn if the number of threads changes: sums in another order are rounded differently."""
+        threads = torch.get_num_threads()
+        if device.type == "cpu" and self.threads not in (None, threads):
+            warn(
+                f"this run used {self.threads} CPU threads and continues with {threads}: its "
+                "numbers will differ in the last digits from those of an uninterrupted run"
+            )
+
+    # Writing
+
+    def save(self, pattern: str, keep: int | None = None) -> Path:
+        """Write the file of this iteration; a crash leaves the old file or the new one. Returns its
+        path.
+
+        With `keep`, only that many files of the pattern up to this iteration remain; later ones
+        belong to another run, or are damaged. If it raises OSError, the old files are intact.
+        """
+        path = format_path(pattern, self.iteration)
+        if path.parent.is_dir():
+            remove_abandoned(path.parent, pattern)
+        self.write(path)
+        if keep and is_pattern(pattern):
+            for _, old in [found for found in find(pattern) if found[0] <= self.iteration][keep:]:
+                old.unlink(missing_ok=True)
+        return path
+
+    def export(self, path: Path) -> None:
+        """Write a file without the moments of the optimiser, which are up to twice as large as the
+        weights, and without the path of the data set. It loads wherever the checkpoint does. Raises
+        OSError."""
+        state = self.optimizer_state and {**self.optimizer_state, "state": {}}
+        name = self.dataset and datasets.portable_name(self.dataset)
+        replace(self, optimizer_state=state, dataset=name).write(path)
+
+    def write(self, path: Path) -> None:
+        entries = {"model_state": self.model_state, "iteration": self.iteration}
+        if self.optimizer_state:
+            entries["optimizer_state"] = self.optimizer_state
+        if self.config:
+            entries |= {
+                "config": vars(self.config),
+                "dataset": {"name": self.dataset, "image_shape": list(self.image_shape)},
+                "first_byte_counts": self.first_byte_counts,
+                "seed": self.seed,
+                "settings": self.settings,
+                "threads": self.threads,
+                "format_version": FORMAT_VERSION,
+            }
+        write_whole(path, lambda file: torch_save(entries, file), durable=True)
+
+
+NO_CHECKPOINT = Checkpoint()
+
+
+# What is in a file
+
+
+def read_entries(path: Path) -> dict:
+    """The entries of a file; {} if it holds something else."""
+    try:
+        with open(path, "rb") as file, warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch's, about pickles of other programs
+            check_checksums(file)
+            entries = torch.load(file, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise UserError(f"{path} does not exist: give a checkpoint or a pattern") from None
+    except Exception as error:  # torch raises many types for foreign files
+        first_line = str(error).strip().partition("\n")[0][:120]
+        raise damaged(path, first_line or type(error).__name__) from None
+    return entries if isinstance(entries, dict) else {}
+
+
+def damaged(path: Path, reason: str) -> UserError:
+    return UserError(f"{path} is damaged or not a checkpoint ({reason}): delete it or give another")
+
+
+def check_checksums(file: Any) -> None:
+    """Raise ValueError if the file is a zip archive, as torch writes, whose checksums do not
+    match: torch does not verify them. torch never compresses, so a compressed one is refused."""
+    if not zipfile.is_zipfile(file):
+        file.seek(0)
+        return  # written by a torch before 1.6, or by another program
+    with zipfile.ZipFile(file) as content:
+        if any(info.compress_type != zipfile.ZIP_STORED for info in content.infolist()):
+            raise ValueError("compressed")
+        if bad := content.testzip():
+            raise ValueError(f"the checksum of {bad} does not match")
+    file.seek(0)
+
+
+def torch_save(entries: dict, file: Any) -> None:
+    """torch.save, raising the OSError behind a RuntimeError of torch."""
+    try:
+        torch.save(entries, file)
+    except RuntimeError as error:
+        if isinstance(error.__context__, OSError):
+            raise error.__context__ from None
+        raise OSError(one_line(error)) from None
+
+
+def is_weight(x: Any) -> bool:
+    """Whether it is a plain CPU tensor with as many elements in memory as in its shape."""
+    plain = isinstance(x, torch.Tensor) and x.layout == torch.strided and x.device.type == "cpu"
+    plain = plain and x.is_floating_point()
+    return plain and x.numel() * x.element_size() <= x.untyped_storage().nbytes()
+
+
+def is_model_state(x: Any) -> bool:
+    if not isinstance(x, dict):
+        return False
+    return all(isinstance(name, str) and is_weight(tensor) for name, tensor in x.items())
+
+
+def is_optimizer_state(x: Any) -> bool:
+    """Whether it has the structure that `import_state` reads."""
+    if not (isinstance(x, dict) and isinstance(x.get("state"), dict)):
+        return False
+    groups = x.get("param_groups")
+    return isinstance(groups, list) and all(
+        isinstance(group, dict) and isinstance(group.get("params"), list) for group in groups
+    )
+
+
+def has_options(cls: type, *others: str) -> Callable[[Any], bool]:
+    """Whether an entry is a dictionary of valid options of a dataclass, and of `others`, sizes."""
+    kinds = {name: option.accepts for name, option in options(cls).items()}
+    kinds |= dict.fromkeys(others, Number(int, 0).accepts)
+
+    def is_valid(x: Any) -> bool:
+        known = isinstance(x, dict) and x.keys() <= kinds.keys()
+        return known and all(kinds[name](value) for name, value in x.items())
+
+    return is_valid
+
+
+def is_dataset(x: Any) -> bool:
+    if not (isinstance(x, dict) and isinstance(x.get("name"), str)):
+        return False
+    shape = x.get("image_shape")
+    if not (isinstance(shape, list) and all(COUNT.accepts(n) for n in shape)):
+        return False
+    return len(shape) == 2 or (len(shape) == 3 and shape[2] == 3)
+
+
+def is_histogram(x: Any) -> bool:
+    plain = isinstance(x, torch.Tensor) and x.dtype == torch.int64 and x.shape == (256,)
+    return plain and bool((x >= 0).all())
+
+
+# The entries of a file, and what each must be.
+ENTRIES: dict[str, Callable[[Any], bool]] = {
+    "model_state": is_model_state,
+    "optimizer_state": is_optimizer_state,
+    "iteration": SEED.accepts,
+    "config": has_options(ModelConfig, "length", "width", "channels"),
+    "dataset": is_dataset,
+    "first_byte_counts": is_histogram,
+    "seed": SEED.accepts,
+    "settings": has_options(Settings),
+    "threads": COUNT.accepts,
+    "format_version": COUNT.accepts,
+}
+
+
+# Patterns
+
+
+def is_pattern(name: str) -> bool:
     """Whether the name has a {} for the iteration, such as weights.{}.pth."""
     return re.search(r"\{[^{}]*\}", name) is not None
 
 
-def format_path(pattern, iteration):
+def format_path(pattern: str, iteration: int) -> Path:
     """The path of an iteration's checkpoint."""
     try:
         return Path(pattern.format(iteration))
@@ -43,121 +401,41 @@ def format_path(pattern, iteration):
         ) from None
 
 
-def find(pattern):
+def find(pattern: str) -> list[tuple[int, Path]]:
     """The files that match a pattern, as (iteration, path), highest iteration first."""
     folder, name = Path(pattern).parent, Path(pattern).name
     found = []
     if folder.is_dir():
         for path in folder.iterdir():
-            if match := re.fullmatch(expression(name), path.name, re.ASCII):
+            if match := re.fullmatch(pattern_regex(name), path.name, re.ASCII):
                 found.append((int(match[1]), path))
     return sorted(found, reverse=True)
 
 
-def expression(name):
+def pattern_regex(name: str) -> str:
     """The regular expression that matches the file names of a pattern."""
     return r"(\d{1,20})".join(re.escape(part) for part in re.split(r"\{[^{}]*\}", name))
 
 
-def save(pattern, checkpoint, keep=None):
-    """Write a checkpoint for its iteration; a crash leaves the old file or the new one.
-
-    With `keep`, only that many files of the pattern up to this iteration remain; later ones
-    belong to another run, or are damaged. If it raises OSError, the old files are intact.
-    """
-    iteration = checkpoint["iteration"]
-    path = format_path(pattern, iteration)
-    if path.parent.is_dir():
-        remove_abandoned(path.parent, pattern)
-    content = {**checkpoint, "format_version": FORMAT_VERSION}
-    write_whole(path, lambda file: write(content, file), durable=True)
-    if keep and is_pattern(pattern):
-        for _, old in [found for found in find(pattern) if found[0] <= iteration][keep:]:
-            old.unlink(missing_ok=True)
-    return path
-
-
-def export(path, checkpoint):
-    """Write a checkpoint without the moments of its optimiser, which are up to twice as large as
-    the weights, and without the path of its data set. Everything else stays, so that it loads
-    wherever the checkpoint does. Raises OSError."""
-    content = dict(checkpoint)
-    if "optimizer_state" in content:
-        content["optimizer_state"] = {**content["optimizer_state"], "state": {}}
-    if dataset := content.get("dataset"):
-        content["dataset"] = {**dataset, "name": datasets.portable_name(dataset["name"])}
-    write_whole(path, lambda file: write(content, file), durable=True)
-
-
-def write(checkpoint, file):
-    """torch.save, raising the OSError behind a RuntimeError of torch."""
-    try:
-        torch.save(checkpoint, file)
-    except RuntimeError as error:
-        if isinstance(error.__context__, OSError):
-            raise error.__context__ from None
-        raise OSError(one_line(error)) from None
-
-
-def remove_abandoned(folder, pattern):
+def remove_abandoned(folder: Path, pattern: str) -> None:
     """Remove the temporary files of runs of this pattern that were killed while writing."""
-    name = re.compile(expression(Path(pattern).name) + r"\.\w+\.tmp")
+    name = re.compile(pattern_regex(Path(pattern).name) + r"\.\w+\.tmp")
     for path in folder.iterdir():
         with suppress(FileNotFoundError):  # another run has renamed or removed it by now
             if name.fullmatch(path.name) and time.time() - path.stat().st_mtime > ABANDONED:
                 path.unlink()
 
 
-def load_newest(name, or_none=False):
-    """The checkpoint `name`, or the newest readable one of a pattern, and its path.
-
-    Raises `UserError` if the file is missing, damaged or not a checkpoint, or if a pattern matches
-    only such files or none; with `or_none`, no match gives ({}, None).
-    """
-    if not is_pattern(name) or Path(name).exists():
-        found = [Path(name)]
-    else:
-        found = [path for _, path in find(name)]
-    if not found and not or_none:
-        raise UserError(f"no file matches {name}: give a checkpoint or a pattern")
-    for path, older in zip_longest(found, found[1:]):
-        try:
-            checkpoint = load(path)
-        except UserError as error:
-            if not older:
-                raise
-            warn(f"{error}; falling back to {older}")
-        else:
-            say(f"loaded {path}, iteration {checkpoint['iteration']}")
-            return checkpoint, path
-    say(f"no file matches {name}: starting from scratch")
-    return {}, None
+# Weights
 
 
-def load(path):
-    """Read one checkpoint and validate its entries. Nothing in the file is executed."""
-    try:
-        with open(path, "rb") as file, warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # torch's, about pickles of other programs
-            check_checksums(file)
-            checkpoint = torch.load(file, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise UserError(f"{path} does not exist: give a checkpoint or a pattern") from None
-    except Exception as error:  # torch raises many types for foreign files
-        first_line = str(error).strip().partition("\n")[0][:120]
-        raise damaged(path, first_line or type(error).__name__) from None
-    entries = checkpoint if isinstance(checkpoint, dict) else {}
-    version = entries.get("format_version", 0)
-    if is_count(version) and version > FORMAT_VERSION:
-        raise UserError(f"{path} was written by a newer version: update this program")
-    required = CHECKS.keys() - OPTIONAL if "format_version" in entries else ORIGINAL
-    if missing := [name for name in CHECKS if name in required and name not in entries]:
-        raise UserError(f"{path} is not a checkpoint: it has no {' and no '.join(missing)}")
-    for name, is_valid in CHECKS.items():
-        if name in entries and not is_valid(entries[name]):
-            raise damaged(path, f"its {name} is not valid")
-    return checkpoint
-
-
-def damaged(path, reason):
-    return UserError(f"{path} is damaged or not a checkpoint ({reason}): delete it or give another")
+def first_difference(expected: dict, weights: dict) -> str | None:
+    """How the names and shapes of `weights` differ from those expected, in words, or None."""
+    if missing := expected.keys() - weights.keys():
+        return f"{min(missing)} is missing"
+    if unknown := weights.keys() - expected.keys():
+        return f"{min(unknown)} is not part of the model"
+    for name, tensor in expected.items():
+        if tensor.shape != weights[name].shape:
+            return f"{name} is {list(weights[name].shape)} and should be {list(tensor.shape)}"
+    return None

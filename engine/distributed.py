@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
-from utils import UserError, is_lost_process, one_line
+from utils import UserError, is_first_process, is_lost_process, one_line
 
 
 @contextmanager
@@ -75,9 +75,9 @@ def gather(tensor):
     """The tensors of all processes, concatenated, in the first process; None in the others."""
     if world_size() == 1:
         return tensor
-    parts = [None] * world_size() if rank() == 0 else None
+    parts = [None] * world_size() if is_first_process() else None
     dist.gather_object(tensor, parts)
-    return torch.cat(parts) if rank() == 0 else None
+    return torch.cat(parts) if parts else None
 
 
 def check_agreement(what, value):

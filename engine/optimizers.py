@@ -2,6 +2,7 @@
 
 from contextlib import nullcontext
 from itertools import islice
+from typing import Any
 
 import torch
 from torch import nn
@@ -10,6 +11,8 @@ from torch.overrides import TorchFunctionMode
 from layers.mixture import mean_rows
 from utils import has_bfloat16
 
+# The moments that an optimiser keeps of each parameter.
+ADAM_MOMENTS, MUON_MOMENTS = ("exp_avg", "exp_avg_sq"), ("momentum_buffer",)
 # Muon's learning rates are an order of magnitude above AdamW's, and so is its weight decay.
 MUON_WEIGHT_DECAY = 0.1
 # AdamW's beside Muon. The usual 0.999 remembers gradients for longer than a short run lasts: after
@@ -162,3 +165,43 @@ class OptimizerPair:
                 ],
             })  # fmt: skip
             start += count
+
+
+def export_state(optimizer: Any) -> dict:
+    """The state of an optimiser, with the entries that the original's RAdam expects in a group."""
+    state = optimizer.state_dict()
+    for group in state["param_groups"]:
+        group |= {"max_grad_norm": 1.0, "buffer": [[None, None, None] for _ in range(10)]}
+    return state
+
+
+def import_state(optimizer: Any, state: dict) -> None:
+    """Give an optimiser the moments of a saved state, ours or the original's, in order.
+
+    The optimiser keeps its own groups: torch would take over those of the file, and the
+    original's have no decoupled_weight_decay, which would turn the decay into the coupled kind.
+    Raises ValueError for moments of another model.
+    """
+    names = [name for group in state["param_groups"] for name in group["params"]]
+    expected = [
+        (parameter, MUON_MOMENTS if is_muon(group) else ADAM_MOMENTS)
+        for group in optimizer.param_groups
+        for parameter in group["params"]
+    ]
+    if len(names) != len(expected):
+        raise ValueError(f"it has {len(names)} parameters, not {len(expected)}")
+    imported = {}
+    for i, (name, (parameter, keys)) in enumerate(zip(names, expected, strict=True)):
+        moments = state["state"].get(name)
+        if not moments:
+            continue  # never trained
+        for key in keys:
+            if moments[key].shape != parameter.shape:
+                raise ValueError(f"parameter {i} has another shape")
+            if not moments[key].isfinite().all():
+                raise ValueError(f"a moment of parameter {i} is not finite")
+        imported[i] = dict(moments)
+        if keys is ADAM_MOMENTS:
+            imported[i]["step"] = torch.as_tensor(moments["step"], dtype=torch.float32)
+    groups = optimizer.state_dict()["param_groups"]
+    optimizer.load_state_dict({"state": imported, "param_groups": groups})

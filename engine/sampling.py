@@ -1,17 +1,27 @@
 """Sampling images byte by byte, in two ways that give the same images.
 
 The noise depends on the image and the position: image number n draws from (seed, n) alone, so
-the same seed gives the same images with any batch size and sampler, up to rounding.
+the same seed gives the same images with any batch size and in either way, up to rounding.
 """
 
+import math
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
 
+from cpu import sampler as cpu_sampler
+from cpu.build import is_cached, try_compile
+from engine import distributed
+from engine.progress import SamplingProgress
 from layers import mixture
-from utils import UserError
+from models import ImageTransformer
+from utils import UserError, autocast
 
+# Compiling takes two seconds, once, and saves some milliseconds per step of a batch.
+STEPS_WORTH_COMPILING = 200
 # Bytes drawn before a CUDA graph is captured, since libraries initialise lazily.
 WARM_UP_BYTES = 3
 # Bytes of each image between two checks and progress reports of `EagerDecoder`; a GPU is
@@ -19,13 +29,127 @@ WARM_UP_BYTES = 3
 BLOCK = 32
 
 
-def image_noise(seed, numbers, length):
+def sample_images(model: ImageTransformer, n: int, **options) -> torch.Tensor | None:
+    """New images (n, L), uint8, from a model in evaluation mode; `options` are those of
+    `complete_images`."""
+    noise = {name: options[name] for name in ("seed", "temperature") if name in options}
+    return complete_images(model, first_bytes(model, n, **noise), 1, **options)
+
+
+def first_bytes(
+    model: ImageTransformer, n: int, *, seed: int = 0, temperature: float = 1.0
+) -> torch.Tensor:
+    """Images (n, L), uint8, that are black but for their first byte, which is drawn from the
+    histogram of first bytes in the training set."""
+    images = torch.zeros(n, model.config.length, dtype=torch.uint8)
+    noise = image_noise(seed, range(n), 1)[:, 0, 0]
+    counts = model.first_byte_counts.cpu()
+    images[:, 0] = sample_first_byte(counts, noise, temperature)
+    return images
+
+
+def complete_images(
+    model: ImageTransformer,
+    images: torch.Tensor,
+    offset: int,
+    *,
+    seed: int = 0,
+    temperature: float = 1.0,
+    batch_size: int = 64,
+    precision: str = "fp32",
+    recompute: bool = False,
+    compile: bool | None = None,
+) -> torch.Tensor | None:
+    """Images (N, L), uint8, with all bytes from `offset`, at least 1, on drawn by the model.
+
+    `recompute` recomputes the prefix for every byte instead of keeping a state. `compile` is
+    --compile. With "bf16" the weights of the model are rounded. Of several processes each draws
+    its shard; the first one gets all images, the others None.
+    """
+    N, L = images.shape
+    device = model.first_byte_counts.device
+    steps = math.ceil(N / batch_size) * (L - offset)
+    draw = make_sampler(model, precision, recompute=recompute, compile=compile, steps=steps)
+    own = torch.arange(N)[distributed.shard(N)]
+    completed = [images[:0]]
+    with SamplingProgress(len(own), L - offset) as progress:
+        for numbers in own.split(batch_size) if len(own) else ():
+            part = images[numbers].to(device).long()
+            noise = image_noise(seed, numbers.tolist(), L).to(device)
+            with autocast(device, precision):
+                draw(part, offset, noise, temperature, advance=progress.advance)
+            completed.append(part.to("cpu", torch.uint8))
+    return distributed.gather(torch.cat(completed))
+
+
+def make_sampler(
+    model: ImageTransformer,
+    precision: str,
+    *,
+    recompute: bool = False,
+    compile: bool | None = None,
+    steps: float = math.inf,
+) -> Callable:
+    """`sample_recurrent` with the fastest decoder if the model has a recurrence, else, or with
+    `recompute`, `sample_recomputing`; converts the model's weights to the precision."""
+    if recompute or not model.config.has_recurrence:
+        draw = partial(sample_recomputing, model)
+    else:
+        decoder = choose_decoder(model, precision, compile=compile, steps=steps)
+        draw = partial(sample_recurrent, model, decoder=decoder)
+    convert_weights(model, precision)
+    return draw
+
+
+def choose_decoder(
+    model: ImageTransformer,
+    precision: str,
+    *,
+    compile: bool | None = None,
+    steps: float = math.inf,
+) -> "EagerDecoder | cpu_sampler.CompiledDecoder":
+    """The fastest decoder of a model on its device. On a CPU, with neither --compile nor
+    --no-compile, it is compiled if that is worth the seconds for so many `steps`."""
+    device = model.first_byte_counts.device
+    if device.type != "cpu":
+        return plain_decoder(model, torch.compile(model.step) if compile else None)
+    decoder = None
+    if model.has_constant_state:
+        sizes = cpu_sampler.sizes(model.config, precision)
+        if is_worth_compiling(cpu_sampler.SOURCE, sizes, compile, steps):
+            build = partial(cpu_sampler.CompiledDecoder, model, precision)
+            decoder = try_compile(build, compile, "sampling")
+    return decoder or plain_decoder(model)
+
+
+def plain_decoder(model: ImageTransformer, step: Callable | None = None) -> "EagerDecoder":
+    """The fastest decoder in PyTorch; `step` is a compiled form of the model's."""
+    graph = model.first_byte_counts.is_cuda and model.has_constant_state
+    return (GraphDecoder if graph else EagerDecoder)(model, step)
+
+
+def is_worth_compiling(source: str, sizes: dict, compile: bool | None, steps: float) -> bool:
+    """Whether to try a compiled library: with --compile or --no-compile (which `try_compile`
+    heeds), for so many steps that they make up for its compilation, or if it is cached."""
+    return compile is not None or steps >= STEPS_WORTH_COMPILING or is_cached(source, sizes)
+
+
+def convert_weights(model: ImageTransformer, precision: str) -> None:
+    """With "bf16", round the weights of linear layers once; autocast would for every byte."""
+    for module in model.modules() if precision == "bf16" else ():
+        if isinstance(module, torch.nn.Linear):
+            module.bfloat16()
+
+
+def image_noise(seed: int, numbers: Iterable[int], length: int) -> torch.Tensor:
     """Uniform noise (N, length, 2), float32 on [0, 1), of the images with these numbers."""
     draws = [np.random.default_rng((seed, n)).random((length, 2), np.float32) for n in numbers]
     return torch.from_numpy(np.stack(draws))
 
 
-def sample_first_byte(counts, noise, temperature=1.0):
+def sample_first_byte(
+    counts: torch.Tensor, noise: torch.Tensor, temperature: float = 1.0
+) -> torch.Tensor:
     """First bytes (N,), int64, drawn from the training set's `counts` (256,) with noise (N,)."""
     log_probs = mixture.first_byte_log_probs(counts)
     cumulative = torch.softmax(log_probs / temperature, dim=0).cumsum(0)
@@ -106,8 +230,15 @@ class GraphDecoder(EagerDecoder):
 
 @torch.no_grad()
 def sample_recurrent(
-    model, images, offset, noise, temperature=1.0, *, decoder=None, advance=lambda n: None
-):
+    model: ImageTransformer,
+    images: torch.Tensor,
+    offset: int,
+    noise: torch.Tensor,
+    temperature: float = 1.0,
+    *,
+    decoder: EagerDecoder | None = None,
+    advance: Callable[[int], None] = lambda n: None,
+) -> None:
     """Fill in bytes `offset`, ... of `images` (N, L), int64, in place: the fast way.
 
     The given bytes go through the model in one parallel pass; the `decoder` draws the others one
@@ -134,7 +265,15 @@ def sample_recurrent(
 
 
 @torch.no_grad()
-def sample_batched(model, images, offset, noise, temperature=1.0, *, advance=lambda n: None):
+def sample_recomputing(
+    model: ImageTransformer,
+    images: torch.Tensor,
+    offset: int,
+    noise: torch.Tensor,
+    temperature: float = 1.0,
+    *,
+    advance: Callable[[int], None] = lambda n: None,
+) -> None:
     """As `sample_recurrent`, recomputing the whole prefix for every byte: slow, for comparison."""
     finite = torch.ones((), dtype=torch.bool, device=images.device)
     batch = Batch(images, noise, temperature, None, None, finite)

@@ -2,22 +2,23 @@
 
 import torch
 
-from layers.mixture import NATS_PER_BIT, first_byte_log_probs
-from models import POSITIONS_AT_ONCE
+from layers.mixture import NATS_PER_BIT
+from models import POSITIONS_AT_ONCE, ImageTransformer
 from utils import autocast
 
 
 @torch.no_grad()
-def surprisal(model, images, *, precision, device):
-    """-log2 p(byte | the bytes before it), (N, L - 1), float64, in bits, of the bytes of images
-    (N, L) after their first; a few images at a time to bound the memory. Its mean is bits/dim."""
+def surprisal(
+    model: ImageTransformer, images: torch.Tensor, *, precision: str = "fp32"
+) -> torch.Tensor:
+    """-log2 p(byte | the bytes before it), float64, in bits, of every byte of images (N, L), uint8:
+    (N, L) on the CPU. The mean over all but the first byte is the paper's bits/dim.
+
+    The first byte's probability comes from the histogram of first bytes in the training set.
+    """
+    device = model.first_byte_counts.device
+    nats = [model.first_byte_nll(images)[:, None].cpu()]
+    parts = images.split(max(1, POSITIONS_AT_ONCE // images.shape[1]))  # bounds the memory
     with autocast(device, precision):
-        parts = images.split(max(1, POSITIONS_AT_ONCE // images.shape[1]))
-        nats = torch.cat([model.nll_per_byte(part.to(device)).cpu() for part in parts])
-    return nats.double() / NATS_PER_BIT
-
-
-def first_byte_surprisal(images, counts):
-    """-log2 p(first byte), (N, 1), float64, in bits, of images (N, L), with the histogram `counts`
-    (256,) of first bytes in the training set."""
-    return -first_byte_log_probs(counts)[images[:, :1].long()] / NATS_PER_BIT
+        others = [model.nll_per_byte(part.to(device)).cpu().double() for part in parts]
+    return torch.cat([*nats, torch.cat(others)], dim=1) / NATS_PER_BIT

@@ -2,6 +2,7 @@
 
 import math
 from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
@@ -9,7 +10,7 @@ import torch
 from engine import distributed
 from engine.optimizers import rates
 from engine.progress import progress_bar
-from layers.mixture import NATS_PER_BIT, first_byte_log_probs
+from layers.mixture import NATS_PER_BIT
 from utils import UserError, autocast, to_device
 
 
@@ -24,7 +25,17 @@ class NegativeLogLikelihood(torch.nn.Module):
         return self.model.nll(images, keys)
 
 
-def train_step(nll, optimizer, images, *, seed, iteration, accumulate, precision, clip_norm):
+def train_step(
+    nll: torch.nn.Module,
+    optimizer: Any,
+    images: torch.Tensor,
+    *,
+    seed: int,
+    iteration: int,
+    accumulate: int,
+    precision: str,
+    clip_norm: float,
+) -> torch.Tensor:
     """One step of the optimiser on images (N, L); returns the loss in nats per byte, detached.
 
     `nll` is a `NegativeLogLikelihood`, or one that `distributed.parallel` has wrapped. The batch
@@ -33,7 +44,7 @@ def train_step(nll, optimizer, images, *, seed, iteration, accumulate, precision
     a restart nor another split of the batch changes it. Raises `UserError`, and changes no weight,
     if the loss or the gradient is not finite.
     """
-    keys = to_device(set_noise(seed, iteration, len(images)), images.device)
+    keys = to_device(seed_iteration(seed, iteration, len(images)), images.device)
     values = images[:, 1:].numel()
     loss = torch.zeros((), device=images.device)
     optimizer.zero_grad()
@@ -60,7 +71,7 @@ def train_step(nll, optimizer, images, *, seed, iteration, accumulate, precision
     return loss
 
 
-def set_noise(seed, iteration, n_images):
+def seed_iteration(seed: int, iteration: int, n_images: int) -> torch.Tensor:
     """The dropout keys (n_images,), int64, of an iteration. Also seeds torch's generator, which
     attention dropout uses, differently in each process."""
     noise = np.random.SeedSequence((seed, iteration))
@@ -113,15 +124,23 @@ def first_non_finite(model, images, keys):
     return found[0] if found else "the loss, or the norm of the gradient,"
 
 
-def non_finite_parameter(model):
+def non_finite_parameter(model: torch.nn.Module) -> str | None:
     """The name of the first parameter that is not finite, or None."""
     return next((name for name, p in model.named_parameters() if not p.isfinite().all()), None)
 
 
 @torch.no_grad()
-def evaluate(nll, images, counts, *, batch_size, precision, device, stop=False):
+def evaluate(
+    nll: torch.nn.Module,
+    images: torch.Tensor,
+    *,
+    batch_size: int,
+    precision: str,
+    device: torch.device,
+    stop: Any = False,
+) -> tuple[float, float] | None:
     """Bits/dim of images (n, L): the mean over the L - 1 bytes after the first (the paper's
-    convention), and over all L bytes, with `counts` (256,) the histogram of first bytes.
+    convention), and over all L bytes.
 
     Each process evaluates its shard; the sums are float64. Returns None as soon as `stop` is
     true, a `StopSignals` for example.
@@ -140,13 +159,9 @@ def evaluate(nll, images, counts, *, batch_size, precision, device, stop=False):
                 break
     nll.train(training)
     total, stopped = distributed.total(total, float(bool(stop)))
-    return None if stopped else bits_per_dim(total, images, counts)
-
-
-def bits_per_dim(nats, images, counts):
-    """Bits/dim, in both conventions, of images (n, L) with a total loss of `nats`, which excludes
-    their first bytes."""
-    first = -first_byte_log_probs(counts)[images[:, 0].long()].sum().item()
+    if stopped:
+        return None
     n, length = images.shape
+    all_bytes = total + nll.model.first_byte_nll(images).sum().item()
     scale = n * NATS_PER_BIT
-    return nats / (length - 1) / scale, (nats + first) / length / scale
+    return total / (length - 1) / scale, all_bytes / length / scale

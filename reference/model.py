@@ -7,13 +7,12 @@ said about the library refers to 0.4.0, its last version.
 
 import torch
 
-from models import ImageTransformer
+from models import ImageTransformer, ModelConfig
 from utils import UserError
 
 try:
     from fast_transformers.builders import RecurrentEncoderBuilder, TransformerEncoderBuilder
     from fast_transformers.causal_product import CausalDotProduct
-    from fast_transformers.local_product import LocalDotProduct
     from fast_transformers.masking import TriangularCausalMask
 except ImportError as error:  # not installed, or built against another torch
     raise UserError(
@@ -22,11 +21,11 @@ except ImportError as error:  # not installed, or built against another torch
     ) from None
 
 
-def softmax_options(config):
+def softmax_options(config: ModelConfig) -> dict:
     return {"softmax_temp": config.softmax_temp, "attention_dropout": config.attention_dropout}
 
 
-def reformer_options(config):
+def reformer_options(config: ModelConfig) -> dict:
     return {
         **softmax_options(config),
         "bits": config.bits,
@@ -37,37 +36,21 @@ def reformer_options(config):
     }
 
 
-def local_options(config):
-    """Every byte sees the --chunk_size bytes that end with itself."""
-    # The library's window has its query in the middle; the causal mask hides the later half.
-    return {**softmax_options(config), "local_context": 2 * chunk_size(config) - 1}
-
-
-def chunk_size(config):
+def chunk_size(config: ModelConfig) -> int:
     """--chunk_size, or the length of a sequence: a longer chunk would hold only padding."""
     return min(config.chunk_size, config.length - 1)
 
 
-# The library's causal attentions and the arguments of each; exact-topk uses the library's
-# default of 32 keys. Left out: "causal-improved-clustered", whose number of clusters no flag sets;
-# "conditional-full", which is one function up to some length and another beyond it, so that a
-# prefix would not be predicted as in training. The others reject a causal mask.
+# The attentions of the original's scripts, and the arguments that the library gives each.
 ATTENTION_TYPES = {
     "causal-linear": lambda config: {},
     "full": softmax_options,
     "reformer": reformer_options,
-    "exact-topk": softmax_options,
-    "local": local_options,
 }
-# Those that the library also has as a recurrence.
-RECURRENT = ("causal-linear", "full")
-# Those with compiled kernels, float32 only, built for the CPU and perhaps for CUDA.
-KERNELS = {"causal-linear": CausalDotProduct, "local": LocalDotProduct}
 
 
-def check(config, device, precision, compiled):
+def check(config: ModelConfig, device: torch.device, precision: str, compiled: bool | None) -> None:
     """Raise a `UserError` for flags with which the library cannot run this model."""
-    kernel = KERNELS.get(config.attention_type)
     if config.neighbours:
         raise UserError(
             "--neighbours: the layers of pytorch-fast-transformers have no short convolutions: "
@@ -78,15 +61,18 @@ def check(config, device, precision, compiled):
             f"--{'compile' if compiled else 'no-compile'} is for --backend native: leave it out, "
             "or change the backend"
         )
-    if kernel and not kernel.dot.get(device.type):
+    if config.attention_type != "causal-linear":
+        return
+    # Its kernels are float32 only, built for the CPU and perhaps for CUDA.
+    if not CausalDotProduct.dot.get(device.type):
         raise UserError(
             f"--device {device}: the installed pytorch-fast-transformers has no kernels of "
-            f"{config.attention_type} for it: use --device cpu"
+            "causal-linear for it: use --device cpu"
         )
-    if kernel and precision != "fp32":
+    if precision != "fp32":
         raise UserError(
             f"--precision {precision}: the kernels of pytorch-fast-transformers for "
-            f"{config.attention_type} are fp32 only: leave it out"
+            "causal-linear are fp32 only: leave it out"
         )
 
 
@@ -118,12 +104,12 @@ class ReferenceTransformer(ImageTransformer):
     Its initial weights are those of the native model with the same seed.
     """
 
-    def __init__(self, config):
+    def __init__(self, config: ModelConfig):
         super().__init__(config)
         weights = self.transformer.state_dict()
         self.transformer = build(TransformerEncoderBuilder, config)
         self.transformer.load_state_dict(weights)
-        if config.attention_type in RECURRENT:
+        if config.has_recurrence:
             recurrence = build(RecurrentEncoderBuilder, config)
             share_layers(self.transformer, recurrence)
             # A tuple hides it from torch, which would list the shared weights twice.
@@ -176,9 +162,4 @@ class ReferenceTransformer(ImageTransformer):
 
     def empty_states(self, n_images):
         """One state per layer; the library's initial state is None."""
-        if self.config.attention_type not in RECURRENT:
-            raise UserError(
-                f"--attention_type {self.config.attention_type} has no recurrent form in "
-                "pytorch-fast-transformers: use --sampler batched"
-            )
         return [None] * self.config.n_layers

@@ -29,8 +29,9 @@ def learn(name, seed, seconds, test_images, device, advance):
     """Train for so many seconds, not counting evaluations on the first `test_images` test images;
     `advance(seconds)` is called after each step. Returns a record with the evaluations."""
     data, test = (datasets.load("mnist-10k", ".", train=train) for train in (True, False))
-    counts, test = data.first_byte_counts(), test.images[:test_images]
-    nll = NegativeLogLikelihood(make_model(name, MODEL, device, seed=seed))
+    model, test = make_model(name, MODEL, device, seed=seed), test.images[:test_images]
+    model.first_byte_counts.copy_(data.first_byte_counts())
+    nll = NegativeLogLikelihood(model)
     optimizer = make_optimizer(nll.model, SETTINGS)
     spent, images, points, next_evaluation = 0.0, 0, [], FIRST_EVALUATION
     while spent < seconds:
@@ -39,9 +40,7 @@ def learn(name, seed, seconds, test_images, device, advance):
         advance(min(time, seconds - spent))
         spent, images = spent + time, images + BATCH_SIZE
         if images == next_evaluation or spent >= seconds:
-            bits, _ = evaluate(
-                nll, test, counts, batch_size=BATCH_SIZE, precision="fp32", device=device
-            )
+            bits, _ = evaluate(nll, test, batch_size=BATCH_SIZE, precision="fp32", device=device)
             points.append({"images": images, "seconds": spent, "bits_per_dim": bits})
             next_evaluation *= 2
     return {"method": name, "seed": seed, "points": points}

@@ -6,11 +6,11 @@ from functools import partial
 
 import torch
 
-from benchmarks.sampling_speed import new_batch, new_images, uncompiled_decoder
-from cpu.build import try_compile
-from cpu.sampler import CompiledDecoder
+from benchmarks.sampling_speed import new_batch, new_images
 from engine import construction
-from engine.sampling import sample_batched
+from engine.checkpoint import NO_CHECKPOINT
+from engine.construction import load_model
+from engine.sampling import choose_decoder, sample_recomputing
 from layers.attention import KVCache
 from layers.ops import PlainOps
 from models import ModelConfig
@@ -66,8 +66,9 @@ def make_model(name, fields, device, ops=None, seed=0):
     config, method = make_config(name, fields), METHODS[name]
     if method.backend == "native":
         ops = ops or construction.choose_ops(config, device, None, name)
-    return construction.build_model(config, device, backend=method.backend, ops=ops, seed=seed,
-                                checkpoint={}, path=None)  # fmt: skip
+    return load_model(
+        NO_CHECKPOINT, config, device=device, backend=method.backend, ops=ops, seed=seed
+    )
 
 
 @dataclass
@@ -89,24 +90,15 @@ def make_sampler(name, fields, batch_size, device):
     if METHODS[name].recurrent:
         model = make_model(name, fields, device, PlainOps()).eval()
         batch = new_batch(model, batch_size, device)
-        draw = partial(draw_recurrently, make_decoder(name, model, device), batch)
+        draw = partial(draw_recurrently, choose_decoder(model, "fp32"), batch)
         return Sampler(draw, batch.images, batch.states)
     model = make_model(name, fields, device).eval()
     images, noise = new_images(batch_size, fields["length"], device)
     return Sampler(partial(draw_recomputing, model, images, noise), images, [])
 
 
-def make_decoder(name, model, device):
-    """The decoder that prediction.py uses."""
-    if device.type == "cpu" and name == "linear":
-        decoder = try_compile(partial(CompiledDecoder, model, "fp32"), None, name)
-        if decoder:
-            return decoder
-    return uncompiled_decoder(model, device)
-
-
 def draw_recomputing(model, images, noise, position, count):
-    sample_batched(model, images[:, : position + count], position, noise)
+    sample_recomputing(model, images[:, : position + count], position, noise)
 
 
 @torch.no_grad()

@@ -5,9 +5,9 @@ import re
 import pytest
 import torch
 from conftest import TINY
+from engine.checkpoint_schema import CHECKS
 
 from engine import checkpoint as checkpoints
-from engine.checkpoint_schema import CHECKS
 from models import ImageTransformer, ModelConfig
 
 AT_ZERO = "the checkpoint has no moments of the optimiser: they start at zero\n"

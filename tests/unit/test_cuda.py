@@ -10,7 +10,7 @@ from engine.sampling import (
     EagerDecoder,
     GraphDecoder,
     image_noise,
-    sample_batched,
+    sample_recomputing,
     sample_recurrent,
 )
 from layers.attention import LinearAttention, SoftmaxAttention, linear_chunked
@@ -135,7 +135,7 @@ def is_tie(parameters, noise):
 
 
 @EVERY_MODEL
-@pytest.mark.parametrize("sampler", [sample_recurrent, sample_batched])
+@pytest.mark.parametrize("sampler", [sample_recurrent, sample_recomputing])
 def test_samples_are_those_of_the_cpu(kind, sampler):
     """The same seed draws the same images, up to ties."""
     model = make_model(kind)

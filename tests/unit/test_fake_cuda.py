@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_leaves
 import layers.attention
 from engine.optimizers import make_optimizer
 from engine.recipes import Settings
-from engine.sampling import Batch, EagerDecoder, sample_batched, sample_recurrent
+from engine.sampling import Batch, EagerDecoder, sample_recomputing, sample_recurrent
 from models import ImageTransformer, ModelConfig
 from prediction import store_as_bfloat16
 from utils import autocast
@@ -184,7 +184,7 @@ def test_a_sampled_byte(kind):
 
 
 @EVERY_MODEL
-@pytest.mark.parametrize("sampler", [sample_recurrent, sample_batched])
+@pytest.mark.parametrize("sampler", [sample_recurrent, sample_recomputing])
 def test_whole_images(kind, sampler, monkeypatch):
     """All but the check of finiteness, which reads a value."""
     monkeypatch.setattr(Batch, "check_finite", lambda batch: None)

@@ -14,8 +14,8 @@ from engine.sampling import (
     Batch,
     EagerDecoder,
     image_noise,
-    sample_batched,
     sample_first_byte,
+    sample_recomputing,
     sample_recurrent,
 )
 from layers import neighbours
@@ -324,7 +324,7 @@ def test_both_plain_samplers_draw_the_same(shape):
     images[:, 0] = sample_first_byte(counts, noise[:, 0, 0])
     others = images.clone()
     sample_recurrent(model, images, 1, noise)
-    sample_batched(model, others, 1, noise)
+    sample_recomputing(model, others, 1, noise)
     assert torch.equal(images, others)
 
 

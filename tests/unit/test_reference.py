@@ -10,7 +10,7 @@ from conftest import require_library
 from torch.nn.functional import interpolate
 
 import datasets
-from engine.sampling import image_noise, sample_batched, sample_recurrent
+from engine.sampling import image_noise, sample_recomputing, sample_recurrent
 from models import ImageTransformer, ModelConfig
 from utils import UserError
 
@@ -322,7 +322,7 @@ def test_both_backends_and_both_samplers_draw_the_same_images(reference, attenti
     first, *others = (
         complete(sampler, model, [0, 1, 2])
         for model in pair
-        for sampler in (sample_batched, sample_recurrent)
+        for sampler in (sample_recomputing, sample_recurrent)
     )
     assert len(first.unique()) > 20, "constant images would be trivially equal"
     assert all(torch.equal(first, other) for other in others)
@@ -332,10 +332,10 @@ def test_both_backends_and_both_samplers_draw_the_same_images(reference, attenti
 def test_the_librarys_own_attentions_sample_in_batches_of_any_size(reference, attention_type):
     """If every call drew new hash planes, an image would depend on its batch."""
     model = make_reference(reference, make_config(attention_type, dropout=0.1))
-    together = complete(sample_batched, model, [0, 1, 2])
+    together = complete(sample_recomputing, model, [0, 1, 2])
     assert torch.equal(together[:, :5], digits(3)[:, :5].long())
     torch.manual_seed(5)
-    alone = [complete(sample_batched, model, [n]) for n in range(3)]
+    alone = [complete(sample_recomputing, model, [n]) for n in range(3)]
     assert torch.equal(together, torch.cat(alone))
 
 

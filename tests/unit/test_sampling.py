@@ -10,8 +10,8 @@ from engine import sampling
 from engine.sampling import (
     GraphDecoder,
     image_noise,
-    sample_batched,
     sample_first_byte,
+    sample_recomputing,
     sample_recurrent,
 )
 from layers import mixture
@@ -20,7 +20,7 @@ from utils import UserError
 
 LENGTH = 30
 BOTH = pytest.mark.parametrize(
-    "sampler", [sample_batched, sample_recurrent], ids=["batched", "recurrent"]
+    "sampler", [sample_recomputing, sample_recurrent], ids=["batched", "recurrent"]
 )
 
 
@@ -41,7 +41,9 @@ def draw(sampler, model, offset, numbers=range(5), seed=3, **kwargs):
 
 @pytest.mark.parametrize("offset", [1, 2, 15, LENGTH - 1, LENGTH])
 def test_both_samplers_draw_the_same_images(model, offset):
-    assert torch.equal(draw(sample_batched, model, offset), draw(sample_recurrent, model, offset))
+    assert torch.equal(
+        draw(sample_recomputing, model, offset), draw(sample_recurrent, model, offset)
+    )
 
 
 @BOTH
@@ -83,12 +85,12 @@ def test_progress_counts_every_byte(model, sampler, monkeypatch):
     counts = []
     draw(sampler, model, 10, advance=counts.append)
     assert sum(counts) == 5 * (LENGTH - 10)
-    batched = sampler is sample_batched
+    batched = sampler is sample_recomputing
     assert counts == ([5] * 20 if batched else [5, 5 * 6, 5 * 6, 5 * 6, 5 * 1])
 
 
 def test_blocks_of_any_size_draw_the_same(model, monkeypatch):
-    expected = draw(sample_batched, model, 4)
+    expected = draw(sample_recomputing, model, 4)
     for size in (1, 7, LENGTH - 5, 100):
         monkeypatch.setattr(sampling, "BLOCK", size)
         assert torch.equal(draw(sample_recurrent, model, 4), expected)
@@ -159,7 +161,7 @@ def test_a_graph_draws_the_same_images(neighbours, recorded_graphs):
     model = small_model(**shape)
     decoder = GraphDecoder(model)
     for offset in (5, 12):
-        expected = draw(sample_batched, model, offset)
+        expected = draw(sample_recomputing, model, offset)
         assert torch.equal(draw(sample_recurrent, model, offset, decoder=decoder), expected)
         assert decoder.drawn == LENGTH - 1 - offset
 
@@ -179,7 +181,7 @@ def small_model(**changes):
     return model
 
 
-@pytest.mark.parametrize("sampler", [sample_recurrent, sample_batched])
+@pytest.mark.parametrize("sampler", [sample_recurrent, sample_recomputing])
 @pytest.mark.parametrize("place", ["predictor", "transformer.layers.1.linear2"])
 def test_distributions_that_are_not_finite_are_an_error(sampler, place):
     """Finite weights that are so large that activations overflow."""
