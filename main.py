@@ -79,7 +79,7 @@ def train(args, device):
             say(f"no more iterations to train: evaluating iteration {start}")
             trainer.evaluate(start, stop)
             return stop.exit_status
-        if start and not trainer.optimizer.state_dict()["state"]:
+        if start and not trainer.has_moments:
             say("the checkpoint has no moments of the optimiser: they start at zero")
         for iteration in range(start + 1, args.iterations + 1):
             loss = trainer.step(iteration)
@@ -126,6 +126,7 @@ class Trainer:
         self.training = self.training.resident(device)
         self.optimizer = make_optimizer(self.model, self.settings)
         checkpoint.restore_optimizer(self.optimizer)
+        self.has_moments = checkpoint.has_moments
         self.nll = parallel_nll(self.model, args, device)
 
         self.images_per_iteration = args.batch_size * args.accumulate

@@ -8,7 +8,6 @@ Other programs import `load_model`, `sample_images`, `complete_images` and `surp
 
 import math
 
-import cpu.ops
 import datasets
 from cli import outputs, sampling_flags
 from cli.flags import choose_model
@@ -16,7 +15,7 @@ from cli.process import run
 from engine import construction, distributed
 from engine.checkpoint import NO_CHECKPOINT, Checkpoint
 from engine.construction import load_model
-from engine.sampling import complete_images, first_bytes, is_worth_compiling, sample_images
+from engine.sampling import complete_images, first_bytes, sample_images
 from engine.surprisal import surprisal
 from models import ModelConfig
 from utils import UserError, check_memory, say, select_device, select_precision
@@ -42,7 +41,7 @@ def complete(args, device):
     config = ModelConfig.for_images(shape, **values)
     offset = choose_offset(args, config.length)
     check(args, config, precision, device)
-    model = build_model(args, config, checkpoint, device, config.length - offset)
+    model = build_model(args, config, checkpoint, device)
     if counts is not None:
         model.first_byte_counts.copy_(counts)
 
@@ -152,14 +151,12 @@ def check(args, config, precision, device):
     check_memory(construction.sampling_memory(config, n_states), device)
 
 
-def build_model(args, config, checkpoint, device, n_bytes):
-    """The model, with compiled operations if it recomputes prefixes on a CPU to draw so many bytes
-    that they are worth it. (The recurrence has a compiled sampler instead.)"""
+def build_model(args, config, checkpoint, device):
+    """The model; with compiled operations if it recomputes prefixes on a CPU. (The recurrence has a
+    compiled sampler instead.)"""
     ops = None
-    if args.backend == "native" and (args.recompute or not config.has_recurrence):
-        steps = math.ceil(len(args.index) / args.batch_size) * n_bytes
-        if is_worth_compiling(cpu.ops.SOURCE, cpu.ops.sizes(config), args.compile, steps):
-            ops = construction.choose_ops(config, device, args.compile, "sampling")
+    if args.backend == "native" and args.recompute:
+        ops = construction.choose_ops(config, device, args.compile, "sampling")
     return load_model(
         checkpoint, config, device=device, backend=args.backend, ops=ops, seed=args.seed
     )

@@ -72,47 +72,55 @@ def refuse_given(args, flags, reason):
             raise UserError(f"--{name} has no effect {reason}: leave it out")
 
 
-COUNT = {"type": options.COUNT, "metavar": "N"}
-SEED = {"type": options.SEED, "metavar": "N"}
+def flag(help: str, kind: Any = None, default: Any = None, **more: Any) -> dict:
+    """The arguments of argparse's add_argument for a flag. Its `kind` is a `Number`, a tuple of
+    choices, bool (for --x and --no-x), or a text that stands for the value in the help."""
+    known = {"help": help, "default": default, **more}
+    if isinstance(kind, Number):
+        return {"type": kind, "metavar": "N" if kind.type is int else "X", **known}
+    if kind is bool:
+        return {"action": argparse.BooleanOptionalAction, **known}
+    return {"metavar" if isinstance(kind, str) else "choices": kind, **known}
 
-DATA = {
-    "dataset": {
-        "metavar": "NAME|FOLDER",
-        "help": f"{', '.join(NAMES)}, or a folder with train.npy and test.npy or with train/ and "
-        "test/ holding image files; a trained model can complete and evaluate any images of its "
-        "shape (default: the checkpoint's, else mnist)",
-    },
-    "dataset_directory": {
-        "metavar": "FOLDER",
-        "default": os.getenv("DATASET_DIRECTORY", "./data"),
-        "help": "where data sets are, or are downloaded to (default: the environment variable "
-        "DATASET_DIRECTORY, else ./data)",
-    },
-}
+
+def switch(help: str) -> dict:
+    """The same for a flag without a value."""
+    return {"action": "store_true", "help": help}
 
 
 def option_flags(cls: type) -> dict[str, dict]:
     """The flags of the options of a dataclass. Their defaults are None: what is not given comes
     from a checkpoint, a recipe, or the dataclass."""
-    return {name: option_flag(option) for name, option in options.options(cls).items()}
-
-
-def option_flag(option: Option) -> dict:
-    flag = {"help": option.help + default_text(option), "default": None}
-    if isinstance(option.kind, Number):
-        return {**flag, "type": option.kind, "metavar": "N" if option.kind.type is int else "X"}
-    if option.kind is bool:
-        return {**flag, "action": argparse.BooleanOptionalAction}
-    return {**flag, "choices": option.kind}
+    known = options.options(cls)
+    return {
+        name: flag(option.help + default_text(option), option.kind)
+        for name, option in known.items()
+    }
 
 
 def default_text(option: Option) -> str:
     """The default of an option, and the fast recipe's value, for the help."""
-    if option.default in (None, False):
+    if option.default is None or option.default is False:  # 0 is a default, but equals False
         return ""
     text = f" (default: {option.default}"
     fast = FAST.values.get(option.name, option.default)
     return text + ("" if fast == option.default else f", fast: {fast}") + ")"
+
+
+DATA = {
+    "dataset": flag(
+        f"{', '.join(NAMES)}, or a folder with train.npy and test.npy or with train/ and test/ "
+        "holding image files; a trained model can complete and evaluate any images of its shape "
+        "(default: the checkpoint's, else mnist)",
+        "NAME|FOLDER",
+    ),
+    "dataset_directory": flag(
+        "where data sets are, or are downloaded to (default: the environment variable "
+        "DATASET_DIRECTORY, else ./data)",
+        "FOLDER",
+        os.getenv("DATASET_DIRECTORY", "./data"),
+    ),
+}
 
 
 def add_model_flags(parser: argparse.ArgumentParser, more: dict | None = None) -> None:
@@ -146,25 +154,23 @@ def choose_model(
 
 
 MACHINE = {
-    "device": {
-        "default": "auto",
-        "help": "auto (a GPU if there is one), cpu, cuda, cuda:N or mps",
-    },
-    "precision": {
-        "choices": ["fp32", "bf16", "auto"],
-        "default": "fp32",
-        "help": "of the matrix products; attention sums and the loss remain fp32; auto: bf16 if "
-        "the device has bfloat16 instructions, without which it is slow",
-    },
-    "backend": {
-        "choices": ["native", "fast-transformers"],
-        "default": "native",
-        "help": "this program's layers, or those of pytorch-fast-transformers (make reference)",
-    },
+    "device": flag("auto (a GPU if there is one), cpu, cuda, cuda:N or mps", default="auto"),
+    "precision": flag(
+        "of the matrix products; attention sums and the loss remain fp32; auto: bf16 if the device "
+        "has bfloat16 instructions, without which it is slow",
+        ("fp32", "bf16", "auto"),
+        "fp32",
+    ),
+    "backend": flag(
+        "this program's layers, or those of pytorch-fast-transformers (make reference)",
+        ("native", "fast-transformers"),
+        "native",
+    ),
 }
 
 
-def add_machine_flags(parser, compile_help, more=None):
+def add_machine_flags(
+    parser: argparse.ArgumentParser, compile_help: str, more: dict | None = None
+) -> None:
     """Where and how to compute."""
-    compile_flag = {"action": argparse.BooleanOptionalAction, "help": compile_help}
-    add_flags(parser, {**MACHINE, "compile": compile_flag, **(more or {})}, "machine")
+    add_flags(parser, {**MACHINE, "compile": flag(compile_help, bool), **(more or {})}, "machine")

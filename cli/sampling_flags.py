@@ -4,16 +4,16 @@ import re
 from argparse import ArgumentTypeError
 
 from cli.flags import (
-    COUNT,
     DATA,
-    SEED,
     ArgumentParser,
     add_flags,
     add_machine_flags,
     add_model_flags,
+    flag,
     refuse_given,
+    switch,
 )
-from options import Number
+from options import COUNT, SEED, Number
 from utils import UserError
 
 # An index expression may not ask for more images than this.
@@ -51,78 +51,51 @@ def shape_list(text):
 
 
 SAMPLING = {
-    "index": {
-        "type": index_list,
-        "default": "0",
-        "metavar": "I",
-        "help": "which images (only how many, if no bytes are given): 0-10 is 0 to 9; 3,5; 7*4 is "
-        "7 four times",
-    },
-    "offset": {
-        "type": Number(int, 0),
-        "metavar": "BYTES",
-        "help": "number of given bytes: 0 is unconditional (the original used 1 for that) "
-        f"(default: {DEFAULT_OFFSET}, or half of the bytes if there are fewer than "
-        f"{2 * DEFAULT_OFFSET})",
-    },
-    "recurrent": {
-        "action": "store_true",
-        "help": "keep a state after every byte: what happens anyway if the attention has one",
-    },
-    "recompute": {
-        "action": "store_true",
-        "help": "recompute the prefix for every byte instead: slow, for comparison",
-    },
-    "temperature": {
-        "type": Number(float, 1e-3, 1e3),
-        "default": 1.0,
-        "metavar": "T",
-        "help": "below 1 for more likely, above for more varied images",
-    },
-    "seed": {**SEED, "default": 0, "help": "random seed of the samples"},
-    "batch_size": {**COUNT, "default": 64, "help": "images at a time; changes speed only"},
+    "index": flag(
+        "which images (only how many, if no bytes are given): 0-10 is 0 to 9; 3,5; 7*4 is 7 four "
+        "times",
+        "I",
+        "0",
+        type=index_list,
+    ),
+    "offset": flag(
+        "number of given bytes: 0 is unconditional (the original used 1 for that) (default: "
+        f"{DEFAULT_OFFSET}, or half of the bytes if there are fewer than {2 * DEFAULT_OFFSET})",
+        Number(int, 0),
+    ),
+    "recurrent": switch("keep a state after every byte: what happens anyway where it is possible"),
+    "recompute": switch("recompute the prefix for every byte instead: slow, for comparison"),
+    "temperature": flag(
+        "below 1 for more likely, above for more varied images", Number(float, 1e-3, 1e3), 1.0
+    ),
+    "seed": flag("random seed of the samples", SEED, 0),
+    "batch_size": flag("images at a time; changes speed only", COUNT, 64),
 }
-
-TRAINING_SET = {"action": "store_true", "help": "complete training images instead of test images"}
-
+TRAINING_SET = switch("complete training images instead of test images")
 OUTPUT = {
-    "save_image": {
-        "metavar": "PATTERN",
-        "help": "write image files: the first {} becomes pred or real, the second a number",
-    },
-    "save_gif": {
-        "metavar": "PATTERN",
-        "help": "write an animation of each image appearing byte by byte, the given part in blue; "
-        "{} becomes a number",
-    },
-    "gif_seconds": {
-        "type": Number(float, 0.1, 600),  # a frame of a GIF lasts 655 seconds at most
-        "metavar": "X",
-        "default": GIF_SECONDS,
-        "help": "seconds that an animation lasts",
-    },
-    "save_grid": {
-        "metavar": "FILE",
-        "help": "write a figure: given part, completions, real image",
-    },
-    "plot": {"action": "store_true", "help": "show that figure in a window"},
-    "save_surprisal": {
-        "metavar": "FILE",
-        "help": "write a figure: each real image beside the bits that its pixels cost, "
-        "-log2 of the probability that the model gave them; alone, it samples nothing",
-    },
-    "image_shape": {
-        "type": shape_list,
-        "metavar": "H,W[,3]",
-        "help": "reshape the images (default: as in the data set)",
-    },
+    "save_image": flag(
+        "write image files: the first {} becomes pred or real, the second a number", "PATTERN"
+    ),
+    "save_gif": flag(
+        "write an animation of each image appearing byte by byte, the given part in blue; {} "
+        "becomes a number",
+        "PATTERN",
+    ),
+    # A frame of a GIF lasts 655 seconds at most.
+    "gif_seconds": flag("seconds that an animation lasts", Number(float, 0.1, 600), GIF_SECONDS),
+    "save_grid": flag("write a figure: given part, completions, real image", "FILE"),
+    "plot": switch("show that figure in a window"),
+    "save_surprisal": flag(
+        "write a figure: each real image beside the bits that its pixels cost, -log2 of the "
+        "probability that the model gave them; alone, it samples nothing",
+        "FILE",
+    ),
+    "image_shape": flag(
+        "reshape the images (default: as in the data set)", "H,W[,3]", type=shape_list
+    ),
 }
-
-LOAD_PYTORCH = {
-    "action": "store_true",
-    "help": "the checkpoint has the original's older layout (self_attn.in_proj_weight)",
-}
-FORCE_CPU = {"action": "store_true", "help": "the same as --device cpu"}
+LOAD_PYTORCH = switch("the checkpoint has the original's older layout (self_attn.in_proj_weight)")
+FORCE_CPU = switch("the same as --device cpu")
 
 
 def parse(argv=None):

@@ -3,99 +3,69 @@
 from pathlib import Path
 
 from cli.flags import (
-    COUNT,
     DATA,
-    SEED,
     ArgumentParser,
     add_flags,
     add_machine_flags,
     add_model_flags,
+    flag,
     option_flags,
     refuse_given,
+    switch,
 )
 from cli.process import YIELDED
 from engine.checkpoint import format_path, is_pattern
 from engine.recipes import Settings
-from options import options
+from options import COUNT, SEED, options
 from utils import UserError, check_writable
 
 EVALUATED = {
-    "evaluate_images": {
-        **COUNT,
-        "help": "evaluate on the first N test images only (default: all)",
-    },
+    "evaluate_images": flag("evaluate on the first N test images only (default: all)", COUNT)
 }
-
 OPTIMISATION = {
-    "batch_size": {
-        **COUNT,
-        "default": 4,
-        "help": "images per batch, split over the processes of torchrun",
-    },
-    "accumulate": {
-        **COUNT,
-        "default": 1,
-        "help": "accumulate the gradients of N batches per iteration: the same as a batch N times "
-        "as large",
-    },
-    "no_shuffle": {
-        "action": "store_true",
-        "help": "keep the images in file order, as the original does",
-    },
-    "iterations": {**COUNT, "default": 100, "help": "total number of iterations"},
-    "seed": {
-        **SEED,
-        "help": "random seed of the initial weights, the order of images and dropout (default: "
-        "0, or the checkpoint's)",
-    },
+    "batch_size": flag("images per batch, split over the processes of torchrun", COUNT, 4),
+    "accumulate": flag(
+        "accumulate the gradients of N batches per iteration: the same as a batch N times as large",
+        COUNT,
+        1,
+    ),
+    "no_shuffle": switch("keep the images in file order, as the original does"),
+    "iterations": flag("total number of iterations", COUNT, 100),
+    "seed": flag(
+        "random seed of the initial weights, the order of images and dropout (default: 0, or the "
+        "checkpoint's)",
+        SEED,
+    ),
 }
-
 SAVING = {
-    "save_to": {
-        "metavar": "PATTERN",
-        "help": "where to save; {} becomes the iteration, as in weights.{}.pth",
-    },
-    "continue_from": {
-        "metavar": "PATTERN",
-        "help": "continue from a checkpoint, or from the newest of a pattern; if no file "
-        "matches the pattern, start from scratch",
-    },
-    "save_frequency": {
-        **COUNT,
-        "default": 3000,
-        "help": "save every N iterations, and at the end",
-    },
-    "keep_checkpoints": {**COUNT, "help": "keep only the newest N of --save_to (default: all)"},
-    "evaluate_frequency": {
-        **COUNT,
-        "default": 3000,
-        "help": "evaluate on the test images every N iterations, and at the end",
-    },
-    "yield_frequency": {
-        **COUNT,
-        "default": 10**9,
-        "help": f"save and exit with status {YIELDED} after N iterations, for a queue that starts "
-        "the job again",
-    },
-    "evaluate_only": {
-        "action": "store_true",
-        "help": "print the test bits/dim of --continue_from and exit",
-    },
-    "export": {
-        "metavar": "FILE",
-        "help": "write --continue_from to FILE without the optimiser's moments (a third or half of "
-        "the size), and exit",
-    },
+    "save_to": flag("where to save; {} becomes the iteration, as in weights.{}.pth", "PATTERN"),
+    "continue_from": flag(
+        "continue from a checkpoint, or from the newest of a pattern; if no file matches the "
+        "pattern, start from scratch",
+        "PATTERN",
+    ),
+    "save_frequency": flag("save every N iterations, and at the end", COUNT, 3000),
+    "keep_checkpoints": flag("keep only the newest N of --save_to (default: all)", COUNT),
+    "evaluate_frequency": flag(
+        "evaluate on the test images every N iterations, and at the end", COUNT, 3000
+    ),
+    "yield_frequency": flag(
+        f"save and exit with status {YIELDED} after N iterations, for a queue that starts the job "
+        "again",
+        COUNT,
+        10**9,
+    ),
+    "evaluate_only": switch("print the test bits/dim of --continue_from and exit"),
+    "export": flag(
+        "write --continue_from to FILE without the optimiser's moments (a third or half of the "
+        "size), and exit",
+        "FILE",
+    ),
 }
-
 LOGGING = {
-    "log_frequency": {
-        **COUNT,
-        "default": 100,
-        "help": "print and record the mean loss of every N iterations",
-    },
-    "metrics_file": {"metavar": "FILE", "help": "append records as JSON lines"},
-    "log_dir": {"metavar": "FOLDER", "help": "write TensorBoard events"},
+    "log_frequency": flag("print and record the mean loss of every N iterations", COUNT, 100),
+    "metrics_file": flag("append records as JSON lines", "FILE"),
+    "log_dir": flag("write TensorBoard events", "FOLDER"),
 }
 
 
@@ -107,12 +77,11 @@ def parse(argv=None):
     )
     add_flags(parser, {**DATA, **EVALUATED}, "data")
     add_model_flags(parser)
-    settings = option_flags(Settings)
     description = (
         "A checkpoint stores --seed and the flags from --recipe to --clip_norm. A run continues "
         "with them; all but --seed, --recipe and --optimizer may be changed."
     )
-    add_flags(parser, {**settings, **OPTIMISATION}, "optimisation", description)
+    add_flags(parser, {**option_flags(Settings), **OPTIMISATION}, "optimisation", description)
     add_flags(parser, SAVING, "checkpoints and evaluation")
     add_flags(parser, LOGGING, "logging")
     add_machine_flags(

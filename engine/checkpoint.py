@@ -60,6 +60,10 @@ class Checkpoint:
         """Whether the original's scripts wrote it, which store no configuration."""
         return bool(self) and self.config is None
 
+    @property
+    def has_moments(self) -> bool:
+        return bool(self.optimizer_state and self.optimizer_state["state"])
+
     # Reading
 
     @classmethod
@@ -208,7 +212,7 @@ class Checkpoint:
     def restore_optimizer(self, optimizer: Any) -> None:
         """Give the moments to an optimiser; without any they start at zero. Raises `UserError` for
         those of another model."""
-        if not self.optimizer_state:
+        if not self.has_moments:
             return
         try:
             import_state(optimizer, self.optimizer_state)

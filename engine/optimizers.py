@@ -1,7 +1,6 @@
 """The optimisers: those of the paper's experiment, and Muon for the layers' matrices."""
 
 from contextlib import nullcontext
-from itertools import islice
 from typing import Any
 
 import torch
@@ -137,42 +136,23 @@ class OptimizerPair:
         for part in self.parts:
             part.step()
 
-    def state_dict(self):
-        """As of one optimiser, with the parameters of both numbered consecutively."""
-        state, groups, start = {}, [], 0
-        for part in self.parts:
-            own = part.state_dict()
-            state |= {start + number: moments for number, moments in own["state"].items()}
-            for group in own["param_groups"]:
-                groups.append({**group, "params": [start + number for number in group["params"]]})
-            start += sum(len(group["params"]) for group in own["param_groups"])
-        return {"state": state, "param_groups": groups}
 
-    def load_state_dict(self, state):
-        groups, start = iter(state["param_groups"]), 0
-        for part in self.parts:
-            own = list(islice(groups, len(part.param_groups)))
-            count = sum(len(group["params"]) for group in own)
-            part.load_state_dict({
-                "state": {
-                    number - start: moments
-                    for number, moments in state["state"].items()
-                    if start <= number < start + count
-                },
-                "param_groups": [
-                    {**group, "params": [number - start for number in group["params"]]}
-                    for group in own
-                ],
-            })  # fmt: skip
-            start += count
+def parts_of(optimizer: Any) -> tuple:
+    return getattr(optimizer, "parts", (optimizer,))
 
 
 def export_state(optimizer: Any) -> dict:
-    """The state of an optimiser, with the entries that the original's RAdam expects in a group."""
-    state = optimizer.state_dict()
-    for group in state["param_groups"]:
-        group |= {"max_grad_norm": 1.0, "buffer": [[None, None, None] for _ in range(10)]}
-    return state
+    """The state of an optimiser, with the parameters of all parts numbered consecutively, and with
+    the entries that the original's RAdam expects in a group."""
+    state, groups, start = {}, [], 0
+    for part in parts_of(optimizer):
+        own = part.state_dict()
+        state |= {start + number: moments for number, moments in own["state"].items()}
+        for group in own["param_groups"]:
+            group |= {"max_grad_norm": 1.0, "buffer": [[None, None, None] for _ in range(10)]}
+            groups.append({**group, "params": [start + number for number in group["params"]]})
+        start = sum(len(group["params"]) for group in groups)
+    return {"state": state, "param_groups": groups}
 
 
 def import_state(optimizer: Any, state: dict) -> None:
@@ -183,25 +163,27 @@ def import_state(optimizer: Any, state: dict) -> None:
     Raises ValueError for moments of another model.
     """
     names = [name for group in state["param_groups"] for name in group["params"]]
-    expected = [
-        (parameter, MUON_MOMENTS if is_muon(group) else ADAM_MOMENTS)
-        for group in optimizer.param_groups
-        for parameter in group["params"]
-    ]
-    if len(names) != len(expected):
-        raise ValueError(f"it has {len(names)} parameters, not {len(expected)}")
-    imported = {}
-    for i, (name, (parameter, keys)) in enumerate(zip(names, expected, strict=True)):
-        moments = state["state"].get(name)
-        if not moments:
-            continue  # never trained
-        for key in keys:
-            if moments[key].shape != parameter.shape:
-                raise ValueError(f"parameter {i} has another shape")
-            if not moments[key].isfinite().all():
-                raise ValueError(f"a moment of parameter {i} is not finite")
-        imported[i] = dict(moments)
-        if keys is ADAM_MOMENTS:
-            imported[i]["step"] = torch.as_tensor(moments["step"], dtype=torch.float32)
-    groups = optimizer.state_dict()["param_groups"]
-    optimizer.load_state_dict({"state": imported, "param_groups": groups})
+    expected = sum(len(group["params"]) for group in optimizer.param_groups)
+    if len(names) != expected:
+        raise ValueError(f"it has {len(names)} parameters, not {expected}")
+    saved = (state["state"].get(name) for name in names)
+    for part in parts_of(optimizer):
+        parameters = [(p, group) for group in part.param_groups for p in group["params"]]
+        imported = {i: import_moments(next(saved), *own) for i, own in enumerate(parameters)}
+        trained = {i: moments for i, moments in imported.items() if moments}
+        part.load_state_dict({**part.state_dict(), "state": trained})
+
+
+def import_moments(moments: dict | None, parameter: torch.Tensor, group: dict) -> dict:
+    """The saved moments of a parameter of a group, checked; {} if it was never trained."""
+    if not moments:
+        return {}
+    keys = MUON_MOMENTS if is_muon(group) else ADAM_MOMENTS
+    for key in keys:
+        if moments[key].shape != parameter.shape:
+            raise ValueError(f"a parameter has the shape {list(moments[key].shape)}")
+        if not moments[key].isfinite().all():
+            raise ValueError("a moment is not finite")
+    if keys is ADAM_MOMENTS:
+        return {**moments, "step": torch.as_tensor(moments["step"], dtype=torch.float32)}
+    return dict(moments)

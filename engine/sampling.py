@@ -115,8 +115,8 @@ def choose_decoder(
         return plain_decoder(model, torch.compile(model.step) if compile else None)
     decoder = None
     if model.has_constant_state:
-        sizes = cpu_sampler.sizes(model.config, precision)
-        if is_worth_compiling(cpu_sampler.SOURCE, sizes, compile, steps):
+        cached = is_cached(cpu_sampler.SOURCE, cpu_sampler.sizes(model.config, precision))
+        if compile is not None or cached or steps >= STEPS_WORTH_COMPILING:
             build = partial(cpu_sampler.CompiledDecoder, model, precision)
             decoder = try_compile(build, compile, "sampling")
     return decoder or plain_decoder(model)
@@ -126,12 +126,6 @@ def plain_decoder(model: ImageTransformer, step: Callable | None = None) -> "Eag
     """The fastest decoder in PyTorch; `step` is a compiled form of the model's."""
     graph = model.first_byte_counts.is_cuda and model.has_constant_state
     return (GraphDecoder if graph else EagerDecoder)(model, step)
-
-
-def is_worth_compiling(source: str, sizes: dict, compile: bool | None, steps: float) -> bool:
-    """Whether to try a compiled library: with --compile or --no-compile (which `try_compile`
-    heeds), for so many steps that they make up for its compilation, or if it is cached."""
-    return compile is not None or steps >= STEPS_WORTH_COMPILING or is_cached(source, sizes)
 
 
 def convert_weights(model: ImageTransformer, precision: str) -> None:
