@@ -17,7 +17,7 @@ from engine.construction import load_model
 from engine.metrics import Metrics
 from engine.optimizers import export_state, make_optimizer, set_rates
 from engine.progress import TrainingLog
-from engine.recipes import Settings, choose_recipe, choose_settings
+from engine.recipes import Settings, choose_recipe
 from engine.training import (
     NegativeLogLikelihood,
     evaluate,
@@ -25,7 +25,7 @@ from engine.training import (
     train_step,
 )
 from models import ModelConfig
-from options import choose
+from options import choose, choose_all
 from utils import (
     UserError,
     check_memory,
@@ -79,8 +79,6 @@ def train(args, device):
             say(f"no more iterations to train: evaluating iteration {start}")
             trainer.evaluate(start, stop)
             return stop.exit_status
-        if start and not trainer.has_moments:
-            say("the checkpoint has no moments of the optimiser: they start at zero")
         for iteration in range(start + 1, args.iterations + 1):
             loss = trainer.step(iteration)
             log.step(iteration, loss, trainer.rates)
@@ -108,9 +106,9 @@ class Trainer:
         self.precision = select_precision(args.precision, device)
         check_batch_size(args)
         checkpoint = load_checkpoint(args)
-        given = given_options(args, Settings)
-        self.settings = choose_settings(given, checkpoint.settings, args.iterations)
-        recipe = choose_recipe(given, checkpoint.settings, args.iterations)
+        given, stored = given_options(args, Settings), checkpoint.settings
+        recipe = choose_recipe(given, stored, args.iterations)
+        self.settings = Settings(**choose_all(Settings, given, stored, recipe))
         stored = checkpoint.model_options(args.n_heads, args.d_query)
         values = choose_model(args, stored, recipe)
         self.seed = choose_seed(args, checkpoint)
@@ -125,8 +123,8 @@ class Trainer:
             self.model.first_byte_counts.copy_(self.training.first_byte_counts())
         self.training = self.training.resident(device)
         self.optimizer = make_optimizer(self.model, self.settings)
-        checkpoint.restore_optimizer(self.optimizer)
-        self.has_moments = checkpoint.has_moments
+        if not args.evaluate_only:
+            checkpoint.restore_optimizer(self.optimizer)
         self.nll = parallel_nll(self.model, args, device)
 
         self.images_per_iteration = args.batch_size * args.accumulate

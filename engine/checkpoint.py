@@ -24,7 +24,7 @@ from engine.optimizers import import_state
 from engine.recipes import Settings
 from models import ImageTransformer, ModelConfig
 from options import COUNT, SEED, Number, options
-from utils import UserError, one_line, warn, write_whole
+from utils import UserError, one_line, say, warn, write_whole
 
 # Version 1 also had the optimiser's name as an entry of its own.
 FORMAT_VERSION = 2
@@ -59,10 +59,6 @@ class Checkpoint:
     def is_original(self) -> bool:
         """Whether the original's scripts wrote it, which store no configuration."""
         return bool(self) and self.config is None
-
-    @property
-    def has_moments(self) -> bool:
-        return bool(self.optimizer_state and self.optimizer_state["state"])
 
     # Reading
 
@@ -210,9 +206,11 @@ class Checkpoint:
             model.first_byte_counts.copy_(self.first_byte_counts)
 
     def restore_optimizer(self, optimizer: Any) -> None:
-        """Give the moments to an optimiser; without any they start at zero. Raises `UserError` for
-        those of another model."""
-        if not self.has_moments:
+        """Give the moments to an optimiser; without any they start at zero, with a message. Raises
+        `UserError` for those of another model."""
+        if not (self.optimizer_state and self.optimizer_state["state"]):
+            if self:
+                say("the checkpoint has no moments of the optimiser: they start at zero")
             return
         try:
             import_state(optimizer, self.optimizer_state)

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from engine.optimizers import MEAN_RATE, MUON_WEIGHT_DECAY
-from options import NOT_NEGATIVE, POSITIVE, Number, choose, choose_all, option
+from options import NOT_NEGATIVE, POSITIVE, Number, choose, option
 
 
 @dataclass(frozen=True)
@@ -110,8 +110,3 @@ def choose_recipe(given: dict, stored: dict, iterations: int) -> dict[str, Any]:
     """The values that the recipe of a run sets; `given` and `stored` are options of `Settings`."""
     name = choose("recipe", given, stored, {"recipe": PAPER.name})
     return RECIPES[name].values_for(iterations)
-
-
-def choose_settings(given: dict, stored: dict, iterations: int) -> Settings:
-    """The settings of a run: each as given, else as stored, else the recipe's or the default."""
-    return Settings(**choose_all(Settings, given, stored, choose_recipe(given, stored, iterations)))
