@@ -1,9 +1,10 @@
 # make demo       train a small model for one to five minutes, sample it, write pictures to demo/
 # make test       check the style and run all tests
+# make quick      run a subset of the tests, in less than a minute
 # make reference  add pytorch-fast-transformers, for --backend fast-transformers and its tests
 # make benchmark-sampling, make benchmark-training   compare speed with pytorch-fast-transformers
 # make comparison  compare linear, softmax and Reformer attention; results in comparison/
-# make gpu        test and measure everything on a GPU, within 9 minutes
+# make gpu        run the GPU's tests, and measure training and sampling on it, within 9 minutes
 # make clean      remove the virtual environment and the demo
 
 PYTHON ?= python3

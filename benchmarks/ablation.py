@@ -35,8 +35,8 @@ PARTS = {
 def main():
     args = parse_arguments()
     args.folder.mkdir(parents=True, exist_ok=True)
-    print("| | the paper's recipe and | the fast recipe without |\n|---|---|---|")
-    print(row("nothing", args, [], []))
+    print("| | paper, plus | fast, minus |\n|---|---|---|")
+    print(row("unchanged", args, [], []))
     for part, (added, removed) in PARTS.items():
         print(row(part, args, added, removed))
 

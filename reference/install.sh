@@ -1,8 +1,8 @@
 #!/bin/sh
 # Installs pytorch-fast-transformers 0.4.0 for the Python given as the only argument, which must
-# have torch. The library's setup imports torch, hence no build isolation; it compiles for CUDA if
-# an nvcc is on the PATH, even one that torch cannot use, so nvcc may have to be hidden; and pip
-# would reuse a wheel built against another torch, hence no cache.
+# have torch. It builds without isolation, since the library's setup imports torch, and without
+# pip's cache, which may hold a wheel built for another torch. It hides nvcc unless torch can use
+# it, since the setup compiles for CUDA if it finds an nvcc on the PATH.
 set -eu
 python=$1
 

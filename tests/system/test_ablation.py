@@ -15,7 +15,7 @@ from benchmarks.ablation import PARTS, metrics_file
 def test_the_table_of_all_variants_and_a_run_that_was_missing(tmp_path):
     """The finished runs are not repeated; the missing one is trained."""
     args, names = SimpleNamespace(folder=tmp_path), []
-    for part in ("nothing", *PARTS):
+    for part in ("unchanged", *PARTS):
         names += [f"{part} alone", f"no {part}"]
     for number, name in enumerate(names):
         for seed in (3, 4):
@@ -30,8 +30,8 @@ def test_the_table_of_all_variants_and_a_run_that_was_missing(tmp_path):
     assert done.returncode == 0, done.stderr
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in
             done.stdout.splitlines()[2:]]  # fmt: skip
-    assert [row[0] for row in rows] == ["nothing", *PARTS]
-    assert rows[0] == ["nothing", "0.350 ± 0.071", "1.350 ± 0.071"]
+    assert [row[0] for row in rows] == ["unchanged", *PARTS]
+    assert rows[0] == ["unchanged", "0.350 ± 0.071", "1.350 ± 0.071"]
     trained = json.loads(metrics_file(args, "no neighbours", 4).read_text().splitlines()[-1])
     assert trained["iteration"] == 2
     mean = (5.3 + trained["bits_per_dim"]) / 2
