@@ -3,7 +3,14 @@
 python main.py --dataset mnist --n_layers 8 --n_heads 8 --save_to weights.{}.pth
 """
 
+import signal
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while torch is imported: no traceback
+
+import math
 from dataclasses import asdict
+from pathlib import Path
 
 import torch
 
@@ -12,7 +19,7 @@ from cli import training_flags
 from cli.flags import choose_model, given_options
 from cli.process import YIELDED, StopSignals, run
 from engine import construction, distributed
-from engine.checkpoint import NO_CHECKPOINT, Checkpoint, format_path
+from engine.checkpoint import NO_CHECKPOINT, Checkpoint, find, format_path
 from engine.construction import load_model
 from engine.metrics import Metrics
 from engine.optimizers import export_state, make_optimizer, set_rates
@@ -74,7 +81,7 @@ def train(args, device):
     """Train, evaluate and save; returns the exit status."""
     trainer = Trainer(args, device)
     start, log = trainer.start, trainer.log
-    with StopSignals() as stop, log:
+    with StopSignals(saves=bool(args.save_to)) as stop, log:
         if args.evaluate_only or start >= args.iterations:
             say(f"no more iterations to train: evaluating iteration {start}")
             trainer.evaluate(start, stop)
@@ -113,6 +120,7 @@ class Trainer:
         values = choose_model(args, stored, recipe)
         self.seed = choose_seed(args, checkpoint)
         self.start = checkpoint.iteration
+        check_other_run(args, checkpoint)
         distributed.check_agreement("the iteration to continue from", self.start)
         checkpoint.warn_about_threads(device)
 
@@ -128,7 +136,7 @@ class Trainer:
         self.nll = parallel_nll(self.model, args, device)
 
         self.images_per_iteration = args.batch_size * args.accumulate
-        self.metrics = Metrics(args.metrics_file, args.log_dir)
+        self.metrics = Metrics(args.metrics_file, args.log_dir, self.start)
         self.log = TrainingLog(
             self.metrics,
             self.start,
@@ -169,6 +177,11 @@ class Trainer:
             )
         if bits:
             paper, all_bytes = bits
+            if not math.isfinite(paper):
+                raise UserError(
+                    f"iteration {iteration}: test bits/dim is {paper}: the weights are too large "
+                    "(the training diverged): give an earlier checkpoint"
+                )
             say(
                 f"iteration {iteration}: test {paper:.4f} bits/dim ({all_bytes:.4f} over all bytes)"
             )
@@ -196,7 +209,7 @@ class Trainer:
                 problem = f"{self.args.save_to} cannot be written at iteration {iteration}: "
                 problem += error.strerror or str(error)
                 if last:
-                    raise UserError(f"{problem}; the previous checkpoint is intact") from None
+                    raise UserError(f"{problem}; older checkpoints are as they were") from None
                 warn(f"{problem}; trying again in {self.args.save_frequency} iterations")
             else:
                 say(f"iteration {iteration}: saved {path}")
@@ -239,6 +252,21 @@ def check_batch_size(args):
         raise UserError(
             f"--batch_size {args.batch_size} is shared by {processes} processes: "
             f"give a multiple of {processes}"
+        )
+
+
+def check_other_run(args, checkpoint):
+    """Raise a `UserError` if --save_to has checkpoints of another run, which this one would replace
+    or be taken for."""
+    if not args.save_to:
+        return
+    found = [path for _, path in find(args.save_to)]
+    if Path(args.save_to).is_file():
+        found = [Path(args.save_to)]
+    if found and not (checkpoint and checkpoint.path.resolve() in {p.resolve() for p in found}):
+        raise UserError(
+            f"--save_to {args.save_to}: {found[0]} is there, from another run: give another name, "
+            f"continue that run with --continue_from {args.save_to}, or delete its files"
         )
 
 

@@ -6,6 +6,11 @@ Other programs import `load_model`, `sample_images`, `complete_images` and `surp
 (docs/python.md).
 """
 
+import signal
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while torch is imported: no traceback
+
 import math
 
 import datasets

@@ -3,6 +3,7 @@
 import errno
 import logging
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -45,8 +46,9 @@ def print_error(text):
 
 
 def one_line(error, longest=200):
-    """The message of an exception on one line, or the name of its class."""
-    return " ".join(str(error).split())[:longest] or type(error).__name__
+    """The message of an exception on one line, without colours, or the name of its class."""
+    text = re.sub(r"\x1b\[[0-9;]*m", "", str(error))
+    return " ".join(text.split())[:longest] or type(error).__name__
 
 
 # Errors of torch that only their message identifies

@@ -34,18 +34,19 @@ def short_names(files):
 def read_curve(name, split):
     """The records of one split of a metrics file, with the images and seconds since its start.
 
-    A run that continues counts its seconds from 0 again and repeats the iterations since the last
-    checkpoint: the seconds are summed and the repeated records replaced. A line that was
-    cut off when a run was killed is left out.
+    A run that continues counts its seconds from 0 again and repeats the iterations since its
+    checkpoint: the seconds are summed, and the records of later iterations that the earlier run has
+    written are left out. So is a line that was cut off when a run was killed.
     """
     points, before, last = {}, 0.0, 0.0
-    for line in Path(name).read_text().splitlines():
+    for line in Path(name).read_text(errors="replace").splitlines():
         try:
             record = json.loads(line)
         except json.JSONDecodeError:
             continue
         if record["seconds"] < last:  # the run was continued
             before += last
+            points = {i: point for i, point in points.items() if i < record["iteration"]}
         last = record["seconds"]
         if record["split"] == split:
             points[record["iteration"]] = {**record, "seconds": before + last}

@@ -80,7 +80,9 @@ def flag(help: str, kind: Any = None, default: Any = None, **more: Any) -> dict:
         return {"type": kind, "metavar": "N" if kind.type is int else "X", **known}
     if kind is bool:
         return {"action": argparse.BooleanOptionalAction, **known}
-    return {"metavar" if isinstance(kind, str) else "choices": kind, **known}
+    if isinstance(kind, tuple):
+        return {"choices": kind, **known}
+    return {"metavar": kind, "type": os.path.expanduser, **known}  # ~ may be quoted
 
 
 def switch(help: str) -> dict:

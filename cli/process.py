@@ -25,6 +25,11 @@ def run(main: Callable[[], int | None]) -> None:
     name = Path(sys.argv[0]).name
     keep_freed_memory()
     show_messages()
+    signal.signal(
+        signal.SIGINT, signal.default_int_handler
+    )  # the scripts turn it off while they import torch
+    nowhere = open(os.devnull, "w")  # noqa: SIM115
+    sys.stdout, sys.stderr = sys.stdout or nowhere, sys.stderr or nowhere  # closed, as with >&-
     sys.stdout.reconfigure(errors="backslashreplace")  # for paths it cannot encode
     try:
         status = main()
@@ -107,9 +112,13 @@ def drop_stdout() -> None:
 
 class StopSignals:
     """Remembers a SIGINT, SIGTERM or SIGPIPE (stdout was closed), so that the training loop can
-    save and exit; the same signal again ends the program at once. True after a signal."""
+    save, if it `saves`, and exit; the same signal again ends the program at once. True after a
+    signal."""
 
     NUMBERS = signal.SIGINT, signal.SIGTERM, signal.SIGPIPE
+
+    def __init__(self, saves: bool):
+        self.action = "saving and exiting" if saves else "exiting"
 
     def __enter__(self):
         self.number = None
@@ -119,7 +128,7 @@ class StopSignals:
     def handle(self, number, frame):
         self.number = number
         signal.signal(number, self.previous[number])
-        print_error(f"{self.name}: saving and exiting; send it again to exit at once")
+        print_error(f"{self.name}: {self.action}; send it again to exit at once")
 
     def __exit__(self, *exception):
         for signal_number, handler in self.previous.items():

@@ -1,5 +1,6 @@
 """The command line of prediction.py."""
 
+import os
 import re
 from argparse import ArgumentTypeError
 
@@ -106,6 +107,7 @@ def parse(argv=None):
     )
     parser.add_argument(
         "model",
+        type=os.path.expanduser,
         help="a checkpoint, a pattern such as weights.{}.pth for the newest, or - for "
         "random weights",
     )

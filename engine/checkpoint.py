@@ -6,8 +6,8 @@ ModelConfig), `dataset` (its name and image_shape), `first_byte_counts` (256), `
 (of the optimisation), `threads` (of the CPU) and `format_version`.
 """
 
+import glob
 import re
-import time
 import warnings
 import zipfile
 from collections.abc import Callable
@@ -26,10 +26,12 @@ from models import ImageTransformer, ModelConfig
 from options import COUNT, SEED, Number, options
 from utils import UserError, one_line, say, warn, write_whole
 
+# The original's entries.
+ORIGINAL = "model_state", "optimizer_state", "iteration"
+# Where a pattern has the iteration: {}, or padded with zeros such as {:06d}.
+FIELD = re.compile(r"\{0?(?::(0?\d{0,2}d?))?\}")
 # Version 1 also had the optimiser's name as an entry of its own.
 FORMAT_VERSION = 2
-# A temporary file not written to for this long, in seconds, was left by a run that was killed.
-ABANDONED = 3600
 
 
 @dataclass(frozen=True)
@@ -91,22 +93,23 @@ class Checkpoint:
         version = entries.get("format_version", 0)
         if COUNT.accepts(version) and version > FORMAT_VERSION:
             raise UserError(f"{path} was written by a newer version: update this program")
-        required = set(ENTRIES)
-        if "format_version" not in entries:
-            required = {"model_state", "iteration"}  # of the original, perhaps without moments
+        # Those of the original may come without moments.
+        required = ENTRIES if "format_version" in entries else ("model_state", "iteration")
         if missing := [name for name in ENTRIES if name in required and name not in entries]:
             raise UserError(f"{path} is not a checkpoint: it has no {' and no '.join(missing)}")
         for name, is_valid in ENTRIES.items():
             if name in entries and not is_valid(entries[name]):
-                raise damaged(path, f"its {name} is not valid")
+                raise not_valid(path, f"its {name} is {describe(entries[name])}")
         return cls.from_entries(entries, path)
 
     @classmethod
     def from_entries(cls, entries: dict, path: Path) -> "Checkpoint":
         """The checkpoint of valid entries. Raises `UserError` if they contradict each other."""
         known = {f.name: entries[f.name] for f in fields(cls) if f.name in entries}
-        if "config" not in entries:
-            return cls(**known, path=path)
+        if "format_version" not in entries:
+            checkpoint = cls(**{name: known[name] for name in ORIGINAL if name in known}, path=path)
+            checkpoint.sizes()
+            return checkpoint
         shape = tuple(entries["dataset"]["image_shape"])
         stored = entries["config"]
         values = {name: stored[name] for name in options(ModelConfig) if name in stored}
@@ -115,7 +118,7 @@ class Checkpoint:
         checkpoint = cls(**known, path=path)
         expected = {**vars(config), "d_model": config.d_model}
         if any(expected[name] != x for name, x in {**stored, **checkpoint.sizes()}.items()):
-            raise damaged(path, "its config does not match its weights and images")
+            raise not_valid(path, "its config does not match its weights and images")
         return checkpoint
 
     def sizes(self) -> dict[str, int]:
@@ -131,7 +134,7 @@ class Checkpoint:
             sizes = {"n_layers": len(layers), "d_model": d_model, "mixtures": outputs // 3}
             if "pos_embedding.pe" in state:
                 sizes["length"] = state["pos_embedding.pe"].shape[1] + 1
-        except (KeyError, ValueError, IndexError):
+        except (KeyError, ValueError, IndexError, TypeError):
             raise UserError(f"{self.path} is not a checkpoint of an image transformer") from None
         return sizes
 
@@ -194,9 +197,7 @@ class Checkpoint:
     def restore_model(self, model: ImageTransformer) -> None:
         """Copy the weights and the histogram of first bytes to a model. Raises `UserError` unless
         every name and shape agrees and every number is finite."""
-        for name, tensor in self.model_state.items():
-            if not torch.isfinite(tensor).all():
-                raise UserError(f"{self.path}: {name} is not finite: give an earlier checkpoint")
+        self.check_finite()
         # Positions are not trained: if an upgraded layout has none, the model keeps its own.
         weights = {"pos_embedding.pe": model.pos_embedding.pe, **self.model_state}
         if difference := first_difference(model.state_dict(), weights):
@@ -204,6 +205,11 @@ class Checkpoint:
         model.load_state_dict(weights)
         if self.first_byte_counts is not None:
             model.first_byte_counts.copy_(self.first_byte_counts)
+
+    def check_finite(self) -> None:
+        for name, tensor in self.model_state.items():
+            if not torch.isfinite(tensor).all():
+                raise UserError(f"{self.path}: {name} is not finite: give an earlier checkpoint")
 
     def restore_optimizer(self, optimizer: Any) -> None:
         """Give the moments to an optimiser; without any they start at zero, with a message. Raises
@@ -238,18 +244,20 @@ class Checkpoint:
         belong to another run, or are damaged. If it raises OSError, the old files are intact.
         """
         path = format_path(pattern, self.iteration)
-        if path.parent.is_dir():
-            remove_abandoned(path.parent, pattern)
         self.write(path)
         if keep and is_pattern(pattern):
             for _, old in [found for found in find(pattern) if found[0] <= self.iteration][keep:]:
                 old.unlink(missing_ok=True)
+                if is_pattern(Path(pattern).parent):
+                    with suppress(OSError):  # not empty
+                        old.parent.rmdir()
         return path
 
     def export(self, path: Path) -> None:
         """Write a file without the moments of the optimiser, which are up to twice as large as the
         weights, and without the path of the data set. It loads wherever the checkpoint does. Raises
-        OSError."""
+        OSError, and `UserError` for a weight that is not finite."""
+        self.check_finite()
         state = self.optimizer_state and {**self.optimizer_state, "state": {}}
         name = self.dataset and datasets.portable_name(self.dataset)
         replace(self, optimizer_state=state, dataset=name).write(path)
@@ -278,7 +286,7 @@ NO_CHECKPOINT = Checkpoint()
 
 
 def read_entries(path: Path) -> dict:
-    """The entries of a file; {} if it holds something else."""
+    """The entries of a file. Raises `UserError` if it cannot be read or holds something else."""
     try:
         with open(path, "rb") as file, warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch's, about pickles of other programs
@@ -287,13 +295,26 @@ def read_entries(path: Path) -> dict:
     except FileNotFoundError:
         raise UserError(f"{path} does not exist: give a checkpoint or a pattern") from None
     except Exception as error:  # torch raises many types for foreign files
-        first_line = str(error).strip().partition("\n")[0][:120]
-        raise damaged(path, first_line or type(error).__name__) from None
+        if names := unsafe_types(path):
+            raise UserError(
+                f"{path} holds {', '.join(names)}, which is not loaded because that could run "
+                "code: if you trust the file, read it with torch.load(..., weights_only=False), "
+                "and save it again with plain numbers, texts and tensors"
+            ) from None
+        raise not_valid(path, one_line(error, 120)) from None
     return entries if isinstance(entries, dict) else {}
 
 
-def damaged(path: Path, reason: str) -> UserError:
-    return UserError(f"{path} is damaged or not a checkpoint ({reason}): delete it or give another")
+def unsafe_types(path: Path) -> list[str]:
+    """The names of what torch does not load with weights_only, in a file that is intact."""
+    try:
+        return sorted(torch.serialization.get_unsafe_globals_in_checkpoint(path))[:3]
+    except Exception:
+        return []
+
+
+def not_valid(path: Path, reason: str) -> UserError:
+    return UserError(f"{path} is damaged or not a checkpoint ({reason}): give another file")
 
 
 def check_checksums(file: Any) -> None:
@@ -318,6 +339,13 @@ def torch_save(entries: dict, file: Any) -> None:
         if isinstance(error.__context__, OSError):
             raise error.__context__ from None
         raise OSError(one_line(error)) from None
+
+
+def describe(x: Any) -> str:
+    """A value in a message: itself if it is short, else its type."""
+    if isinstance(x, (int, float, str)) and len(repr(x)) < 40:
+        return f"{x!r}, which is not valid"
+    return f"a {type(x).__name__} that is not valid"
 
 
 def is_weight(x: Any) -> bool:
@@ -387,45 +415,33 @@ ENTRIES: dict[str, Callable[[Any], bool]] = {
 # Patterns
 
 
-def is_pattern(name: str) -> bool:
+def is_pattern(name: str | Path) -> bool:
     """Whether the name has a {} for the iteration, such as weights.{}.pth."""
-    return re.search(r"\{[^{}]*\}", name) is not None
+    return FIELD.search(str(name)) is not None
 
 
 def format_path(pattern: str, iteration: int) -> Path:
     """The path of an iteration's checkpoint."""
-    try:
-        return Path(pattern.format(iteration))
-    except (IndexError, KeyError, ValueError) as error:
+    path = FIELD.sub(lambda field: format(iteration, field[1] or ""), pattern)
+    if "{" in path or "}" in path:
         raise UserError(
-            f"{pattern} is not a valid checkpoint pattern ({error}): "
-            "write one {} for the iteration, as in weights.{}.pth"
-        ) from None
+            f"{pattern} is not a valid checkpoint pattern: write {{}} for the iteration, as in "
+            "weights.{}.pth or run/{}/weights.pth"
+        )
+    return Path(path)
 
 
 def find(pattern: str) -> list[tuple[int, Path]]:
     """The files that match a pattern, as (iteration, path), highest iteration first."""
-    folder, name = Path(pattern).parent, Path(pattern).name
+    parts = FIELD.split(str(Path(pattern)))[::2]  # what is between the fields
+    regex = re.compile(r"(\d{1,20})".join(map(re.escape, parts)), re.ASCII)
     found = []
-    if folder.is_dir():
-        for path in folder.iterdir():
-            if match := re.fullmatch(pattern_regex(name), path.name, re.ASCII):
-                found.append((int(match[1]), path))
+    for path in glob.iglob("*".join(map(glob.escape, parts))):
+        match = regex.fullmatch(path)
+        iterations = set(map(int, match.groups())) if match else ()
+        if len(iterations) == 1:
+            found.append((*iterations, Path(path)))
     return sorted(found, reverse=True)
-
-
-def pattern_regex(name: str) -> str:
-    """The regular expression that matches the file names of a pattern."""
-    return r"(\d{1,20})".join(re.escape(part) for part in re.split(r"\{[^{}]*\}", name))
-
-
-def remove_abandoned(folder: Path, pattern: str) -> None:
-    """Remove the temporary files of runs of this pattern that were killed while writing."""
-    name = re.compile(pattern_regex(Path(pattern).name) + r"\.\w+\.tmp")
-    for path in folder.iterdir():
-        with suppress(FileNotFoundError):  # another run has renamed or removed it by now
-            if name.fullmatch(path.name) and time.time() - path.stat().st_mtime > ABANDONED:
-                path.unlink()
 
 
 # Weights

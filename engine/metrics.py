@@ -3,6 +3,7 @@
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 from utils import UserError, is_first_process, warn
 
@@ -10,10 +11,10 @@ from utils import UserError, is_first_process, warn
 class Metrics:
     """Writes records to a file of JSON lines and to TensorBoard; both are optional."""
 
-    def __init__(self, path=None, log_dir=None):
+    def __init__(self, path: str | None = None, log_dir: str | None = None, start: int = 0):
         if not is_first_process():
             path = log_dir = None
-        self.path, self.board = path, open_tensorboard(log_dir) if log_dir else None
+        self.path, self.board = path, open_tensorboard(log_dir, start) if log_dir else None
         if path:
             Path(path).parent.mkdir(parents=True, exist_ok=True)
 
@@ -40,12 +41,13 @@ def append_line(path, record):
         file.write((b"\n" if cut_off else b"") + json.dumps(record).encode() + b"\n")
 
 
-def open_tensorboard(log_dir):
-    """A writer of TensorBoard events. Raises a `UserError` if TensorBoard is not installed."""
+def open_tensorboard(log_dir: str, start: int) -> Any:
+    """A writer of TensorBoard events of the iterations after `start`, which replace those that were
+    written before. Raises a `UserError` if TensorBoard is not installed."""
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
         raise UserError(
             "--log_dir needs TensorBoard: pip install tensorboard, or use --metrics_file"
         ) from None
-    return SummaryWriter(log_dir)
+    return SummaryWriter(log_dir, purge_step=start + 1)
