@@ -287,9 +287,11 @@ def load_data(args, checkpoint):
 
 def build_model(config, args, precision, device, seed, checkpoint):
     """The model to train, with the checkpoint's weights if there is one."""
-    needed = construction.training_memory(
-        config, args.batch_size, args.accumulate, args.evaluate_only
-    )
+    needed = construction.evaluation_memory(config, args.batch_size)
+    if not args.evaluate_only:
+        needed = construction.training_memory(
+            config, args.batch_size, args.accumulate, device, precision
+        )
     check_memory(needed, device)
     construction.check_backend(args.backend, config, device, precision, args.compile)
     ops = None

@@ -16,6 +16,7 @@ import torch
 # Where Linux lists the instruction sets of a CPU, and those with bfloat16 (x86; ARM).
 CPU_FLAGS = Path("/proc/cpuinfo")
 BFLOAT16_FLAGS = {"avx512_bf16", "amx_bf16", "bf16"}
+MEMORY = Path("/proc/meminfo")
 # errno values of an invalid path.
 BAD_PATHS = {errno.ENAMETOOLONG, errno.EACCES, errno.EPERM, errno.ENOENT, errno.ENOTDIR,
              errno.EISDIR, errno.ELOOP, errno.EINVAL}  # fmt: skip
@@ -192,9 +193,11 @@ def autocast(device, precision):
 
 
 def device_memory(device):
-    """Bytes of memory of a GPU, or of this machine."""
+    """Bytes of memory of a GPU, or those that are available on this machine."""
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).total_memory
+    with suppress(OSError, TypeError):  # on Linux
+        return 1024 * int(re.search(r"MemAvailable: +(\d+) kB", MEMORY.read_text())[1])
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
