@@ -113,15 +113,15 @@ def test_the_loss_sums_over_all_bytes_but_the_first():
 def test_a_tiny_model_overfits_one_batch(attention_type):
     """From 8 bits to few: gradients flow through every part of the model and the loss.
 
-    The final loss depends on how a CPU rounds: 0.1 to 0.9 bits in eight runs.
+    The final loss depends on how a CPU rounds: 0.6 to 0.8 bits in six runs.
     """
-    images = datasets.load("digits", ".", True).images[:2, :32]
+    images = datasets.load("digits", ".", True).images[:2, :24]
     sizes = {"n_layers": 2, "n_heads": 2, "d_query": 16, "dropout": 0.0, "attention_dropout": 0.0}
-    model = make_model(32, torch.float32, attention_type=attention_type, **sizes).train()
-    optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
-    schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.01, 2000)
-    for _ in range(2000):
-        loss = model.nll(images).mean() / 31
+    model = make_model(24, torch.float32, attention_type=attention_type, **sizes).train()
+    optimizer = torch.optim.Adam(model.parameters(), lr=5e-3)
+    schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.01, 500)
+    for _ in range(500):
+        loss = model.nll(images).mean() / 23
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)

@@ -1,4 +1,4 @@
-"""Checkpoints: written atomically, found by pattern, and never executed."""
+"""Checkpoint files: found by pattern, validated, never executed; what a run writes and deletes."""
 
 import copy
 import os
@@ -7,60 +7,41 @@ import pickle
 import numpy as np
 import pytest
 import torch
+from helpers import DIGITS, load
 
 from engine import checkpoint as checkpoints
-from engine import restoring
 from utils import UserError
 
 
-def make(iteration, value=0.0):
-    return {
-        "model_state": {"x": torch.full((100,), value)},
-        "optimizer_state": {"state": {}, "param_groups": []},
-        "iteration": iteration,
-        "config": {"length": 64},
-        "dataset": {"name": "digits", "image_shape": [8, 8]},
-        "first_byte_counts": torch.zeros(256, dtype=torch.int64),
-        "seed": 0,
-        "optimizer": "radam",
-    }
+@pytest.fixture
+def copies(tiny_checkpoint):
+    """Writes copies of a checkpoint that differ in the iteration: copies("w.{}.pth", 1, 2)."""
+
+    def write(pattern, *iterations):
+        for iteration in iterations:
+            torch.save({**load(tiny_checkpoint), "iteration": iteration}, pattern.format(iteration))
+
+    return write
 
 
-def test_the_newest_of_a_pattern_is_the_largest_iteration(tmp_path, capsys):
+def test_the_newest_of_a_pattern_is_the_largest_iteration(copies, succeed, tmp_path):
     """The original loaded the file written last, which could be a copy of an old checkpoint."""
-    pattern = str(tmp_path / "w.{}.pth")
-    for iteration in (100, 20, 3):
-        checkpoints.save(pattern, make(iteration))
+    copies("w.{}.pth", 100, 20, 3)
     (tmp_path / "w.best.pth").write_text("no number")
-    checkpoint, path = checkpoints.load_newest(pattern)
-    assert checkpoint["iteration"] == 100
-    assert path == tmp_path / "w.100.pth"
-    assert f"loaded {path}, iteration 100" in capsys.readouterr().out
+    out = succeed("prediction.py", "w.{}.pth", "--offset", 63).out
+    assert "loaded w.100.pth, iteration 100" in out
 
 
-def test_a_pattern_without_files_and_a_missing_file(tmp_path):
-    pattern = str(tmp_path / "none" / "w.{}.pth")
-    assert checkpoints.load_newest(pattern, or_none=True) == ({}, None)
-    with pytest.raises(UserError, match="no file matches"):
-        checkpoints.load_newest(pattern)
-    for or_none in (False, True):
-        with pytest.raises(UserError, match="does not exist"):
-            checkpoints.load_newest(str(tmp_path / "w.pth"), or_none)
-
-
-def test_a_damaged_newest_file_is_skipped_with_a_warning(tmp_path, capsys):
-    pattern = str(tmp_path / "w.{}.pth")
-    for iteration in (1, 2):
-        checkpoints.save(pattern, make(iteration))
+def test_a_damaged_newest_file_is_skipped_with_a_warning(copies, call, tmp_path):
+    """If no other is left, that is an error."""
+    copies("w.{}.pth", 1, 2)
     (tmp_path / "w.3.pth").write_bytes((tmp_path / "w.2.pth").read_bytes()[:500])
-    assert checkpoints.load_newest(pattern)[0]["iteration"] == 2
-    assert "w.3.pth is damaged" in capsys.readouterr().err
-
-
-def test_only_damaged_files_are_an_error(tmp_path):
-    (tmp_path / "w.3.pth").write_bytes(b"")
-    with pytest.raises(UserError, match=r"w\.3\.pth is damaged"):
-        checkpoints.load_newest(str(tmp_path / "w.{}.pth"))
+    result = call("prediction.py", "w.{}.pth", "--offset", 63)
+    assert "loaded w.2.pth" in result.out
+    assert "w.3.pth is damaged" in result.err
+    (tmp_path / "v.3.pth").write_bytes(b"")
+    result = call("prediction.py", "v.{}.pth", "--offset", 63)
+    assert (result.status, "v.3.pth is damaged" in result.err) == (2, True)
 
 
 class Hostile:
@@ -71,59 +52,53 @@ class Hostile:
 FOREIGN = {
     "pickle": pickle.dumps({"model_state": 1}),
     "hostile-pickle": pickle.dumps(Hostile()),
-    "text": b"hello",
     "png": b"\x89PNG\r\n\x1a\n",
     "zip": b"PK\x03\x04 nothing",
+    "hostile": Hostile(),
+    "hostile-weights": {"model_state": Hostile(), "iteration": 1},
+    "list": [1],
 }
 
 
 @pytest.mark.parametrize("content", FOREIGN.values(), ids=FOREIGN)
-def test_foreign_files_are_refused_and_not_executed(content, tmp_path):
+def test_foreign_files_are_refused_and_not_executed(content, call, tmp_path):
     path = tmp_path / "w.pth"
-    path.write_bytes(content)
-    with pytest.raises(UserError, match=r"w\.pth"):
-        checkpoints.load(path)
+    path.write_bytes(content) if isinstance(content, bytes) else torch.save(content, path)
+    result = call("prediction.py", path)
+    assert (result.status, "w.pth" in result.err) == (2, True)
     assert not (tmp_path / "executed").exists()
 
 
-@pytest.mark.parametrize("content", [Hostile(), {"model_state": Hostile(), "iteration": 1}, [1], 3])
-def test_foreign_torch_files_are_refused(content, tmp_path):
-    torch.save(content, tmp_path / "w.pth")
-    with pytest.raises(UserError, match=r"w\.pth"):
-        checkpoints.load(tmp_path / "w.pth")
-    assert not (tmp_path / "executed").exists()
+def test_only_the_newest_checkpoints_are_kept(succeed, tmp_path):
+    """Regression: a damaged file, or one of another run, with a later iteration was counted as the
+    newest, and the only good one was deleted."""
+    for name in ("w.final.pth", "w.9000.pth"):
+        (tmp_path / name).write_text("somebody's")
+    saving = ["--save_frequency", 2, "--keep_checkpoints", 2, "--save_to", "w.{}.pth"]
+    succeed("main.py", *DIGITS, "--iterations", 11, *saving)
+    names = ["w.10.pth", "w.11.pth", "w.9000.pth", "w.final.pth"]
+    assert sorted(os.listdir(tmp_path)) == names
 
 
-def test_a_failed_save_leaves_the_old_file_and_nothing_else(tmp_path, monkeypatch):
-    path = tmp_path / "w.pth"
-    checkpoints.save(str(path), make(1, 1.0))
-
-    def full_disk(*args):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(os, "fsync", full_disk)
-    with pytest.raises(OSError, match="No space"):
-        checkpoints.save(str(path), make(2, 2.0))
-    assert checkpoints.load(path)["iteration"] == 1
-    assert os.listdir(tmp_path) == ["w.pth"]
-
-
-def test_keep_deletes_the_oldest_only(tmp_path):
-    pattern = str(tmp_path / "w.{}.pth")
-    (tmp_path / "w.final.pth").write_text("somebody's")
-    for iteration in (8, 9, 10, 11):
-        checkpoints.save(pattern, make(iteration), keep=2)
-    assert sorted(os.listdir(tmp_path)) == ["w.10.pth", "w.11.pth", "w.final.pth"]
-
-
-def test_files_are_readable_for_others_as_the_umask_says(tmp_path):
+def test_files_are_readable_for_others_as_the_umask_says(succeed, tmp_path):
     """A temporary file is private, but the renamed checkpoint must not be."""
     old = os.umask(0o022)
     try:
-        path = checkpoints.save(str(tmp_path / "w.pth"), make(1))
+        succeed("main.py", *DIGITS, "--iterations", 1, "--save_to", "w.pth")
     finally:
         os.umask(old)
-    assert path.stat().st_mode & 0o777 == 0o644
+    assert (tmp_path / "w.pth").stat().st_mode & 0o777 == 0o644
+
+
+def test_temporary_files_of_killed_runs_are_removed(succeed, tmp_path):
+    """After an hour; other files stay, and so do those that another run is writing."""
+    for name in ("w.1.pth.abc_12.tmp", "w.2.pth.abc_13.tmp", "w.x.pth.abc_12.tmp"):
+        (tmp_path / name).write_bytes(b"half")
+        os.utime(tmp_path / name, (0, 0))
+    os.utime(tmp_path / "w.2.pth.abc_13.tmp")
+    succeed("main.py", *DIGITS, "--iterations", 3, "--save_to", "w.{}.pth")
+    names = ["w.2.pth.abc_13.tmp", "w.3.pth", "w.x.pth.abc_12.tmp"]
+    assert sorted(os.listdir(tmp_path)) == names
 
 
 def damage(content, random):
@@ -151,7 +126,7 @@ def test_four_hundred_damaged_files(tiny_checkpoint, tmp_path):
     """Each is refused in one line, unless the damage hit unused bytes and the content is equal.
     torch itself loads flipped bits as other weights: it does not verify checksums."""
     content, random = tiny_checkpoint.read_bytes(), np.random.default_rng(0)
-    good, path, refused = checkpoints.load(tiny_checkpoint), tmp_path / "w.pth", []
+    good, path, refused = load(tiny_checkpoint), tmp_path / "w.pth", []
     for _ in range(400):
         path.write_bytes(damage(content, random))
         try:
@@ -207,24 +182,23 @@ WRONG = [
     ("dataset", "image_shape", [4, 4]), ("dataset", "image_shape", [2**40, 2**40]),
     ("first_byte_counts", torch.zeros(255, dtype=torch.int64)), ("first_byte_counts", 1),
     ("first_byte_counts", torch.full((256,), -1)), ("first_byte_counts", torch.zeros(256)),
-    ("seed", -1), ("seed", 0.5), ("optimizer", "sgd"), ("optimizer", ["radam"]),
-    ("threads", -1), ("threads", "2"),
+    ("seed", -1), ("seed", 0.5), ("threads", -1), ("threads", "2"),
     ("config", "neighbours", 1), ("config", "neighbours", True), ("config", "width", -1),
     ("config", "width", "8"), ("config", "channels", 1.0),
     ("settings", None), ("settings", []), ("settings", "unknown", 1), ("settings", "lr", "x"),
-    ("settings", "lr", float("nan")), ("settings", "lr", -1.0), ("settings", "muon_lr", True),
+    ("settings", "lr", float("nan")), ("settings", "lr", -1.0), ("settings", "lr", 10**400), ("settings", "muon_lr", True),
     ("settings", "clip_norm", float("inf")), ("settings", "warmup", 2.5),
     ("settings", "warmup", -1), ("settings", "recipe", "slow"), ("settings", "recipe", ["paper"]),
     ("settings", "optimizer", "sgd"), ("settings", "lr_schedule", "linear"),
     ("format_version", "1"), ("format_version", None), ("format_version", 2), ("seed", ...),
-    ("config", ...), ("dataset", ...), ("first_byte_counts", ...), ("optimizer", ...),
+    ("config", ...), ("dataset", ...), ("first_byte_counts", ...),
 ]  # fmt: skip
 
 
 @pytest.mark.parametrize("wrong", WRONG, ids=[".".join(map(str, w[:-1])) for w in WRONG])
 def test_entries_of_the_wrong_type_or_value_are_refused(wrong, tiny_checkpoint, call, tmp_path):
     """By both scripts, before anything is built from them: one line, status 2."""
-    torch.save(with_changes(checkpoints.load(tiny_checkpoint), wrong), "wrong.pth")
+    torch.save(with_changes(load(tiny_checkpoint), wrong), "wrong.pth")
     train = ["--continue_from", "wrong.pth", "--iterations", 31, "--evaluate_images", 2]
     results = [call("main.py", *train, "--batch_size", 2)]
     if wrong[0] != "optimizer_state" or len(wrong) == 2:  # not used for sampling
@@ -235,51 +209,3 @@ def test_entries_of_the_wrong_type_or_value_are_refused(wrong, tiny_checkpoint, 
         assert result.err.count("error: ") == 1
         assert result.err.splitlines()[-1].partition(": ")[2].startswith("error: ")
         assert "Traceback" not in result.err
-
-
-def test_keep_never_deletes_what_was_just_saved(tmp_path):
-    """A damaged file, or one of another run, with a later iteration was counted as the newest,
-    and the only good one was deleted."""
-    pattern = str(tmp_path / "w.{}.pth")
-    (tmp_path / "w.9000.pth").write_bytes(b"damaged")
-    for iteration in (1, 2):
-        checkpoints.save(pattern, make(iteration), keep=1)
-    assert sorted(os.listdir(tmp_path)) == ["w.2.pth", "w.9000.pth"]
-    assert checkpoints.load_newest(pattern)[0]["iteration"] == 2
-
-
-def test_temporary_files_of_killed_runs_are_removed(tmp_path):
-    """After an hour; other files stay, and so do those that another run is writing."""
-    for name in ("w.1.pth.abc_12.tmp", "w.2.pth.abc_13.tmp", "w.x.pth.abc_12.tmp"):
-        (tmp_path / name).write_bytes(b"half")
-        os.utime(tmp_path / name, (0, 0))
-    os.utime(tmp_path / "w.2.pth.abc_13.tmp")
-    checkpoints.save(str(tmp_path / "w.{}.pth"), make(3))
-    assert sorted(os.listdir(tmp_path)) == [
-        "w.2.pth.abc_13.tmp", "w.3.pth", "w.x.pth.abc_12.tmp",
-    ]  # fmt: skip
-
-
-def test_old_layout_is_renamed():
-    weights = torch.arange(12.0).view(6, 2)
-    state = {
-        "transformer.layers.0.self_attn.in_proj_weight": weights,
-        "transformer.layers.0.self_attn.out_proj.bias": torch.ones(2),
-        "predictor.bias": torch.zeros(3),
-    }
-    checkpoint = {"model_state": state}
-    restoring.upgrade_layout(checkpoint, "old.pth")
-    upgraded = checkpoint["model_state"]
-    assert torch.equal(
-        upgraded["transformer.layers.0.attention.key_projection.weight"], weights[2:4]
-    )
-    assert set(upgraded) == {
-        *(
-            f"transformer.layers.0.attention.{x}_projection.weight"
-            for x in ("query", "key", "value")
-        ),
-        "transformer.layers.0.attention.out_projection.bias",
-        "predictor.bias",
-    }
-    with pytest.raises(UserError, match="--load_pytorch"):
-        restoring.upgrade_layout(checkpoint, "new.pth")
