@@ -20,7 +20,9 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import measure, sampling, training
+from benchmarks import measure
+from benchmarks import sampling_speed as sampling
+from benchmarks import training_speed as training
 from cli.process import run
 from engine.sampling import EagerDecoder, GraphDecoder
 from engine.training import NegativeLogLikelihood

@@ -1,4 +1,4 @@
-"""What several test files use: a tiny model's flags, scripts as processes, files that runs write."""
+"""What several test files use: tiny models, scripts as processes, the files that runs write."""
 
 import json
 import os
