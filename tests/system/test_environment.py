@@ -121,21 +121,17 @@ def test_training_whose_output_is_closed_saves_and_exits(tmp_path):
     assert len(list(tmp_path.glob("w.*.pth"))) == 1
 
 
-@pytest.mark.parametrize("script", ["main.py", "prediction.py"])
-def test_output_to_head(script, tiny_checkpoint, tmp_path):
+def test_output_to_head(tiny_checkpoint, tmp_path):
     """The work is finished although stdout is closed after a line."""
-    flags = {
-        "main.py": [*DIGITS, "--iterations", 3, "--save_to", "x.pth", "--log_frequency", 3],
-        "prediction.py": [tiny_checkpoint, "--save_grid", "x.png", "--recurrent"],
-    }[script]
-    command = " ".join(f"'{part}'" for part in [sys.executable, ROOT / script, *flags])
+    flags = [tiny_checkpoint, "--save_grid", "x.png"]
+    command = " ".join(f"'{part}'" for part in [sys.executable, ROOT / "prediction.py", *flags])
     shell = subprocess.run(
         ["bash", "-c", f"{command} | head -n 1; {command} --help | head -n 1"],
         cwd=tmp_path, capture_output=True, text=True,
     )  # fmt: skip
     assert "Traceback" not in shell.stderr
     assert "Exception" not in shell.stderr
-    assert len(list(tmp_path.glob("x.*"))) == 1
+    assert (tmp_path / "x.png").exists()
 
 
 @ON_LINUX
@@ -182,24 +178,16 @@ def resident_kb(process):
     return int(status.split("VmRSS:")[1].split()[0]) if "VmRSS" in status else None
 
 
-def watch_memory(process, is_warm):
-    """Resident memory in kB at every line that the process prints after its warm-up."""
-    sizes = []
-    for line in process.stdout:
-        if is_warm(line) and (size := resident_kb(process)):
-            sizes.append(size)
-    finish(process)
-    return sizes
-
-
 @ON_LINUX
 def test_many_iterations_take_no_more_memory():
     command = [*DIGITS, "--iterations", 800, "--log_frequency", 20, "--evaluate_frequency", 50]
     command += ["--save_frequency", 50, "--save_to", "w.{}.pth", "--keep_checkpoints", 2]
-    sizes = watch_memory(
-        start("main.py", *command),
-        lambda line: " of 800" in line and int(line.split()[1]) >= 200,
-    )
+    process, sizes = start("main.py", *command), []
+    for line in process.stdout:
+        if " of 800" in line and int(line.split()[1]) >= 200:
+            sizes.append(resident_kb(process))
+    finish(process)
+    sizes = [size for size in sizes if size]
     assert len(sizes) >= 25
     assert max(sizes) < 1.05 * min(sizes), sizes
 

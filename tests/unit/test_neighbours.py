@@ -99,15 +99,6 @@ def test_a_neighbour_is_its_value(shape):
         assert torch.equal(features[:, byte - 1], expected.double())
 
 
-def test_features_are_exact_in_bfloat16():
-    """So that both precisions see the same bytes."""
-    images = torch.arange(256).repeat(2, 1)
-    module, positions = Neighbours(256, 16, 1), torch.arange(255)
-    features = module(images, positions)
-    assert torch.equal(features.bfloat16().float(), features)
-    assert torch.equal(module.bfloat16()(images, positions).float(), features)
-
-
 @EVERY_SHAPE
 @ATTENTIONS
 def test_a_byte_changes_no_earlier_distribution_and_not_its_own(shape, attention_type):

@@ -53,17 +53,6 @@ def test_every_byte_comes_from_its_own_distribution(model, sampler, offset):
     assert torch.equal(images[:, offset:], expected[:, offset - 1 :])
 
 
-@BOTH
-def test_progress_counts_every_byte(model, sampler, monkeypatch):
-    """The batched sampler after every byte, the recurrent one after the first and every block."""
-    monkeypatch.setattr(sampling, "BLOCK", 6)
-    counts = []
-    draw(sampler, model, 10, advance=counts.append)
-    assert sum(counts) == 5 * (LENGTH - 10)
-    batched = sampler is sample_batched
-    assert counts == ([5] * 20 if batched else [5, 5 * 6, 5 * 6, 5 * 6, 5 * 1])
-
-
 def test_blocks_of_any_size_draw_the_same(model, monkeypatch):
     expected = draw(sample_batched, model, 4)
     for size in (1, 7, LENGTH - 5, 100):
@@ -75,15 +64,6 @@ def test_a_low_temperature_draws_the_most_likely_bytes(model):
     """As the temperature goes to 0, samples become the rounded mean of the likeliest component."""
     images = [draw(sample_recurrent, model, 1, seed=s, temperature=1e-6) for s in (1, 2)]
     assert torch.equal(*images)
-
-
-def test_noise_depends_on_seed_and_number_alone():
-    noise = image_noise(5, [3, 8], 10)
-    assert noise.shape == (2, 10, 2)
-    assert noise.dtype == torch.float32
-    assert torch.equal(noise[1:], image_noise(5, [8], 10))
-    assert torch.equal(noise[:, :4], image_noise(5, [3, 8], 4))
-    assert not torch.equal(noise, image_noise(6, [3, 8], 10))
 
 
 def test_first_bytes_follow_the_histogram():
