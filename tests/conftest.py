@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import standins
 import torch
-from helpers import DEVICE, ROOT, SCRIPTS, TINY, write_colour_images
+from helpers import DEVICE, DIGITS, ROOT, SCRIPTS, TINY, write_colour_images  # noqa: F401
 
 import main
 from cli import process
@@ -57,24 +57,23 @@ def succeed(call):
     return run
 
 
+def train_tiny(folder, iterations, *flags):
+    """The checkpoint of a run on `digits`."""
+    arguments = [*DIGITS, "--iterations", iterations, "--save_to", folder / "w.{}.pth", *flags]
+    main.main([str(argument) for argument in arguments])
+    return folder / f"w.{iterations}.pth"
+
+
 @pytest.fixture(scope="session")
 def tiny_checkpoint(tmp_path_factory):
     """A checkpoint of a tiny model on `digits`, 30 iterations old."""
-    folder = tmp_path_factory.mktemp("tiny")
-    arguments = ["--dataset", "digits", *TINY, "--iterations", 30, "--batch_size", 8, "--lr", 1e-2]
-    arguments += ["--save_to", folder / "tiny.{}.pth", "--evaluate_images", 8]
-    main.main([str(argument) for argument in arguments])
-    return folder / "tiny.30.pth"
+    return train_tiny(tmp_path_factory.mktemp("tiny"), 30, "--lr", 1e-2)
 
 
 @pytest.fixture(scope="session")
 def fast_checkpoint(tmp_path_factory):
     """As `tiny_checkpoint`, of a run with --recipe fast, 10 iterations old."""
-    folder = tmp_path_factory.mktemp("fast")
-    arguments = ["--dataset", "digits", *TINY, "--recipe", "fast", "--iterations", 10]
-    arguments += ["--save_to", folder / "fast.{}.pth", "--evaluate_images", 8]
-    main.main([str(argument) for argument in arguments])
-    return folder / "fast.10.pth"
+    return train_tiny(tmp_path_factory.mktemp("fast"), 10, "--recipe", "fast")
 
 
 @pytest.fixture(scope="session")

@@ -233,14 +233,6 @@ def test_no_compiler(call, monkeypatch):
 
 
 @pytest.mark.parametrize("script", ["main.py", "prediction.py"])
-def test_errors_in_a_separate_process(script, tmp_path):
-    process = start(script, "--dataset", "nowhere", "-" if script == "prediction.py" else "--lr=1")
-    out, err = process.communicate(timeout=120)
-    assert (process.returncode, out.count("Traceback"), err.count("\n")) == (2, 0, 1)
-    assert "nowhere" in err
-
-
-@pytest.mark.parametrize("script", ["main.py", "prediction.py"])
 def test_help(call, script):
     result = call(script, "--help")
     assert result.status == 0

@@ -27,11 +27,8 @@ def library():
     require_library()
     from fast_transformers.builders import TransformerEncoderBuilder
     from fast_transformers.masking import TriangularCausalMask
-    from fast_transformers.weight_mapper import PytorchMapper
 
-    return SimpleNamespace(
-        build=TransformerEncoderBuilder.from_kwargs, mask=TriangularCausalMask, mapper=PytorchMapper
-    )
+    return SimpleNamespace(build=TransformerEncoderBuilder.from_kwargs, mask=TriangularCausalMask)
 
 
 def make_config(length, **changes):
