@@ -1,5 +1,6 @@
 # make demo       train a small model for one to five minutes, sample it, write pictures to demo/
 # make test       check the style and run all tests
+# make quick      run a subset of the tests, in less than a minute
 # make reference  add pytorch-fast-transformers, for --backend fast-transformers and its tests
 # make benchmark-sampling, make benchmark-training   compare speed with pytorch-fast-transformers
 # make comparison  compare linear, softmax and Reformer attention; results in comparison/
@@ -16,7 +17,7 @@ MODEL = --dataset mnist-10k --recipe fast --n_layers 3 --n_heads 3 --batch_size 
         --precision auto --log_frequency 100 --evaluate_frequency 100000 \
         --save_to 'demo/mnist.{}.pth' --continue_from 'demo/mnist.{}.pth'
 
-.PHONY: demo test reference benchmark-sampling benchmark-training comparison gpu clean
+.PHONY: demo test quick reference benchmark-sampling benchmark-training comparison gpu clean
 
 demo: .venv/installed
 	$(BIN)/python main.py $(MODEL) --iterations $(ITERATIONS)
@@ -29,6 +30,11 @@ test: .venv/installed-test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/python -m pytest
+
+# What needs neither a compiler nor minutes: the unit tests, and the command lines that are refused.
+quick: .venv/installed-test
+	$(BIN)/ruff check .
+	$(BIN)/python -m pytest -m 'not slow' tests/unit tests/system/test_misuse.py
 
 reference: .venv/installed-reference
 

@@ -90,17 +90,6 @@ def test_files_are_readable_for_others_as_the_umask_says(succeed, tmp_path):
     assert (tmp_path / "w.pth").stat().st_mode & 0o777 == 0o644
 
 
-def test_temporary_files_of_killed_runs_are_removed(succeed, tmp_path):
-    """After an hour; other files stay, and so do those that another run is writing."""
-    for name in ("w.1.pth.abc_12.tmp", "w.2.pth.abc_13.tmp", "w.x.pth.abc_12.tmp"):
-        (tmp_path / name).write_bytes(b"half")
-        os.utime(tmp_path / name, (0, 0))
-    os.utime(tmp_path / "w.2.pth.abc_13.tmp")
-    succeed("main.py", *DIGITS, "--iterations", 3, "--save_to", "w.{}.pth")
-    names = ["w.2.pth.abc_13.tmp", "w.3.pth", "w.x.pth.abc_12.tmp"]
-    assert sorted(os.listdir(tmp_path)) == names
-
-
 def damage(content, random):
     """The bytes with one kind of damage that disks and transfers cause."""
     at, length = random.integers(len(content)), random.integers(1, 4096)

@@ -109,6 +109,7 @@ def test_the_loss_sums_over_all_bytes_but_the_first():
     torch.testing.assert_close(model.nll(images), expected)
 
 
+@pytest.mark.slow
 @ATTENTIONS
 def test_a_tiny_model_overfits_one_batch(attention_type):
     """From 8 bits to few: gradients flow through every part of the model and the loss.

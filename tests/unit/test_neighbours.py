@@ -149,6 +149,7 @@ def test_every_prefix_equals_the_parallel_model(shape, attention_type, at_once, 
             torch.testing.assert_close(parameters, expected[:, prefix - 1], rtol=1e-10, atol=1e-10)
 
 
+@pytest.mark.slow
 @EVERY_SHAPE
 @pytest.mark.parametrize(("precision", "tolerance"), [("fp32", 1e-4), ("bf16", 0.1)])
 def test_compiled_operations_give_the_same_outputs_and_gradients(shape, precision, tolerance):
@@ -177,6 +178,7 @@ def sized_model(kind, sizes):
 
 
 # Layers, heads, size of a head, mixtures: those that fill the registers' lanes, and others.
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "sizes"), [("grey", (1, 1, 4, 1)), ("colour", (2, 3, 20, 5)), ("grey", (1, 1, 64, 30))]
 )
@@ -192,6 +194,7 @@ def test_the_compiled_sampler_draws_the_images_of_the_plain_one(kind, sizes):
         assert torch.equal(images, expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "sizes", "precision", "tolerance"),
     [("grey", (1, 1, 64, 30), "fp32", 1e-5), ("colour", (2, 4, 16, 3), "bf16", 2e-2)],
@@ -217,6 +220,7 @@ def test_the_compiled_samplers_distributions_are_the_steps(kind, sizes, precisio
         torch.testing.assert_close(*tensors, rtol=tolerance, atol=tolerance)
 
 
+@pytest.mark.slow
 def test_both_samplers_stop_at_a_weight_of_the_neighbours_that_is_not_finite():
     """Those of the predictor are added after the product that the compiled sampler looks at in a
     model without neighbours."""

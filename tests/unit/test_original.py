@@ -17,6 +17,7 @@ from engine import checkpoint as checkpoints
 from engine import restoring
 from models import ImageTransformer, ModelConfig
 
+pytestmark = pytest.mark.slow
 MNIST, CIFAR10, DIGIT = 784, 3072, 64  # bytes of an image
 SIZES = {"n_layers": 2, "n_heads": 4, "d_query": 8, "mixtures": 3}
 

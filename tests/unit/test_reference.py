@@ -13,6 +13,7 @@ from engine.sampling import image_noise, sample_batched
 from models import ImageTransformer, ModelConfig
 from utils import UserError
 
+pytestmark = pytest.mark.slow
 SMALL = {"n_layers": 2, "n_heads": 2, "d_query": 8, "mixtures": 3, "bits": 4, "chunk_size": 8}
 NO_DROPOUT = {"dropout": 0.0, "attention_dropout": 0.0}
 NATIVE = ["causal-linear", "full"]

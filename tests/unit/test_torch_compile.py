@@ -16,6 +16,7 @@ from engine.sampling import image_noise, sample_recurrent
 from layers.dropout import draw_keys
 from models import ImageTransformer, ModelConfig
 
+pytestmark = pytest.mark.slow
 CUDA = torch.device("cuda")
 COMPILE = SimpleNamespace(compile=True)
 SHAPE = {"neighbours": True, "width": 5, "channels": 1}
