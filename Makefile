@@ -17,7 +17,7 @@ MODEL = --dataset mnist-10k --recipe fast --n_layers 3 --n_heads 3 --batch_size 
         --precision auto --log_frequency 100 --evaluate_frequency 100000 \
         --save_to 'demo/mnist.{}.pth' --continue_from 'demo/mnist.{}.pth'
 
-.PHONY: demo test reference benchmark-sampling benchmark-training comparison gpu clean
+.PHONY: demo test quick reference benchmark-sampling benchmark-training comparison gpu clean
 
 demo: .venv/installed
 	$(BIN)/python main.py $(MODEL) --iterations $(ITERATIONS)
@@ -30,6 +30,11 @@ test: .venv/installed-test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/python -m pytest
+
+# The unit tests that need neither a compiler nor seconds.
+quick: .venv/installed-test
+	$(BIN)/ruff check .
+	$(BIN)/python -m pytest -m 'not slow' tests/unit
 
 reference: .venv/installed-reference
 

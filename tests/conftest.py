@@ -1,31 +1,20 @@
-"""What the tests share: calling the scripts, small data sets and checkpoints."""
+"""The fixtures that all tests share: calling the scripts, small data sets and checkpoints."""
 
 import functools
 import http.server
 import os
-import subprocess
 import sys
 import threading
 from dataclasses import dataclass
-from importlib.util import find_spec
 from pathlib import Path
 
-import numpy as np
 import pytest
+import standins
 import torch
+from helpers import DEVICE, DIGITS, ROOT, SCRIPTS, TINY, write_colour_images  # noqa: F401
 
 import main
-import prediction
 from cli import process
-
-ROOT = Path(__file__).parent.parent
-SCRIPTS = {"main.py": main.main, "prediction.py": prediction.main}
-
-# Where the tests marked `cuda` run; TEST_DEVICE=cpu runs most of them without a GPU.
-DEVICE = torch.device(os.environ.get("TEST_DEVICE", "cuda"))
-
-# A model that trains and samples in seconds.
-TINY = ["--n_layers", "2", "--n_heads", "2", "--d_query", "8", "--mixtures", "3"]
 
 
 def pytest_runtest_setup(item):
@@ -68,37 +57,23 @@ def succeed(call):
     return run
 
 
-def require_library():
-    """Skip a test where pytorch-fast-transformers is missing; in CI that is a failure."""
-    if find_spec("fast_transformers") is None and os.environ.get("CI") != "true":
-        pytest.skip("pytorch-fast-transformers is not installed: make reference")
-
-
-def start(script, *arguments, **kwargs):
-    """Start a script as a process of its own."""
-    command = [sys.executable, str(ROOT / script), *map(str, arguments)]
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    return subprocess.Popen(command, **{**pipes, **kwargs})
+def train_tiny(folder, iterations, *flags):
+    """The checkpoint of a run on `digits`."""
+    arguments = [*DIGITS, "--iterations", iterations, "--save_to", folder / "w.{}.pth", *flags]
+    main.main([str(argument) for argument in arguments])
+    return folder / f"w.{iterations}.pth"
 
 
 @pytest.fixture(scope="session")
 def tiny_checkpoint(tmp_path_factory):
     """A checkpoint of a tiny model on `digits`, 30 iterations old."""
-    folder = tmp_path_factory.mktemp("tiny")
-    arguments = ["--dataset", "digits", *TINY, "--iterations", 30, "--batch_size", 8, "--lr", 1e-2]
-    arguments += ["--save_to", folder / "tiny.{}.pth", "--evaluate_images", 8]
-    main.main([str(argument) for argument in arguments])
-    return folder / "tiny.30.pth"
+    return train_tiny(tmp_path_factory.mktemp("tiny"), 30, "--lr", 1e-2)
 
 
 @pytest.fixture(scope="session")
 def fast_checkpoint(tmp_path_factory):
     """As `tiny_checkpoint`, of a run with --recipe fast, 10 iterations old."""
-    folder = tmp_path_factory.mktemp("fast")
-    arguments = ["--dataset", "digits", *TINY, "--recipe", "fast", "--iterations", 10]
-    arguments += ["--save_to", folder / "fast.{}.pth", "--evaluate_images", 8]
-    main.main([str(argument) for argument in arguments])
-    return folder / "fast.10.pth"
+    return train_tiny(tmp_path_factory.mktemp("fast"), 10, "--recipe", "fast")
 
 
 @pytest.fixture(scope="session")
@@ -107,25 +82,17 @@ def colour_folder(tmp_path_factory):
     return write_colour_images(tmp_path_factory.mktemp("colour"), height=6, width=5)
 
 
-def write_colour_images(folder, height, width):
-    """Write 12 + 4 random images to train.npy and test.npy; returns the folder."""
-    random = np.random.default_rng(0)
-    for split, n in (("train", 12), ("test", 4)):
-        images = random.integers(0, 256, (n, height, width, 3), np.uint8)
-        np.save(folder / f"{split}.npy", images)
-    return folder
-
-
 @pytest.fixture(scope="session")
 def data_directory(tmp_path_factory):
-    """Where MNIST is: DATASET_DIRECTORY or ../shared/data if it is there, else a stand-in of the
-    embedded digits, enlarged, in MNIST's file format."""
-    for folder in (os.getenv("DATASET_DIRECTORY", ""), ROOT.parent / "shared" / "data"):
+    """Where MNIST is: DATASET_DIRECTORY or, in CI, ../shared/data if it is there; else a stand-in
+    of the embedded digits, enlarged, in MNIST's file format."""
+    folders = [os.getenv("DATASET_DIRECTORY", "")]
+    if os.getenv("CI") == "true":
+        folders.append(ROOT.parent / "shared" / "data")
+    for folder in filter(None, folders):
         if (Path(folder) / "MNIST" / "raw" / "t10k-images-idx3-ubyte").exists():
             return Path(folder).resolve()
-    from standins import write_mnist
-
-    return write_mnist(tmp_path_factory.mktemp("data"))
+    return standins.write_mnist(tmp_path_factory.mktemp("data"))
 
 
 @pytest.fixture

@@ -1,13 +1,10 @@
 """benchmarks/ablation.py: which runs it does, and the table of them."""
 
 import json
-import os
 import re
-import subprocess
-import sys
 from types import SimpleNamespace
 
-from conftest import ROOT
+from helpers import finish, records, start_module
 
 from benchmarks.ablation import PARTS, metrics_file
 
@@ -15,7 +12,7 @@ from benchmarks.ablation import PARTS, metrics_file
 def test_the_table_of_all_variants_and_a_run_that_was_missing(tmp_path):
     """The finished runs are not repeated; the missing one is trained."""
     args, names = SimpleNamespace(folder=tmp_path), []
-    for part in ("unchanged", *PARTS):
+    for part in ("nothing", *PARTS):
         names += [f"{part} alone", f"no {part}"]
     for number, name in enumerate(names):
         for seed in (3, 4):
@@ -23,16 +20,13 @@ def test_the_table_of_all_variants_and_a_run_that_was_missing(tmp_path):
             record["bits_per_dim"] = number + seed / 10
             metrics_file(args, name, seed).write_text(json.dumps(record) + "\n")
     metrics_file(args, "no neighbours", 4).unlink()
-    command = [sys.executable, "-m", "benchmarks.ablation", "--dataset", "digits", "--folder"]
-    command += [tmp_path, "--iterations", "2", "--evaluate_images", "4", "--seeds", "3", "4"]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=ROOT)
-    assert done.returncode == 0, done.stderr
-    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in
-            done.stdout.splitlines()[2:]]  # fmt: skip
+    flags = ["--iterations", 2, "--evaluate_images", 4, "--seeds", 3, 4, "--folder", tmp_path]
+    out, _ = finish(start_module("benchmarks.ablation", "--dataset", "digits", *flags))
+    lines = out.splitlines()[2:]
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
     assert [row[0] for row in rows] == ["unchanged", *PARTS]
     assert rows[0] == ["unchanged", "0.350 ± 0.071", "1.350 ± 0.071"]
-    trained = json.loads(metrics_file(args, "no neighbours", 4).read_text().splitlines()[-1])
+    trained = records(metrics_file(args, "no neighbours", 4))[-1]
     assert trained["iteration"] == 2
     mean = (5.3 + trained["bits_per_dim"]) / 2
     assert re.fullmatch(rf"{mean:.3f} ± \d\.\d{{3}}", rows[2][2])

@@ -1,23 +1,16 @@
 """--backend fast-transformers through the command line: interchangeable with the native layers."""
 
-import json
-
 import imageio.v3
 import numpy as np
 import pytest
-from conftest import TINY, require_library
+from helpers import DIGITS, records, require_library
 
 OTHER = ["--backend", "fast-transformers"]
-DIGITS = ["--dataset", "digits", *TINY, "--batch_size", 8, "--evaluate_images", 8]
 
 
 @pytest.fixture(autouse=True)
 def library():
     require_library()
-
-
-def last_test_bits(path):
-    return json.loads(path.read_text().splitlines()[-1])["bits_per_dim"]
 
 
 @pytest.mark.parametrize("attention_type", ["causal-linear", "full"])
@@ -37,7 +30,7 @@ def test_a_checkpoint_of_one_backend_continues_in_the_other(
         succeed(*sample, *backend, "--save_image", f"{name}.{{}}.{{}}.png")
         files = sorted(tmp_path.glob(f"{name}.pred.*.png"))
         images[name] = np.stack([imageio.v3.imread(path) for path in files])
-    bits = [last_test_bits(tmp_path / f"{name}.jsonl") for name in ("first", "second")]
+    bits = [records(f"{name}.jsonl")[-1]["bits_per_dim"] for name in ("first", "second")]
     assert abs(bits[0] - bits[1]) < 1e-4
     assert np.array_equal(images["first"], images["second"])
     succeed(*train, *second, "--continue_from", "w.6.pth", "--iterations", 8)
@@ -49,7 +42,7 @@ def test_the_reformer_trains_and_samples(call, succeed, tmp_path):
     succeed("main.py", *DIGITS, *reformer, *flags, "--iterations", 3, "--save_to", "r.pth")
     succeed("prediction.py", "r.pth", *OTHER, "--offset", 50, "--save_grid", "r.png")
     assert (tmp_path / "r.png").exists()
-    for extra, names in ((["--recurrent", *OTHER], "batched"), ([], "--backend")):
+    for extra, names in ((["--recurrent", *OTHER], "no recurrent form"), ([], "--backend")):
         result = call("prediction.py", "r.pth", *extra)
         assert result.status == 2
         assert names in result.err

@@ -5,14 +5,16 @@ import sys
 
 import pytest
 
-from benchmarks import measure, sampling, training
+from benchmarks import measure, sampling_speed, training_speed
 
 SMALL = {"length": 784, "n_layers": 1, "n_heads": 1}
 
 
-@pytest.mark.parametrize("benchmark", [sampling, training], ids=["sampling", "training"])
+@pytest.mark.parametrize(
+    "benchmark", [sampling_speed, training_speed], ids=["sampling", "training"]
+)
 def test_a_benchmark_runs(benchmark, monkeypatch, tmp_path):
-    """The one of sampling stopped when the state of a layer became an object."""
+    """Regression: the one of sampling stopped when the state of a layer became an object."""
     monkeypatch.setitem(measure.CONFIGS, "mnist", SMALL)
     words = "--configs mnist --batches 2 --precisions fp32 --rounds 1 --json r.json --plot r.png"
     monkeypatch.setattr(sys, "argv", ["benchmark", *words.split()])

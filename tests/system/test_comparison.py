@@ -1,20 +1,17 @@
 """python -m benchmarks.comparison, with tiny models; its numbers are not looked at."""
 
 import json
-import os
-import subprocess
-import sys
 from importlib.util import find_spec
 
 import imageio.v3
 import pytest
 import torch
-from conftest import ROOT, require_library
+from helpers import finish, require_library, start_module
 
 from benchmarks.comparison import learning
 from benchmarks.comparison.__main__ import main
 from benchmarks.comparison.methods import METHODS, make_sampler
-from benchmarks.comparison.report import QUANTITIES, Point, crossover, crossovers, number, where
+from benchmarks.comparison.report import QUANTITIES, Point, crossover, crossovers, where
 from utils import UserError
 
 CPU = torch.device("cpu")
@@ -25,11 +22,7 @@ SMALL = {"length": 40, "n_layers": 2, "n_heads": 2}
 
 def run(*arguments):
     """Run the command; returns what it prints, as a list of lines."""
-    command = [sys.executable, "-m", "benchmarks.comparison", *map(str, arguments)]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment)
-    assert done.returncode == 0, done.stderr
-    return done.stdout.splitlines()
+    return finish(start_module("benchmarks.comparison", *arguments))[0].splitlines()
 
 
 def report_of(lines):
@@ -115,15 +108,11 @@ def test_crossover():
 
 
 def test_differences_within_the_noise_are_no_crossover():
-    """Two memories that differed by 2% at the longest length were said to cross before it, since
-    they differed by more at the shortest."""
+    """Regression: two memories that differed by 2% at the longest length were said to cross before
+    it, since they differed by more at the shortest."""
     curves = {
         "linear": {256: Point(100, False), 784: Point(201, False)},
         "softmax": {256: Point(106, False), 784: Point(205, False)},
     }
     (sentence,) = crossovers(curves, QUANTITIES[1])
     assert sentence == "training, MB per step: linear is within 5% of softmax at 784"
-
-
-def test_numbers_have_no_exponents():
-    assert [number(x) for x in (0.000116, 1.0, 17.85, 2717.4)] == ["0.000116", "1", "17.9", "2,720"]

@@ -1,29 +1,20 @@
 """benchmarks/curves.py on the metrics files of runs."""
 
 import json
-import os
-import subprocess
-import sys
 
 import imageio.v3
 import pytest
-from conftest import ROOT, TINY
-from test_training import records
+from helpers import DIGITS, finish, records, start_module
 
 from benchmarks.curves import read_curve
 from utils import UserError
 
-DIGITS = ["main.py", "--dataset", "digits", *TINY, "--batch_size", 8, "--evaluate_images", 8]
-DIGITS += ["--evaluate_frequency", 4, "--log_frequency", 1]
+TRAIN = ["main.py", *DIGITS, "--evaluate_frequency", 4, "--log_frequency", 1]
 
 
 def curves(*arguments):
     """Run python -m benchmarks.curves; returns what it prints."""
-    command = [sys.executable, "-m", "benchmarks.curves", *map(str, arguments)]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+    return finish(start_module("benchmarks.curves", *arguments))[0]
 
 
 def write(path, *lines):
@@ -35,7 +26,7 @@ def write(path, *lines):
 
 def test_a_figure_and_the_last_values(succeed, tmp_path):
     """Of two runs, one of which continued."""
-    succeed(*DIGITS, "--recipe", "fast", "--iterations", 8, "--metrics_file", "fast.jsonl")
+    succeed(*TRAIN, "--recipe", "fast", "--iterations", 8, "--metrics_file", "fast.jsonl")
     parts = [
         "--metrics_file",
         "paper.jsonl",
@@ -45,21 +36,16 @@ def test_a_figure_and_the_last_values(succeed, tmp_path):
         "w.{}.pth",
     ]
     for iterations in (8, 16):
-        succeed(*DIGITS, *parts, "--iterations", iterations)
+        succeed(*TRAIN, *parts, "--iterations", iterations)
     out = curves("fast.jsonl", "paper.jsonl", "--plot", "curves.png").splitlines()
     for line, name, images in zip(out, ("fast", "paper"), (64, 128), strict=True):
-        bits = records(tmp_path / f"{name}.jsonl")[-1]["bits_per_dim"]
+        bits = records(f"{name}.jsonl")[-1]["bits_per_dim"]
         assert line.startswith(f"{name}: {bits:.4f} bits/dim after {images} images, ")
     image = imageio.v3.imread(tmp_path / "curves.png")
     assert image.shape[0] > 300
     assert image.std() > 1
     points = read_curve("paper.jsonl", "test")
-    assert [(p["iteration"], p["images"]) for p in points] == [
-        (4, 32),
-        (8, 64),
-        (12, 96),
-        (16, 128),
-    ]
+    assert [(p["iteration"], p["images"]) for p in points] == [(i, 8 * i) for i in (4, 8, 12, 16)]
     seconds = [p["seconds"] for p in points]
     assert seconds == sorted(seconds)
     points = read_curve("paper.jsonl", "train")
@@ -85,16 +71,14 @@ def test_what_a_killed_run_did_again_is_counted_once(tmp_path):
 
 
 def test_files_of_the_same_name_in_two_folders(tmp_path):
-    """The second one had replaced the first."""
+    """Regression: the second one had replaced the first."""
     for folder, bits in ("a", 3), ("b", 2):
         (tmp_path / folder).mkdir()
         record = {"split": "test", "iteration": 1, "images": 16, "seconds": 60}
         (tmp_path / folder / "run.jsonl").write_text(json.dumps({**record, "bits_per_dim": bits}))
-    lines = curves("a/run.jsonl", "b/run.jsonl").splitlines()
-    assert [line.split(" bits")[0] for line in lines] == [
-        "a/run.jsonl: 3.0000",
-        "b/run.jsonl: 2.0000",
-    ]
+    out = curves("a/run.jsonl", "b/run.jsonl")
+    assert "a/run.jsonl: 3.0000 bits" in out
+    assert "b/run.jsonl: 2.0000 bits" in out
 
 
 def test_a_line_that_was_cut_off_is_left_out(tmp_path):
@@ -113,12 +97,9 @@ def test_a_file_without_records_of_the_split(tmp_path):
 
 @pytest.mark.parametrize("tool", ["curves", "digit_quality"])
 def test_a_missing_file_is_one_line(tool):
-    """A traceback, and of digit_quality only after its classifier was trained."""
-    command = [sys.executable, "-m", f"benchmarks.{tool}", "missing.pth"]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment)
-    assert done.returncode == 2
-    assert done.stderr.count("\n") == 1
-    assert f"{tool}.py: error: " in done.stderr
-    assert "missing.pth" in done.stderr
-    assert not done.stdout
+    """Regression: a traceback, and of digit_quality only after its classifier was trained."""
+    out, err = finish(start_module(f"benchmarks.{tool}", "missing.pth"), status=2)
+    assert err.count("\n") == 1
+    assert f"{tool}.py: error: " in err
+    assert "missing.pth" in err
+    assert not out

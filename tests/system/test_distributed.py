@@ -3,8 +3,6 @@
 import os
 import re
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -12,48 +10,22 @@ import imageio.v3
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, TINY
+from helpers import TINY, children, finish, load, run_two, start, start_two, weights
 
 from engine import distributed
-from engine.training import set_noise
+from engine.training import seed_iteration
 
 DIGITS = ["--dataset", "digits", *TINY, "--lr", 1e-2, "--evaluate_images", 51]
 
 
-def start_two(script, *arguments, **kwargs):
-    """Start a script in two processes, by torchrun."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", 2]
-    command += ["--standalone", ROOT / script, *arguments]
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    return subprocess.Popen([str(part) for part in command], **{**pipes, **kwargs})
-
-
-def run_two(script, *arguments):
-    process = start_two(script, *arguments)
-    out, err = process.communicate(timeout=300)
-    assert process.returncode == 0, err
-    return out
-
-
-def children(process):
-    """The ids of the processes that a process has started."""
-    command = ["ps", "-o", "pid=", "--ppid", str(process.pid)]
-    done = subprocess.run(command, capture_output=True, text=True)
-    return [int(pid) for pid in done.stdout.split()]
-
-
-def load(path):
-    return torch.load(path, weights_only=True)
-
-
 def assert_same_weights(first, second, tolerance=1e-5):
-    first, second = (load(path)["model_state"] for path in (first, second))
-    for name, weight in first.items():
-        torch.testing.assert_close(second[name], weight, rtol=tolerance, atol=tolerance)
+    torch.testing.assert_close(weights(first), weights(second), rtol=tolerance, atol=tolerance)
 
 
-def losses(out):
-    return [line.split(": ")[1].split(" bits")[0] for line in out.splitlines() if " left" in line]
+def printed_losses(out):
+    return [
+        float(line.split(": ")[1].split(" bits")[0]) for line in out.splitlines() if " left" in line
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -61,9 +33,7 @@ def alone(tmp_path_factory):
     """What one process prints and saves in 12 iterations of 8 images, with dropout."""
     path = tmp_path_factory.mktemp("alone") / "w.pth"
     command = [*DIGITS, "--batch_size", 8, "--iterations", 12, "--log_frequency", 3]
-    command = [sys.executable, ROOT / "main.py", *command, "--save_to", path]
-    command = [str(part) for part in command]
-    return subprocess.run(command, capture_output=True, text=True, check=True).stdout, path
+    return finish(start("main.py", *command, "--save_to", path))[0], path
 
 
 @pytest.mark.parametrize("parts", [1, 2], ids=["whole", "accumulated"])
@@ -74,15 +44,9 @@ def test_two_processes_train_what_one_trains(alone, parts):
     train = [*DIGITS, *batch, "--save_to", "w.{}.pth", "--continue_from", "w.{}.pth"]
     first = run_two("main.py", *train, "--iterations", 6)
     assert first.count("iteration 6: saved") == 1
-    command = [sys.executable, ROOT / "main.py", *train, "--iterations", 12]
-    second = subprocess.run(
-        [str(part) for part in command], capture_output=True, text=True, check=True
-    ).stdout
-    assert np.allclose(
-        [float(x) for x in losses(first) + losses(second)],
-        [float(x) for x in losses(alone[0])],
-        atol=2e-4,
-    )
+    second = finish(start("main.py", *train, "--iterations", 12))[0]
+    bits = printed_losses(first) + printed_losses(second)
+    assert np.allclose(bits, printed_losses(alone[0]), atol=2e-4)
     assert_same_weights(alone[1], "w.12.pth")
     assert second.splitlines()[-1].split(": ")[1] == alone[0].splitlines()[-1].split(": ")[1]
 
@@ -94,17 +58,16 @@ def test_two_processes_train_the_fast_recipe_as_one(succeed):
     train += ["--lr", 4e-3, "--batch_size", 4, "--accumulate", 2, "--log_frequency", 2]
     two = run_two("main.py", *train, "--save_to", "two.pth")
     one = succeed("main.py", *train, "--save_to", "one.pth").out
-    bits = [[float(x) for x in losses(out)] for out in (two, one)]
+    bits = [printed_losses(out) for out in (two, one)]
     assert len(bits[0]) == 4
     assert np.allclose(*bits, atol=1e-3)
     assert_same_weights("one.pth", "two.pth", tolerance=2e-2)
 
 
-@pytest.mark.parametrize("sampler", ["recurrent", "batched"])
-@pytest.mark.parametrize("index", ["0-5", "3"])
-def test_two_processes_sample_what_one_samples(succeed, tiny_checkpoint, tmp_path, sampler, index):
+@pytest.mark.parametrize(("index", "sampler"), [("0-5", "--recurrent"), ("3", "--recompute")])
+def test_two_processes_sample_what_one_samples(succeed, tiny_checkpoint, tmp_path, index, sampler):
     """Even if there are fewer images than processes."""
-    flags = [tiny_checkpoint, "--index", index, "--offset", 30, "--sampler", sampler]
+    flags = [tiny_checkpoint, "--index", index, "--offset", 30, sampler]
     out = run_two("prediction.py", *flags, "--save_image", "two.{}.{}.png")
     assert ("sampled 5 images," if index == "0-5" else "sampled 1 image,") in out
     succeed("prediction.py", *flags, "--save_image", "one.{}.{}.png")
@@ -116,13 +79,13 @@ def test_two_processes_sample_what_one_samples(succeed, tiny_checkpoint, tmp_pat
 
 
 def test_each_process_has_other_attention_dropout(monkeypatch):
-    """All processes seeded torch alike, so that their different images got the same masks. The
-    dropout of the layers must remain the same with any number of processes."""
-    alone = set_noise(3, 7, 4), torch.get_rng_state()
+    """Regression: all processes seeded torch alike, so that their different images got the same
+    masks. The dropout of the layers must remain the same with any number of processes."""
+    alone = seed_iteration(3, 7, 4), torch.get_rng_state()
     drawn = {}
     for rank in (0, 1):
         monkeypatch.setattr(distributed, "rank", lambda rank=rank: rank)
-        drawn[rank] = set_noise(3, 7, 4), torch.get_rng_state()
+        drawn[rank] = seed_iteration(3, 7, 4), torch.get_rng_state()
         assert torch.equal(drawn[rank][0], alone[0])
     assert torch.equal(drawn[0][1], alone[1])
     assert not torch.equal(drawn[1][1], alone[1])

@@ -10,20 +10,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, TINY, start
-from test_training import assert_equal_weights
-
-from engine import checkpoint as checkpoints
+from helpers import ROOT, TINY, assert_equal_weights, finish, load, start, start_command
 
 DIGITS = ["--dataset", "digits", *TINY, "--batch_size", 4, "--evaluate_images", 8]
 ON_LINUX = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-
-
-def finish(process, status=0):
-    out, err = process.communicate(timeout=300)
-    assert process.returncode == status, err
-    assert "Traceback" not in err
-    return out, err
 
 
 def limit_files(size):
@@ -50,35 +40,6 @@ def test_a_full_disk_loses_no_training(succeed, tmp_path):
     assert_equal_weights("w.8.pth", "whole.8.pth")
 
 
-def test_a_save_that_fails_is_tried_again_at_the_next_one(succeed, monkeypatch):
-    write, calls = checkpoints.write, []
-
-    def fail_once(checkpoint, file):
-        calls.append(checkpoint["iteration"])
-        if len(calls) == 1:
-            raise OSError(28, "No space left on device")
-        write(checkpoint, file)
-
-    monkeypatch.setattr(checkpoints, "write", fail_once)
-    command = ["main.py", *DIGITS, "--iterations", 6, "--save_frequency", 2]
-    result = succeed(*command, "--save_to", "w.{}.pth")
-    assert "w.{}.pth cannot be written at iteration 2: No space left on device" in result.err
-    assert sorted(os.listdir()) == ["w.4.pth", "w.6.pth"]
-
-
-def test_a_folder_that_was_deleted_is_created_again(succeed, monkeypatch):
-    save = checkpoints.save
-
-    def save_and_lose(*args):
-        shutil.rmtree("runs", ignore_errors=True)
-        return save(*args)
-
-    monkeypatch.setattr(checkpoints, "save", save_and_lose)
-    command = ["main.py", *DIGITS, "--iterations", 4, "--save_frequency", 2]
-    succeed(*command, "--save_to", "runs/w.{}.pth")
-    assert os.listdir("runs") == ["w.4.pth"]
-
-
 def works(command):
     return shutil.which(command[0]) and subprocess.run([*command, "true"]).returncode == 0
 
@@ -99,23 +60,25 @@ def offline():
     return command if works(command) else []
 
 
-def test_a_folder_that_becomes_read_only(tmp_path):
+def test_a_folder_that_becomes_read_only_and_one_that_is_deleted(tmp_path):
+    """The run goes on, and saves again as soon as it can; a deleted folder is created again."""
     command = [*DIGITS, "--iterations", 10**6, "--save_frequency", 20, "--log_frequency", 5]
     command = [*as_a_user(), sys.executable, ROOT / "main.py", *command]
-    command += ["--save_to", tmp_path / "runs" / "w.{}.pth"]
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    process = subprocess.Popen([str(part) for part in command], **pipes)
+    process = start_command([*command, "--save_to", tmp_path / "runs" / "w.{}.pth"])
     for line in process.stdout:
         if line.startswith("iteration 20: saved"):
             (tmp_path / "runs").chmod(0o555)
         if line.startswith("iteration 100 of"):
             (tmp_path / "runs").chmod(0o755)
         if line.startswith("iteration 120: saved"):
+            shutil.rmtree(tmp_path / "runs")
+        if line.startswith("iteration 160: saved"):
             process.terminate()
             break
     _, err = finish(process, status=143)
     assert "iteration 40: Permission denied; trying again" in err
     assert "iteration 80: Permission denied; trying again" in err
+    assert (tmp_path / "runs" / "w.160.pth").exists()
 
 
 def test_a_user_without_permissions_home_or_network(tiny_checkpoint, tmp_path):
@@ -158,21 +121,17 @@ def test_training_whose_output_is_closed_saves_and_exits(tmp_path):
     assert len(list(tmp_path.glob("w.*.pth"))) == 1
 
 
-@pytest.mark.parametrize("script", ["main.py", "prediction.py"])
-def test_output_to_head(script, tiny_checkpoint, tmp_path):
+def test_output_to_head(tiny_checkpoint, tmp_path):
     """The work is finished although stdout is closed after a line."""
-    flags = {
-        "main.py": [*DIGITS, "--iterations", 3, "--save_to", "x.pth", "--log_frequency", 3],
-        "prediction.py": [tiny_checkpoint, "--save_grid", "x.png", "--recurrent"],
-    }[script]
-    command = " ".join(f"'{part}'" for part in [sys.executable, ROOT / script, *flags])
+    flags = [tiny_checkpoint, "--save_grid", "x.png"]
+    command = " ".join(f"'{part}'" for part in [sys.executable, ROOT / "prediction.py", *flags])
     shell = subprocess.run(
         ["bash", "-c", f"{command} | head -n 1; {command} --help | head -n 1"],
         cwd=tmp_path, capture_output=True, text=True,
     )  # fmt: skip
     assert "Traceback" not in shell.stderr
     assert "Exception" not in shell.stderr
-    assert len(list(tmp_path.glob("x.*"))) == 1
+    assert (tmp_path / "x.png").exists()
 
 
 @ON_LINUX
@@ -182,7 +141,7 @@ def test_output_on_a_full_disk(tmp_path):
         process = start("main.py", *DIGITS, *flags, stdout=full)
         _, err = finish(process)
     assert err.count("the output cannot be written (No space left on device)") == 1
-    assert checkpoints.load(tmp_path / "w.pth")["iteration"] == 3
+    assert load(tmp_path / "w.pth")["iteration"] == 3
 
 
 @ON_LINUX
@@ -191,23 +150,27 @@ def test_metrics_on_a_full_disk(succeed):
     assert "metrics of iteration 2 cannot be written (No space left on device)" in result.err
 
 
+def newest(folder):
+    """The checkpoint of the highest iteration, if there is one."""
+    return sorted(folder.glob("w.*.pth"), key=lambda path: int(path.name.split(".")[1]))[-1:]
+
+
 def test_two_runs_that_save_to_one_pattern(tmp_path):
     """Every file is complete and from one of the two, even while both write and delete."""
-    command = [*DIGITS, "--iterations", 150, "--save_frequency", 1, "--keep_checkpoints", 5]
-    command += ["--save_to", tmp_path / "w.{}.pth", "--log_frequency", 150]
+    command = [*DIGITS, "--iterations", 60, "--save_frequency", 1, "--keep_checkpoints", 5]
+    command += ["--save_to", tmp_path / "w.{}.pth", "--log_frequency", 60]
     runs = [start("main.py", *command, "--seed", seed) for seed in (1, 2)]
     seen = 0
     while any(run.poll() is None for run in runs):
-        for _, path in checkpoints.find(str(tmp_path / "w.{}.pth"))[:1]:
-            seen += checkpoints.load(path)["seed"] in (1, 2)
+        for path in newest(tmp_path):
+            seen += load(path)["seed"] in (1, 2)
         time.sleep(0.02)
     for run in runs:
         finish(run)
-    assert seen > 20
+    assert seen > 5
     left = sorted(os.listdir(tmp_path))
-    assert left == sorted(f"w.{i}.pth" for i in range(146, 151))
-    for name in left:
-        assert checkpoints.load(tmp_path / name)["seed"] in (1, 2)
+    assert left == sorted(f"w.{i}.pth" for i in range(56, 61))
+    assert {load(path)["seed"] for path in tmp_path.iterdir()} <= {1, 2}
 
 
 def resident_kb(process):
@@ -215,41 +178,33 @@ def resident_kb(process):
     return int(status.split("VmRSS:")[1].split()[0]) if "VmRSS" in status else None
 
 
-def watch_memory(process, is_warm):
-    """Resident memory in kB at every line that the process prints after its warm-up."""
-    sizes = []
-    for line in process.stdout:
-        if is_warm(line) and (size := resident_kb(process)):
-            sizes.append(size)
-    finish(process)
-    return sizes
-
-
 @ON_LINUX
-def test_two_thousand_iterations_take_no_more_memory():
-    command = [*DIGITS, "--iterations", 2000, "--log_frequency", 50, "--evaluate_frequency", 100]
-    command += ["--save_frequency", 100, "--save_to", "w.{}.pth", "--keep_checkpoints", 2]
-    sizes = watch_memory(
-        start("main.py", *command),
-        lambda line: " of 2000" in line and int(line.split()[1]) >= 300,
-    )
-    assert len(sizes) >= 30
+def test_many_iterations_take_no_more_memory():
+    command = [*DIGITS, "--iterations", 800, "--log_frequency", 20, "--evaluate_frequency", 50]
+    command += ["--save_frequency", 50, "--save_to", "w.{}.pth", "--keep_checkpoints", 2]
+    process, sizes = start("main.py", *command), []
+    for line in process.stdout:
+        if " of 800" in line and int(line.split()[1]) >= 200:
+            sizes.append(resident_kb(process))
+    finish(process)
+    sizes = [size for size in sizes if size]
+    assert len(sizes) >= 25
     assert max(sizes) < 1.05 * min(sizes), sizes
 
 
 @ON_LINUX
 @pytest.mark.parametrize("flag", ["--compile", "--no-compile"])
-def test_two_thousand_images_take_no_more_memory(flag, tiny_checkpoint, tmp_path):
+def test_a_thousand_images_take_no_more_memory(flag, tiny_checkpoint, tmp_path):
     """When they are written as files, batch after batch."""
-    command = [tiny_checkpoint, "--index", "0-250,0-250,0-250,0-250,0-250,0-250,0-250,0-250"]
+    command = [tiny_checkpoint, "--index", "0-250,0-250,0-250,0-250"]
     command += ["--offset", 1, "--recurrent", "--batch_size", 20, flag, "--save_image", "{}.{}.png"]
     process = start("prediction.py", *command)
     sizes = []
-    while process.poll() is None and not (tmp_path / "pred.1999.png").exists():
+    while process.poll() is None and not (tmp_path / "pred.999.png").exists():
         sizes.append(resident_kb(process))
         time.sleep(0.05)
     finish(process)
-    assert len(list(tmp_path.glob("pred.*.png"))) == 2000
+    assert len(list(tmp_path.glob("pred.*.png"))) == 1000
     warm = sizes[len(sizes) // 2 :]
     assert len(warm) > 10
     assert max(warm) < 1.05 * min(warm), sizes
@@ -259,7 +214,7 @@ def test_what_is_not_finite_first_is_named_at_its_step(call, tmp_path):
     """And nothing is saved after that step."""
     result = call("main.py", *DIGITS, "--iterations", 4, "--save_to", "w.{}.pth")
     assert result.status == 0
-    checkpoint = torch.load("w.4.pth", weights_only=True)
+    checkpoint = load("w.4.pth")
     name = "transformer.layers.1.attention.query_projection"
     checkpoint["model_state"][f"{name}.weight"].fill_(3e38)
     torch.save(checkpoint, "w.5.pth")

@@ -1,8 +1,7 @@
 """Random command lines and damaged files: no traceback, no temporary file left, little memory.
 
-3,160 cases. CI always draws the same ones."""
+1,660 cases. CI always draws the same ones."""
 
-import argparse
 import contextlib
 import io
 import os
@@ -18,14 +17,13 @@ import numpy as np
 import pytest
 import standins
 import torch
-from conftest import SCRIPTS, TINY
+from helpers import SCRIPTS, TINY, load
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import datasets
 import utils
-from cli import process, sampling_flags
-from engine import checkpoint as checkpoints
+from cli import process
 
 
 def cases(number):
@@ -96,8 +94,8 @@ WORDS = [
     "good.pth", "fast.pth", "bad.pth", "w.{}.pth", "w.7.pth", "none.pth", "none.{}.pth", "folder",
     "folder/x", "good.pth/x", "/proc/x", ".", "-", "{}", "{}{}", "{", "}", "{0}", "{1}", "{x}",
     "{0.x}", "{:d}", "{:999999999}", "{!r}", "new/{}.{}.png", "{}.gif", "x.png", "x.pdf",
-    "digits", "imagenet64", "cpu", "cuda", "meta", "bf16", "bf16-emulated", "full", "reformer",
-    "causal-linear", "native", "recurrent", "batched", "adam", "8,8", "64,1", "8,8,3", "0-3",
+    "digits", "imagenet64", "cpu", "cuda", "meta", "bf16", "full", "reformer",
+    "causal-linear", "native", "adam", "8,8", "64,1", "8,8,3", "0-3",
     "muon", "cosine", "fast", "paper",
     "5-2", "1,,2", "3*", "0-1000000000", "2*1000000000000", "0-2,1*2", "", "a" * 300,
 ]  # fmt: skip
@@ -136,7 +134,7 @@ def check_outcome(script, status, err, folder):
     assert not [path for path in folder.rglob("*") if path.name.endswith(".tmp")]
 
 
-@cases(700)
+@cases(400)
 @given(arguments=command_lines("main.py"), saving=st.sampled_from([[], ["--save_to", "y.{}.pth"]]))
 def test_command_lines_of_training(arguments, saving, prepared, bounded_memory):
     base = ["--dataset", "digits", *TINY, "--batch_size", "2", "--evaluate_images", "2"]
@@ -145,7 +143,7 @@ def test_command_lines_of_training(arguments, saving, prepared, bounded_memory):
     check_outcome("main.py", *run("main.py", base + arguments), prepared)
 
 
-@cases(700)
+@cases(400)
 @given(
     model=st.sampled_from(["good.pth", "fast.pth"] * 3 + ["w.{}.pth", "-", *WORDS[:14]]),
     arguments=command_lines("prediction.py"),
@@ -153,16 +151,6 @@ def test_command_lines_of_training(arguments, saving, prepared, bounded_memory):
 def test_command_lines_of_prediction(model, arguments, prepared, bounded_memory):
     base = [model, "--dataset", "digits", "--offset", "60"]
     check_outcome("prediction.py", *run("prediction.py", base + arguments), prepared)
-
-
-@cases(500)
-@given(text=INDICES | st.from_regex(r"(\d{1,13}[-*,]?){0,4}", fullmatch=True))
-def test_index_expressions(text, bounded_memory):
-    try:
-        indices = sampling_flags.index_list(text)
-    except argparse.ArgumentTypeError:
-        return
-    assert 0 < len(indices) <= sampling_flags.MAX_IMAGES
 
 
 EDITS = st.lists(
@@ -189,16 +177,8 @@ def is_refused(load):
     return message != ""
 
 
-@cases(400)
-@given(content=st.binary(max_size=200) | st.none(), edits=EDITS)
-def test_checkpoint_files(content, edits, prepared, bounded_memory):
-    good = (prepared / "good.pth").read_bytes()
-    (prepared / "x.pth").write_bytes(edited(good, edits) if content is None else content)
-    is_refused(lambda: checkpoints.load(prepared / "x.pth"))
-
-
 ENTRIES = ["model_state", "iteration", "config", "dataset", "optimizer_state", "format_version"]
-ENTRIES += ["seed", "optimizer", "first_byte_counts", "state", "param_groups", "params", "name"]
+ENTRIES += ["seed", "first_byte_counts", "state", "param_groups", "params", "name"]
 ENTRIES += ["image_shape", "n_layers", "n_heads", "predictor.weight", "pos_embedding.pe", "length"]
 ENTRIES += ["settings", "lr", "recipe", "warmup", "neighbours", "width", "channels"]
 PLAIN = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=3)
@@ -215,7 +195,7 @@ NESTED = st.recursive(
 @given(entries=st.dictionaries(st.sampled_from(ENTRIES), NESTED, max_size=4), whole=st.booleans())
 def test_checkpoints_of_anything(entries, whole, prepared, bounded_memory):
     """Random entries, alone or in place of those of a good checkpoint."""
-    good = torch.load(prepared / "good.pth", weights_only=True) if whole else {}
+    good = load(prepared / "good.pth") if whole else {}
     torch.save({**good, **entries}, prepared / "x.pth")
     for script, arguments in {
         "prediction.py": ["x.pth", "--offset", "60"],
@@ -251,14 +231,13 @@ def test_data_files(name, content, edits, tmp_path, bounded_memory):
     path.parent.mkdir(exist_ok=True)
     path.write_bytes(edited(FILES[name], edits) if content is None else content)
 
-    def load():
+    def load_data():
         data = datasets.load(str(tmp_path), ".", True)
         assert data.images.dtype == torch.uint8
         assert data.images.dim() == 2
         data.first_byte_counts()
 
-    if is_refused(load):
-        return
+    is_refused(load_data)
 
 
 SHAPES = st.from_regex(r"-?[0-9]{1,19}(, [0-9]{1,3}){0,3}", fullmatch=True)

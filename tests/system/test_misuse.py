@@ -6,7 +6,7 @@ import re
 import numpy as np
 import pytest
 import torch
-from conftest import TINY, require_library, start
+from helpers import TINY, help_of, load, require_library, start
 
 import utils
 
@@ -23,7 +23,7 @@ def prepared(tmp_path, tiny_checkpoint, fast_checkpoint):
     (tmp_path / "half.pth").write_bytes(good[: len(good) // 2])
     (tmp_path / "text.pth").write_text("hello")
     torch.save({"weights": 1}, tmp_path / "foreign.pth")
-    checkpoint = torch.load(tiny_checkpoint, weights_only=True)
+    checkpoint = load(tiny_checkpoint)
     torch.save({**checkpoint, "format_version": 99}, tmp_path / "future.pth")
     (tmp_path / "folder").mkdir()
     (tmp_path / "folder" / "only.txt").write_text("no images")
@@ -44,18 +44,13 @@ def prepared(tmp_path, tiny_checkpoint, fast_checkpoint):
 TRAINING = [
     ("--n_layer 3", "--n_layers"),
     ("--n_layers 0", "--n_layers"),
-    ("--n_layers two", "'two'"),
-    ("--n_heads -1", "--n_heads"),
     ("--n_heads 3 --d_query 3 --dataset digits", "multiple of 4"),
-    ("--d_query 1.5", "'1.5'"),
     ("--mixtures 0", "--mixtures"),
     ("--dropout 1", "--dropout"),
-    ("--dropout -0.1", "--dropout"),
     ("--lr 0", "--lr"),
     ("--lr nan", "nan"),
     ("--lr inf", "inf"),
     ("--weight_decay -1", "--weight_decay"),
-    ("--clip_norm nan", "--clip_norm"),
     ("--optimizer sgd", "sgd"),
     ("--recipe slow", "slow"),
     ("--lr_schedule linear", "linear"),
@@ -71,26 +66,14 @@ TRAINING = [
     ("--attention_dropout 0.2", "--attention_type full"),
     ("--softmax_temp 0.2", "--attention_type full"),
     ("--bits 8", "reformer"),
-    ("--rounds 2 --attention_type full", "reformer"),
     ("--unmasked_reformer", "reformer"),
     ("--iterations 0", "--iterations"),
-    ("--iterations 1e3", "'1e3'"),
-    ("--batch_size 0", "--batch_size"),
-    ("--seed -1", "--seed"),
-    ("--evaluate_images 0", "--evaluate_images"),
-    ("--evaluate_frequency 0", "--evaluate_frequency"),
-    ("--save_frequency -5", "--save_frequency"),
     ("--log_frequency x", "'x'"),
     ("--keep_checkpoints 2", "--save_to"),
-    ("--keep_checkpoints 2 --save_to w.pth", "--save_to"),
     ("--save_to w.{}.{}.pth", "w.{}.{}.pth"),
-    ("--save_to w.{name}.pth", "w.{name}.pth"),
     ("--save_to folder", "folder"),
     ("--save_to /proc/no/w.{}.pth", "/proc/no"),
     ("--metrics_file /proc/no/m.jsonl", "/proc/no"),
-    ("--metrics_file folder", "folder"),
-    ("--device gpu", "gpu"),
-    ("--device cuda:x", "cuda:x"),
     ("--device cuda:99", "cuda:99"),
     ("--precision fp16", "fp16"),
     ("--dataset nowhere", "nowhere"),
@@ -101,9 +84,6 @@ TRAINING = [
     ("--evaluate_only", "--continue_from"),
     ("--evaluate_only --continue_from w.{}.pth", "w.{}.pth"),
     ("--continue_from missing.pth", "missing.pth"),
-    ("--continue_from empty.pth", "empty.pth"),
-    ("--continue_from half.pth", "half.pth"),
-    ("--continue_from text.pth", "text.pth"),
     ("--continue_from foreign.pth", "foreign.pth"),
     ("--continue_from future.pth", "newer"),
     ("--continue_from folder", "folder"),
@@ -112,8 +92,6 @@ TRAINING = [
     ("--continue_from good.pth --dataset colour", "digits"),
     ("--continue_from good.pth --seed 9", "9"),
     ("--continue_from good.pth --optimizer adam", "adam"),
-    ("--continue_from good.pth --optimizer muon", "muon"),
-    ("--continue_from good.pth --recipe fast", "--recipe fast contradicts"),
     ("--continue_from good.pth --muon_lr 0.1", "--muon_lr has no effect with --optimizer radam"),
     ("--continue_from good.pth --neighbours", "--neighbours contradicts"),
     ("--continue_from fast.pth --recipe paper", "--recipe paper contradicts"),
@@ -122,30 +100,19 @@ TRAINING = [
     ("--continue_from fast.pth --no-neighbours", "--no-neighbours contradicts"),
     ("--save_frequency 5", "--save_frequency has no effect without --save_to"),
     ("--evaluate_only --continue_from good.pth --lr 0.1", "--lr has no effect"),
-    ("--evaluate_only --continue_from good.pth --iterations 5", "--iterations has no effect"),
-    ("--evaluate_only --continue_from good.pth --seed 0", "--seed has no effect"),
-    ("--evaluate_only --continue_from good.pth --recipe paper", "--recipe has no effect"),
-    ("--evaluate_only --continue_from good.pth --warmup 0", "--warmup has no effect"),
-    ("--evaluate_only --continue_from fast.pth --muon_lr 0.1", "--muon_lr has no effect"),
-    ("--evaluate_only --continue_from good.pth --no_shuffle", "--no_shuffle has no effect"),
     ("--evaluate_only --continue_from good.pth --save_to w.pth", "--save_to has no effect"),
-    ("--evaluate_only --continue_from good.pth --log_frequency 1", "--log_frequency has no effect"),
     ("--evaluate_only --continue_from good.pth --dataset mnist-10k", "28x28"),
     ("--export w.pth", "--export needs --continue_from"),
-    ("--export w.pth --continue_from half.pth", "half.pth"),
     ("--export w.pth --continue_from w.{}.pth", "w.{}.pth"),
     ("--export good.pth --continue_from good.pth", "replace the checkpoint"),
     ("--export folder --continue_from good.pth", "folder"),
     ("--export /proc/no/w.pth --continue_from good.pth", "/proc/no"),
     ("--export w.pth --continue_from good.pth --lr 1", "--lr has no effect with --export"),
-    ("--export w.pth --continue_from good.pth --dataset digits", "--dataset has no effect"),
-    ("--export w.pth --continue_from good.pth --evaluate_only", "--evaluate_only has no effect"),
 ]
 
 PREDICTION = [
     ("", "model"),
     ("missing.pth", "missing.pth"),
-    ("missing.{}.pth", "missing.{}.pth"),
     ("empty.pth", "empty.pth"),
     ("half.pth", "half.pth"),
     ("text.pth", "text.pth"),
@@ -153,10 +120,8 @@ PREDICTION = [
     ("folder", "folder"),
     ("good.pth extra", "extra"),
     ("good.pth --recurent", "--recurrent"),
-    ("good.pth --recurrent --sampler batched", "batched"),
-    ("good.pth --sampler fast", "fast"),
+    ("good.pth --recurrent --recompute", "--recompute"),
     ("good.pth --n_heads 4", "2"),
-    ("good.pth --mixtures 10", "3"),
     ("good.pth --attention_type full", "causal-linear"),
     ("good.pth --neighbours", "--neighbours contradicts"),
     ("fast.pth --no-neighbours", "--no-neighbours contradicts"),
@@ -165,38 +130,26 @@ PREDICTION = [
     ("good.pth --dataset colour", "8x8x3"),
     ("good.pth --dataset mnist-10k --offset 0", "trained on digits"),
     ("good.pth --index 5-2", "5-2"),
-    ("good.pth --index 1,,2", "1,,2"),
-    ("good.pth --index 3*", "3*"),
     ("good.pth --index -1", "-1"),
     ("good.pth --index 0-1000000000", "1000000"),
     ("good.pth --index 7*1000000000000", "1000000"),
     ("good.pth --index 300", "299"),
-    ("good.pth --index x", "'x'"),
     ("good.pth --offset 65", "64"),
-    ("good.pth --offset -1", "--offset"),
     ("good.pth --temperature 0", "--temperature"),
     ("good.pth --temperature nan", "nan"),
-    ("good.pth --batch_size 0", "--batch_size"),
     ("good.pth --image_shape 28,28", "8x8"),
-    ("good.pth --image_shape 64", "'64'"),
-    ("good.pth --image_shape 8,8,x", "8,8,x"),
     ("good.pth --save_image out.png", "{}"),
     ("good.pth --save_image {}.png", "{}"),
-    ("good.pth --save_image {}.{}.{}.png", "{}"),
-    ("good.pth --save_image {x}.{}.png", "{x}"),
     ("good.pth --save_image /proc/no/{}.{}.png", "/proc/no"),
     ("good.pth --save_gif one.gif --index 0-2", "{}"),
     ("good.pth --save_gif {}.{}.gif", "at most one {}"),
-    ("good.pth --save_gif {x}.gif", "at most one {}"),
     ("good.pth --save_gif {}.png", ".gif"),
     ("good.pth --save_grid grid.xyz", ".xyz"),
     ("good.pth --save_grid folder/only.txt/grid.png", "folder/only.txt"),
     ("good.pth --save_grid all.png --index 0-250", "250"),
     ("good.pth --plot", "--save_grid"),
     ("good.pth --save_surprisal map.xyz", "--save_surprisal map.xyz"),
-    ("good.pth --save_surprisal /proc/no/map.png", "--save_surprisal /proc/no"),
     ("good.pth --save_surprisal map.png --index 0-250", "250"),
-    ("good.pth --save_surprisal map.png --index 300", "299"),
     ("good.pth --save_surprisal map.png --offset 3", "--offset has no effect"),
     ("good.pth --save_surprisal map.png --recurrent", "--recurrent has no effect"),
     ("good.pth --save_surprisal map.png --temperature 1", "--temperature has no effect"),
@@ -211,14 +164,8 @@ PREDICTION = [
     ("good.pth --save_gif x.gif --gif_seconds 0", "--gif_seconds"),
     ("good.pth --save_gif x.gif --gif_seconds 1e6", "at most 600"),
     # Softmax keeps every key and value: the compiled sampler has no such state.
-    (
-        "- --dataset digits --attention_type full --recurrent --device cpu --compile",
-        "--compile has",
-    ),
-    (
-        "- --dataset digits --attention_type full --recurrent --device cpu --no-compile",
-        "--no-compile has",
-    ),
+    ("- --dataset digits --attention_type full --device cpu --compile", "--compile has"),
+    ("- --dataset digits --attention_type full --device cpu --no-compile", "--no-compile has"),
 ]
 
 
@@ -244,8 +191,8 @@ def test_one_line_and_status_2(script, arguments, names, prepared, call, monkeyp
 
 
 def test_yielding_needs_a_checkpoint(call, tmp_path):
-    """It exited with 75, "start me again", but had saved nothing: a queue would have restarted
-    it forever."""
+    """Regression: it exited with 75, "start me again", but had saved nothing: a queue would have
+    restarted it forever."""
     result = call("main.py", *DIGITS, "--yield_frequency", 1)
     assert result.status == 2
     assert "--yield_frequency needs --save_to" in result.err
@@ -254,27 +201,20 @@ def test_yielding_needs_a_checkpoint(call, tmp_path):
 
 
 @pytest.mark.parametrize("command", [["main.py"], ["prediction.py", "-"]], ids=lambda c: c[0])
-@pytest.mark.parametrize("flag", ["--compile", "--no-compile"])
-def test_compile_flags_are_refused_for_the_other_backend(command, flag, call):
-    """Only --compile was refused; --no-compile was silently ignored."""
+@pytest.mark.parametrize(
+    ("flag", "names"),
+    [("--compile", "native"), ("--no-compile", "native"), ("--neighbours", "--no-neighbours")],
+)
+def test_what_the_other_backend_has_not_is_refused(command, flag, names, call):
+    """Regression: --no-compile was silently ignored. The library has no short convolutions, so that
+    a model with neighbours would be another one."""
     require_library()
     model = ["--dataset", "digits", *TINY, "--backend", "fast-transformers"]
     result = call(*command, *model, flag)
     assert result.status == 2
     assert result.err.count("\n") == 1
     assert flag in result.err
-    assert "native" in result.err
-
-
-@pytest.mark.parametrize("command", [["main.py"], ["prediction.py", "-"]], ids=lambda c: c[0])
-def test_neighbours_are_refused_for_the_other_backend(command, call):
-    """Its layers have no short convolutions: the model would be another one."""
-    require_library()
-    model = ["--dataset", "digits", *TINY, "--backend", "fast-transformers"]
-    result = call(*command, *model, "--neighbours")
-    assert result.status == 2
-    assert result.err.count("\n") == 1
-    assert "--no-neighbours" in result.err
+    assert names in result.err
 
 
 def test_tensorboard_missing(call, monkeypatch):
@@ -293,14 +233,6 @@ def test_no_compiler(call, monkeypatch):
 
 
 @pytest.mark.parametrize("script", ["main.py", "prediction.py"])
-def test_errors_in_a_separate_process(script, tmp_path):
-    process = start(script, "--dataset", "nowhere", "-" if script == "prediction.py" else "--lr=1")
-    out, err = process.communicate(timeout=120)
-    assert (process.returncode, out.count("Traceback"), err.count("\n")) == (2, 0, 1)
-    assert "nowhere" in err
-
-
-@pytest.mark.parametrize("script", ["main.py", "prediction.py"])
 def test_help(call, script):
     result = call(script, "--help")
     assert result.status == 0
@@ -308,26 +240,20 @@ def test_help(call, script):
     assert "None" not in result.out
 
 
-def help_of(call, script, flag):
-    """The entry of a flag in a script's --help, on one line."""
-    out = " ".join(call(script, "--help").out.split("options:")[1].split())
-    return re.split(r" --(?=\w+ |\w+$)", out.rsplit(f" --{flag} ", 1)[1])[0]
-
-
 @pytest.mark.parametrize("script", ["main.py", "prediction.py"])
 def test_help_says_where_the_default_folder_comes_from(call, script):
-    """It showed the current value of the environment variable as if it were a fixed default."""
+    """Regression: it showed the current value of the environment variable as a fixed default."""
     entry = help_of(call, script, "dataset_directory")
     assert "(default: the environment variable DATASET_DIRECTORY, else ./data)" in entry
 
 
 def test_help_names_the_parts_of_a_figure_as_they_are_drawn(call):
-    """It named the real image before the completions, but the figure has it after them."""
+    """Regression: it named the real image before the completions; the figure has it after them."""
     assert "given part, completions, real image" in help_of(call, "prediction.py", "save_grid")
 
 
 def test_help_shows_defaults_as_they_are_typed(call):
-    """That of --index read [0], which cannot be typed; that of --seed, 0, was missing."""
+    """Regression: that of --index read [0], which cannot be typed; that of --seed was missing."""
     assert "(default: 0)" in help_of(call, "prediction.py", "index")
     assert "(default: 0)" in help_of(call, "prediction.py", "seed")
     assert "[0]" not in call("prediction.py", "--help").out
@@ -355,16 +281,16 @@ def test_the_flags_of_the_original_keep_their_defaults(call):
 
 
 @pytest.mark.parametrize("command", [["main.py"], ["prediction.py", "-"]])
-def test_bfloat16_where_it_would_be_slow(command, call, monkeypatch, tmp_path):
-    """It is refused, but --precision bf16-emulated allows it."""
+def test_bfloat16_where_it_is_slow_is_a_warning(command, call, monkeypatch, tmp_path):
+    """And where the CPU has instructions for it there is none."""
     flags = tmp_path / "cpuinfo"
     flags.write_text("flags : fpu avx2 avx512f\n")
     monkeypatch.setattr(utils, "CPU_FLAGS", flags)
-    model = [*command, "--dataset", "digits", *TINY, "--device", "cpu"]
+    model = [*command, "--dataset", "digits", *TINY, "--device", "cpu", "--precision", "bf16"]
     model += ["--iterations", 1, "--evaluate_images", 2] if command[0] == "main.py" else []
-    result = call(*model, "--precision", "bf16")
-    assert result.status == 2
-    assert "bf16-emulated" in result.err
-    assert call(*model, "--precision", "bf16-emulated").status == 0
+    result = call(*model)
+    assert (result.status, result.err.count("warning: ")) == (0, 1)
+    assert "bf16" in result.err
     flags.write_text("flags : fpu avx512f avx512_bf16\n")
-    assert call(*model, "--precision", "bf16").status == 0
+    result = call(*model)
+    assert (result.status, "bf16" in result.err) == (0, False)

@@ -3,7 +3,7 @@
 import re
 
 import pytest
-from conftest import ROOT
+from helpers import ROOT
 
 CARDS = (ROOT / "docs" / "weights.md").read_text()
 BITS = r"(\d\.\d+) bits/dim \((\d\.\d+) over all bytes\)"

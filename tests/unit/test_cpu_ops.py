@@ -12,6 +12,7 @@ from layers.attention import linear_quadratic
 from layers.ops import PlainOps
 from models import ImageTransformer, ModelConfig
 
+pytestmark = pytest.mark.slow
 DTYPES = pytest.mark.parametrize(
     ("dtype", "tolerance"), [(torch.float32, 2e-6), (torch.bfloat16, 1e-2)]
 )

@@ -20,6 +20,7 @@ from layers import mixture
 from models import ImageTransformer, ModelConfig
 from utils import UserError
 
+pytestmark = pytest.mark.slow
 LENGTH = 40
 RECURRENT = ["--recurrent", "--index", "0-3", "--offset", 20]
 

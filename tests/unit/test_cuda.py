@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from conftest import DEVICE
+from helpers import DEVICE
 
 from engine.sampling import (
     EagerDecoder,

@@ -1,7 +1,6 @@
 """The path of a GPU without one: tensors on device "cuda" that have types and shapes but no values.
 
-They find a tensor left on the CPU, a wrong type, and an operation that waits for the GPU. The
-last tests break the code on purpose, to show that each of these is found.
+They find a tensor left on the CPU, a wrong type, and an operation that waits for the GPU.
 """
 
 from contextlib import contextmanager
@@ -14,7 +13,6 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-import layers.attention
 from engine.optimizers import make_optimizer
 from engine.recipes import Settings
 from engine.sampling import Batch, EagerDecoder, sample_recomputing, sample_recurrent
@@ -160,9 +158,11 @@ def describe(batch):
     return [(tensor.dtype, tensor.shape, tensor.device) for tensor in tensors]
 
 
+@EVERY_MODEL
 @torch.no_grad()
-def draw_three_bytes(model):
+def test_sampled_bytes(kind):
     """With the weights as prediction.py stores them; the batch keeps its types and shapes."""
+    model = make_model(kind)
     store_as_bfloat16(model)
     with fake_cuda(model):
         batch = new_batch(model)
@@ -178,124 +178,24 @@ def draw_three_bytes(model):
                 assert state.inputs is None or state.inputs.dtype == torch.bfloat16
 
 
-@EVERY_MODEL
-def test_a_sampled_byte(kind):
-    draw_three_bytes(make_model(kind))
-
-
+@pytest.mark.slow
 @EVERY_MODEL
 @pytest.mark.parametrize("sampler", [sample_recurrent, sample_recomputing])
 def test_whole_images(kind, sampler, monkeypatch):
-    """All but the check of finiteness, which reads a value."""
+    """The last bytes of them; without the check of finiteness, which reads a value."""
     monkeypatch.setattr(Batch, "check_finite", lambda batch: None)
     model = make_model(kind)
     with fake_cuda(model), torch.no_grad():
         images = make_images(model).long()
-        sampler(model, images, OFFSET, torch.zeros(*images.shape, 2, device=CUDA))
+        sampler(model, images, images.shape[1] - 4, torch.zeros(*images.shape, 2, device=CUDA))
 
 
 @torch.no_grad()
 def test_autocast_keeps_no_converted_weights():
-    """A CUDA graph went on reading those that the end of the context had freed; on the CPU they
-    would be out of date."""
+    """Regression: a CUDA graph went on reading those that the end of the context had freed; on the
+    CPU they would be out of date."""
     layer, x = nn.Linear(4, 4), torch.ones(1, 4)
     with autocast(torch.device("cpu"), "bf16"):
         before = layer(x)
         layer.weight.add_(1)
         assert not torch.equal(layer(x), before)
-
-
-# Mistakes in a model that reads neighbours, made by `change(object, name, value)`.
-
-
-def not_registered(path, name):
-    """A buffer that is a mere attribute, so that `model.to` leaves it on the CPU."""
-
-    def make_mistake(model, change):
-        module = model.get_submodule(path)
-        buffer = module._buffers.pop(name)
-        object.__setattr__(module, name, buffer)
-
-    return make_mistake
-
-
-def a_new_tensor_on_the_cpu(model, change):
-    """Which has one element: those mix with tensors of a GPU, after a copy."""
-    step = model.step
-    change(model, "step", lambda *args: step(*args) + torch.ones(()))
-
-
-def sums_in_bfloat16(model, change):
-    change(layers.attention, "at_least_float32", lambda x: x)
-
-
-def sums_under_autocast(model, change):
-    change(layers.attention, "without_autocast", lambda x: autocast(x.device, "bf16"))
-
-
-def products_in_float32(model, change):
-    step = model.step
-
-    def without_autocast(*args):
-        with autocast(CUDA, "fp32"):
-            return step(*args)
-
-    change(model, "step", without_autocast)
-
-
-def a_value_read(model, change):
-    step = model.step
-
-    def shorter(images, position, states):
-        return step(images[:, : position.item() + 1], position, states)
-
-    change(model, "step", shorter)
-
-
-def a_branch_on_a_value(model, change):
-    draw = Batch.draw
-
-    def check_and_draw(batch, parameters, noise):
-        return draw(batch, parameters, noise) if parameters.isfinite().all() else None
-
-    change(Batch, "draw", check_and_draw)
-
-
-def values_chosen_by_a_mask(model, change):
-    draw = Batch.draw
-
-    def draw_positive(batch, parameters, noise):
-        parameters[parameters < 0] = parameters[:1, :1].squeeze()
-        return draw(batch, parameters, noise)
-
-    change(Batch, "draw", draw_positive)
-
-
-def bytes_on_the_cpu(model, change):
-    draw = Batch.draw
-    change(Batch, "draw", lambda *args: draw(*args).cpu())
-
-
-CONVOLUTION = "transformer.layers.0.convolution"
-MISTAKES = {
-    "offsets": (not_registered(CONVOLUTION, "steps_back"), "convert all Tensors"),
-    "positions": (not_registered("pos_embedding", "pe"), "convert all Tensors"),
-    "neighbours": (not_registered("neighbours", "table"), "convert all Tensors"),
-    "new-tensor": (a_new_tensor_on_the_cpu, "a tensor on the CPU"),
-    "bfloat16-sums": (sums_in_bfloat16, "bfloat16"),
-    "autocast-sums": (sums_under_autocast, "bfloat16"),
-    "float32-products": (products_in_float32, "float32"),
-    "value": (a_value_read, "_local_scalar_dense"),
-    "branch": (a_branch_on_a_value, "_local_scalar_dense"),
-    "mask": (values_chosen_by_a_mask, "waits for the GPU to count a mask"),
-    "bytes": (bytes_on_the_cpu, "a tensor on the CPU"),
-}
-
-
-@pytest.mark.parametrize(("make_mistake", "message"), MISTAKES.values(), ids=MISTAKES)
-def test_mistakes_are_found(make_mistake, message, monkeypatch):
-    """By the test of a sampled byte, which passes without them."""
-    model = make_model("linear-neighbours")
-    make_mistake(model, monkeypatch.setattr)
-    with pytest.raises((AssertionError, RuntimeError), match=message):
-        draw_three_bytes(model)

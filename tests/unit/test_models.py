@@ -47,14 +47,13 @@ def test_state_has_the_names_and_shapes_of_the_original():
     assert {name: tuple(x.shape) for name, x in model.state_dict().items()} == expected
 
 
-def test_paper_configuration_has_its_number_of_parameters():
-    model = ImageTransformer(ModelConfig(784, n_layers=8, n_heads=8))
-    assert round(sum(p.numel() for p in model.parameters()) / 1e6, 2) == 6.36
-
-
 def test_the_configuration_gives_the_number_of_parameters():
-    config = ModelConfig(20, n_layers=3, n_heads=2, d_query=6, mixtures=5)
-    assert config.n_parameters == sum(p.numel() for p in ImageTransformer(config).parameters())
+    for config, millions in (
+        (ModelConfig(784, n_layers=8, n_heads=8), 6.36),  # the paper's
+        (ModelConfig(20, n_layers=3, n_heads=2, d_query=6, mixtures=5), 0.01),
+    ):
+        size = sum(p.numel() for p in ImageTransformer(config).parameters())
+        assert (config.n_parameters, round(size / 1e6, 2)) == (size, millions)
 
 
 def test_positions_are_sinusoids():
@@ -109,19 +108,20 @@ def test_the_loss_sums_over_all_bytes_but_the_first():
     torch.testing.assert_close(model.nll(images), expected)
 
 
+@pytest.mark.slow
 @ATTENTIONS
 def test_a_tiny_model_overfits_one_batch(attention_type):
     """From 8 bits to few: gradients flow through every part of the model and the loss.
 
-    The final loss depends on how a CPU rounds: 0.1 to 0.9 bits in eight runs.
+    The final loss depends on how a CPU rounds: 0.6 to 0.8 bits in six runs.
     """
-    images = datasets.load("digits", ".", True).images[:2, :32]
+    images = datasets.load("digits", ".", True).images[:2, :24]
     sizes = {"n_layers": 2, "n_heads": 2, "d_query": 16, "dropout": 0.0, "attention_dropout": 0.0}
-    model = make_model(32, torch.float32, attention_type=attention_type, **sizes).train()
-    optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
-    schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.01, 2000)
-    for _ in range(2000):
-        loss = model.nll(images).mean() / 31
+    model = make_model(24, torch.float32, attention_type=attention_type, **sizes).train()
+    optimizer = torch.optim.Adam(model.parameters(), lr=5e-3)
+    schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.01, 500)
+    for _ in range(500):
+        loss = model.nll(images).mean() / 23
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
