@@ -64,15 +64,14 @@ def complete(args, device):
     shape = args.image_shape or shape
     completions = completed.view(-1, *shape).numpy()
     originals = None if real is None else real.view(-1, *shape).numpy()
-    outputs.write_files(args, completions, originals, offset)
     score = partial(surprisal, model, precision=precision, device=device)
-    if args.save_grid or args.plot:
-        caption = describe_samples(args, offset, score, completed, real)
-        outputs.show_figure(args, completions, originals, offset, caption)
-    if args.save_surprisal:
+
+    def bits():
         first = first_byte_surprisal(real, first_byte_counts(args, checkpoint))
-        bits = torch.cat([first, score(real)], dim=1)  # (N, L)
-        outputs.write_surprisal(args, originals, bits.view(-1, *shape).numpy())
+        return torch.cat([first, score(real)], dim=1).view(-1, *shape).numpy()
+
+    caption = partial(describe_samples, args, offset, score, completed, real)
+    outputs.write_outputs(args, completions, originals, offset, caption, bits)
 
 
 def load_checkpoint(args):

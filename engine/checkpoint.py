@@ -8,9 +8,7 @@ of ModelConfig), `dataset` (its name and image_shape), `first_byte_counts` (256)
 """
 
 import re
-import time
 import warnings
-from contextlib import suppress
 from itertools import zip_longest
 from pathlib import Path
 
@@ -18,11 +16,9 @@ import torch
 
 import datasets
 from engine.checkpoint_schema import CHECKS, OPTIONAL, check_checksums, is_count
-from utils import UserError, one_line, say, warn, write_whole
+from utils import UserError, one_line, say, warn, write_atomically
 
 FORMAT_VERSION = 1
-# A temporary file not written to for this long, in seconds, was left by a run that was killed.
-ABANDONED = 3600
 # What a checkpoint of the original must have; the moments of its optimiser may be missing.
 ORIGINAL = ("model_state", "iteration")
 
@@ -67,10 +63,8 @@ def save(pattern, checkpoint, keep=None):
     """
     iteration = checkpoint["iteration"]
     path = format_path(pattern, iteration)
-    if path.parent.is_dir():
-        remove_abandoned(path.parent, pattern)
     content = {**checkpoint, "format_version": FORMAT_VERSION}
-    write_whole(path, lambda file: write(content, file), durable=True)
+    write_atomically(path, lambda file: write(content, file), durable=True)
     if keep and is_pattern(pattern):
         for _, old in [found for found in find(pattern) if found[0] <= iteration][keep:]:
             old.unlink(missing_ok=True)
@@ -86,7 +80,7 @@ def export(path, checkpoint):
         content["optimizer_state"] = {**content["optimizer_state"], "state": {}}
     if dataset := content.get("dataset"):
         content["dataset"] = {**dataset, "name": datasets.portable_name(dataset["name"])}
-    write_whole(path, lambda file: write(content, file), durable=True)
+    write_atomically(path, lambda file: write(content, file), durable=True)
 
 
 def write(checkpoint, file):
@@ -97,15 +91,6 @@ def write(checkpoint, file):
         if isinstance(error.__context__, OSError):
             raise error.__context__ from None
         raise OSError(one_line(error)) from None
-
-
-def remove_abandoned(folder, pattern):
-    """Remove the temporary files of runs of this pattern that were killed while writing."""
-    name = re.compile(expression(Path(pattern).name) + r"\.\w+\.tmp")
-    for path in folder.iterdir():
-        with suppress(FileNotFoundError):  # another run has renamed or removed it by now
-            if name.fullmatch(path.name) and time.time() - path.stat().st_mtime > ABANDONED:
-                path.unlink()
 
 
 def load_newest(name, or_none=False):

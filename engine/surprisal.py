@@ -4,16 +4,21 @@ import torch
 
 from layers.mixture import NATS_PER_BIT, first_byte_log_probs
 from models import POSITIONS_AT_ONCE
-from utils import autocast
+from utils import UserError, autocast
 
 
 @torch.no_grad()
 def surprisal(model, images, *, precision, device):
     """-log2 p(byte | the bytes before it), (N, L - 1), float64, in bits, of the bytes of images
-    (N, L) after their first; a few images at a time to bound the memory. Its mean is bits/dim."""
+    (N, L) after their first; a few images at a time to bound the memory. Its mean is bits/dim.
+
+    Raises `UserError` if one is not finite.
+    """
     with autocast(device, precision):
         parts = images.split(max(1, POSITIONS_AT_ONCE // images.shape[1]))
         nats = torch.cat([model.nll_per_byte(part.to(device)).cpu() for part in parts])
+    if not nats.isfinite().all():
+        raise UserError("the model's probabilities are not finite: its weights have diverged")
     return nats.double() / NATS_PER_BIT
 
 

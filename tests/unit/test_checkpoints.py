@@ -248,18 +248,6 @@ def test_keep_never_deletes_what_was_just_saved(tmp_path):
     assert checkpoints.load_newest(pattern)[0]["iteration"] == 2
 
 
-def test_temporary_files_of_killed_runs_are_removed(tmp_path):
-    """After an hour; other files stay, and so do those that another run is writing."""
-    for name in ("w.1.pth.abc_12.tmp", "w.2.pth.abc_13.tmp", "w.x.pth.abc_12.tmp"):
-        (tmp_path / name).write_bytes(b"half")
-        os.utime(tmp_path / name, (0, 0))
-    os.utime(tmp_path / "w.2.pth.abc_13.tmp")
-    checkpoints.save(str(tmp_path / "w.{}.pth"), make(3))
-    assert sorted(os.listdir(tmp_path)) == [
-        "w.2.pth.abc_13.tmp", "w.3.pth", "w.x.pth.abc_12.tmp",
-    ]  # fmt: skip
-
-
 def test_old_layout_is_renamed():
     weights = torch.arange(12.0).view(6, 2)
     state = {
