@@ -20,14 +20,16 @@ def check_outputs(args: Namespace) -> None:
     """Raise a `UserError`, before minutes of sampling, if an output could not be written or shown
     after it."""
     if args.save_image:
-        check_fields("--save_image", args.save_image, ("pred", 0), 2, "as in images/{}.{}.png")
+        needs = "needs 2 fields, {} for pred or real and {} or {:06d} for the number"
+        check_fields("--save_image", args.save_image, ("pred", 0), 2, needs)
         pattern = image_pattern(args.save_image)
         if pattern != args.save_image:
             first = pattern.format("pred", 0)
             say(f"--save_image has no extension of an image format: writing {first} and so on")
     if args.save_gif:
         least = int(len(args.index) > 1)
-        check_fields("--save_gif", args.save_gif, (0,), least, "as in sample.{}.gif")
+        needs = f"{'needs one' if least else 'takes at most one'} {{}} or {{:06d}} for the number"
+        check_fields("--save_gif", args.save_gif, (0,), least, needs)
         if Path(args.save_gif).suffix.lower() != ".gif":
             raise UserError(f"--save_gif {args.save_gif} does not end in .gif")
     if args.save_grid or args.plot or args.save_surprisal:
@@ -40,7 +42,7 @@ def check_outputs(args: Namespace) -> None:
         check_display()
 
 
-def check_fields(flag, pattern, values, least, example):
+def check_fields(flag, pattern, values, least, needs):
     """Raise a `UserError` if a pattern does not have one {} for each of these values, or at least
     for `least` of them."""
     try:
@@ -48,8 +50,7 @@ def check_fields(flag, pattern, values, least, example):
     except ValueError:
         valid = False
     if not valid:
-        needs = f"needs {least}" if least else "takes at most one"
-        raise UserError(f"{flag} {pattern} {needs} {{}} or {{:06d}}, {example}")
+        raise UserError(f"{flag} {pattern} {needs}")
 
 
 def image_pattern(pattern):
@@ -171,14 +172,16 @@ def image_writers(args, completions, originals, offset):
 
 def write_samples(args, rows, offset, caption, errors):
     """Write --save_grid and show --plot."""
-    figure = figures.new_window() if args.plot else figures.new_figure()
+    if args.plot:
+        import matplotlib.pyplot as plt
+    figure = plt.figure() if args.plot else figures.new_figure()
     figures.draw_samples(figure, rows, offset, caption)
     if args.save_grid:
         with keep_error(errors):  # a window may show what no file can hold
             figures.save_figure(figure, args.save_grid)
             say(f"wrote {args.save_grid} ({caption})")
     if args.plot:
-        figures.show_windows()
+        plt.show()
 
 
 def write_surprisal(args, images, bits):

@@ -43,20 +43,6 @@ def new_figure(**options) -> Figure:
     return Figure(**options)
 
 
-def new_window() -> Figure:
-    """An empty figure that `show_windows` shows."""
-    import matplotlib.pyplot as plt
-
-    return plt.figure()
-
-
-def show_windows() -> None:
-    """Show the figures of `new_window`; returns when their windows are closed."""
-    import matplotlib.pyplot as plt
-
-    plt.show()
-
-
 def rows_of(
     index: list[int], completions: np.ndarray, originals: np.ndarray | None
 ) -> list[tuple[str, list[np.ndarray], np.ndarray | None]]:
