@@ -12,6 +12,7 @@ if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while torch is imported: no traceback
 
 import math
+from functools import partial
 
 import datasets
 from cli import outputs, sampling_flags
@@ -67,13 +68,12 @@ def complete(args, device):
     shape = args.image_shape or shape
     completions = completed.view(-1, *shape).numpy()
     originals = None if real is None else real.view(-1, *shape).numpy()
-    outputs.write_files(args, completions, originals, offset)
-    if args.save_grid or args.plot:
-        caption = describe_samples(args, offset, model, precision, completed, real)
-        outputs.show_figure(args, completions, originals, offset, caption)
-    if args.save_surprisal:
-        bits = surprisal(model, real, precision=precision)  # (N, L)
-        outputs.write_surprisal(args, originals, bits.view(-1, *shape).numpy())
+
+    def bits():
+        return surprisal(model, real, precision=precision).view(-1, *shape).numpy()
+
+    caption = partial(describe_samples, args, offset, model, precision, completed, real)
+    outputs.write_outputs(args, completions, originals, offset, caption, bits)
 
 
 def load_checkpoint(args):

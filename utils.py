@@ -1,13 +1,11 @@
-"""Shared helpers: errors, messages, atomic file writes, device and precision."""
+"""Shared helpers: errors, messages, device and precision."""
 
-import errno
 import logging
 import os
 import re
 import shutil
 import subprocess
 import sys
-import tempfile
 from contextlib import suppress
 from pathlib import Path
 
@@ -17,9 +15,6 @@ import torch
 CPU_FLAGS = Path("/proc/cpuinfo")
 BFLOAT16_FLAGS = {"avx512_bf16", "amx_bf16", "bf16"}
 MEMORY = Path("/proc/meminfo")
-# errno values of an invalid path.
-BAD_PATHS = {errno.ENAMETOOLONG, errno.EACCES, errno.EPERM, errno.ENOENT, errno.ENOTDIR,
-             errno.EISDIR, errno.ELOOP, errno.EINVAL}  # fmt: skip
 
 
 class UserError(Exception):
@@ -64,69 +59,6 @@ def is_out_of_memory(error):
 def is_lost_process(error):
     """Whether a collective operation failed because another process has ended."""
     return isinstance(error, torch.distributed.DistError) or "gloo" in str(error)
-
-
-# Files
-
-
-def write_whole(path, write, durable=False):
-    """Call `write` with a temporary file beside `path`, then rename it to `path`: readers of
-    `path` see the old file or the new one, never a part of it. Missing folders are created.
-
-    With `durable` that holds even if the machine crashes. Raises OSError.
-    """
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name + ".", suffix=".tmp")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            write(file)
-            file.flush()
-            if durable:
-                os.fsync(file.fileno())
-        os.chmod(temporary, 0o666 & ~umask())  # mkstemp makes files only their owner can read
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
-    if durable:
-        sync_folder(path.parent)
-
-
-def umask():
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
-
-
-def sync_folder(folder):
-    """Flush a rename in this folder to the disk."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def check_writable(path, flag):
-    """Raise a `UserError` if the file `path` could not be written; creates nothing.
-
-    Its folder may be missing: then the nearest existing parent must be writable.
-    """
-    path = Path(path)
-    if path.is_dir():
-        raise UserError(f"{flag} {path} is a folder: give a file's path")
-    if path.exists() and not os.access(path, os.W_OK):
-        raise UserError(f"{flag} {path} is write-protected: choose another path")
-    folder = next(parent for parent in path.absolute().parents if parent.exists())
-    try:
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-    except OSError as error:
-        raise UserError(
-            f"{flag} {path} cannot be written because {folder} is not writable "
-            f"({error.strerror}): choose another path"
-        ) from None
 
 
 # Device and precision

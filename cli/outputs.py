@@ -1,52 +1,88 @@
 """The output flags of prediction.py, checked before sampling and carried out after it."""
 
-import string
+import os
+from argparse import Namespace
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
-from engine import pictures
-from utils import UserError, check_writable, say
+import numpy as np
+
+from engine import figures, pictures
+from files import check_writable, count_fields
+from utils import UserError, one_line, say, warn
 
 # Limits of a figure: matplotlib needs about ten milliseconds for each row and image.
 MAX_FIGURE_ROWS, MAX_FIGURE_IMAGES = 200, 1000
 
 
-def check_outputs(args):
+def check_outputs(args: Namespace) -> None:
     """Raise a `UserError`, before minutes of sampling, if an output could not be written or shown
     after it."""
     if args.save_image:
-        check_fields("--save_image", args.save_image, 2, "as in images/{}.{}.png")
-        path = pictures.image_path(args.save_image, "pred", 0)
-        check_writable(path, "--save_image")
-        if path.suffix != Path(args.save_image).suffix:
-            extension = Path(args.save_image).suffix or "no extension"
-            say(f"--save_image: {extension} is not an image format: writing {path} and so on")
+        needs = "needs 2 fields, {} for pred or real and {} or {:06d} for the number"
+        check_fields("--save_image", args.save_image, ("pred", 0), 2, needs)
+        pattern = image_pattern(args.save_image)
+        if pattern != args.save_image:
+            first = pattern.format("pred", 0)
+            say(f"--save_image has no extension of an image format: writing {first} and so on")
     if args.save_gif:
-        check_fields("--save_gif", args.save_gif, int(len(args.index) > 1), "as in sample.{}.gif")
+        least = int(len(args.index) > 1)
+        needs = f"{'needs one' if least else 'takes at most one'} {{}} or {{:06d}} for the number"
+        check_fields("--save_gif", args.save_gif, (0,), least, needs)
         if Path(args.save_gif).suffix.lower() != ".gif":
             raise UserError(f"--save_gif {args.save_gif} does not end in .gif")
-        check_writable(args.save_gif.format(0), "--save_gif")
     if args.save_grid or args.plot or args.save_surprisal:
         check_figure_size(args)
     for name in ("save_grid", "save_surprisal"):
         if path := getattr(args, name):
-            check_figure_format(f"--{name}", path)
-            check_writable(path, f"--{name}")
+            figures.check_extension(path, f"--{name}")
+    check_paths(args)
     if args.plot:
         check_display()
 
 
-def check_fields(flag, pattern, least, example):
-    """Raise a `UserError` if a pattern does not have one {} for each of its values."""
+def check_fields(flag, pattern, values, least, needs):
+    """Raise a `UserError` if a pattern does not have one {} for each of these values, or at least
+    for `least` of them."""
     try:
-        fields = [
-            field for _, field, _, _ in string.Formatter().parse(pattern) if field is not None
-        ]
-        pattern.format("pred", 0) if least == 2 else pattern.format(0)
-    except (ValueError, KeyError, IndexError):
-        fields = None
-    if fields is None or not least <= len(fields) <= max(1, least):
-        needs = f"needs {least}" if least else "takes at most one"
-        raise UserError(f"{flag} {pattern} {needs} {{}}, {example}")
+        valid = least <= count_fields(pattern) <= len(values) and pattern.format(*values)
+    except ValueError:
+        valid = False
+    if not valid:
+        raise UserError(f"{flag} {pattern} {needs}")
+
+
+def image_pattern(pattern):
+    """The pattern of --save_image, with .png appended if it has no extension or .pth, as in the
+    original's documented command. Other extensions are a `UserError`."""
+    extension = Path(pattern).suffix.lower()
+    if extension in pictures.FORMATS:
+        return pattern
+    if extension in ("", ".pth") or "{" in extension:
+        return f"{Path(pattern)}.png"
+    known = ", ".join(pictures.FORMATS)
+    raise UserError(f"--save_image {pattern}: {extension} is none of {known}")
+
+
+def check_paths(args):
+    """Raise a `UserError` if the first or last file of an output could not be written, or is also
+    another output's."""
+    paths = [(f"--{name}", getattr(args, name)) for name in ("save_grid", "save_surprisal")]
+    for n in {0, len(args.index) - 1}:
+        if args.save_image:
+            pattern = image_pattern(args.save_image)
+            kinds = ("pred",) if args.offset == 0 else ("pred", "real")
+            paths += [("--save_image", pattern.format(kind, n)) for kind in kinds]
+        if args.save_gif:
+            paths.append(("--save_gif", args.save_gif.format(n)))
+    flags = {}
+    for flag, path in paths:
+        if path:
+            check_writable(path, flag)
+            if flags.setdefault(os.path.realpath(path), flag) != flag:
+                raise UserError(f"{flag} {path} is also written by another flag: give another path")
 
 
 def check_figure_size(args):
@@ -59,54 +95,94 @@ def check_figure_size(args):
         )
 
 
-def check_figure_format(flag, path):
-    """Raise a `UserError` if matplotlib does not write files with this extension."""
-    from matplotlib.backend_bases import FigureCanvasBase
-
-    extension = Path(path).suffix.lower()[1:] or "png"
-    known = FigureCanvasBase.get_supported_filetypes()
-    if extension not in known:
-        raise UserError(f"{flag} {path}: .{extension} is none of {', '.join(sorted(known))}")
-
-
 def check_display():
     """Raise a `UserError` if matplotlib cannot open a window."""
-    import matplotlib.pyplot as plt
-    from matplotlib.backends import BackendFilter, backend_registry
+    try:
+        import matplotlib.pyplot as plt  # raises ValueError for an unknown MPLBACKEND
+        from matplotlib.backends import BackendFilter, backend_registry
 
-    interactive = backend_registry.list_builtin(BackendFilter.INTERACTIVE)
-    if plt.get_backend().lower() not in [name.lower() for name in interactive]:
+        plt.switch_backend(plt.get_backend())  # raises ImportError for one that cannot run here
+        reason = f"matplotlib's backend is {plt.get_backend()}"
+        windows = backend_registry.list_builtin(BackendFilter.INTERACTIVE)
+        found = plt.get_backend().lower() in map(str.lower, windows)
+    except (ImportError, ValueError) as error:
+        reason, found = one_line(error), False
+    if not found:
         raise UserError(
-            f"--plot finds no display (matplotlib's backend is {plt.get_backend()}): "
-            "use --save_grid FILE, or a desktop session"
+            f"--plot finds no display ({reason}): use --save_grid FILE, or a desktop session"
         )
 
 
-def write_files(args, completions, originals, offset):
-    """Write --save_image and --save_gif for images (N, H, W) or (N, H, W, 3), uint8."""
-    written = []
+def write_outputs(
+    args: Namespace,
+    completions: np.ndarray,
+    originals: np.ndarray | None,
+    offset: int,
+    caption: Callable[[], str],
+    bits: Callable[[], np.ndarray],
+) -> None:
+    """Write and show what the output flags ask for.
+
+    `completions` and `originals` are images (N, H, W) or (N, H, W, 3), uint8; `caption()` is that
+    of the figure, and `bits()` what the bytes of the originals cost, of their shape. An output
+    that fails does not lose the others: the first error is raised in the end.
+    """
+    errors, written = [], []
+    for path, write in image_writers(args, completions, originals, offset):
+        with keep_error(errors):
+            write(path)
+            written.append(path)
+    if written:
+        say(f"wrote {written[0]}" + (f" to {written[-1]}" if len(written) > 1 else ""))
+    if args.save_grid or args.plot:
+        with keep_error(errors):
+            rows = figures.rows_of(args.index, completions, originals)
+            write_samples(args, rows, offset, caption(), errors)
+    if args.save_surprisal:
+        with keep_error(errors):
+            write_surprisal(args, originals, bits())
+    if len(errors) > 1:
+        warn(f"{len(errors)} outputs could not be written; the error is that of the first")
+    if errors:
+        raise errors[0]
+
+
+@contextmanager
+def keep_error(errors: list[Exception]) -> Iterator[None]:
+    """Add an exception to the list instead of raising it."""
+    try:
+        yield
+    except Exception as error:
+        errors.append(error)
+
+
+def image_writers(args, completions, originals, offset):
+    """(path, function that writes it) of each file of --save_image and --save_gif."""
     for n, image in enumerate(completions):
         if args.save_image:
             kinds = {"pred": image} | ({} if originals is None else {"real": originals[n]})
             for kind, picture in kinds.items():
-                written.append(pictures.image_path(args.save_image, kind, n))
-                pictures.save_image(written[-1], picture)
+                path = Path(image_pattern(args.save_image).format(kind, n))
+                yield path, partial(pictures.save_image, image=picture)
         if args.save_gif:
-            written.append(Path(args.save_gif.format(n)))
-            pictures.save_gif(written[-1], image, offset, args.gif_seconds)
-    if written:
-        say(f"wrote {written[0]}" + (f" to {written[-1]}" if len(written) > 1 else ""))
+            yield (
+                Path(args.save_gif.format(n)),
+                partial(pictures.save_gif, image=image, offset=offset, seconds=args.gif_seconds),
+            )
 
 
-def show_figure(args, completions, originals, offset, caption):
+def write_samples(args, rows, offset, caption, errors):
     """Write --save_grid and show --plot."""
-    drawing = pictures.figure(figure_rows(args.index, completions, originals), offset, caption)
-    if args.save_grid:
-        pictures.save_figure(drawing, args.save_grid)
-        say(f"wrote {args.save_grid} ({caption})")
     if args.plot:
-        pictures.show()
-    pictures.close(drawing)
+        import matplotlib.pyplot as plt
+    figure = plt.figure() if args.plot else figures.new_figure()
+    figures.draw_samples(figure, rows, offset, caption)
+    if args.save_grid:
+        with keep_error(errors):  # a window may show what no file can hold
+            figures.save_figure(figure, args.save_grid)
+            say(f"wrote {args.save_grid} ({caption})")
+    if args.plot:
+        plt.show()
 
 
 def write_surprisal(args, images, bits):
@@ -118,16 +194,6 @@ def write_surprisal(args, images, bits):
     per_byte = bits.reshape(len(bits), -1)  # (N, L)
     bits_per_dim, all_bytes = per_byte[:, 1:].mean(), per_byte.mean()
     caption = f"surprisal: {bits_per_dim:.4f} bits/dim, {all_bytes:.4f} over all bytes"
-    drawing = pictures.surprisal_figure(images, bits, list(map(str, different)), caption)
-    pictures.save_figure(drawing, args.save_surprisal)
+    figure = figures.surprisal_figure(images, bits, list(map(str, different)), caption)
+    figures.save_figure(figure, args.save_surprisal)
     say(f"wrote {args.save_surprisal} ({caption})")
-    pictures.close(drawing)
-
-
-def figure_rows(index, completions, originals):
-    """(label, completions, real image or None) of each image of the data set, in order."""
-    rows = {}
-    for n, i in enumerate(index):
-        original = None if originals is None else originals[n]
-        rows.setdefault(i, (str(i), [], original))[1].append(completions[n])
-    return list(rows.values())

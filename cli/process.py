@@ -11,7 +11,8 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from utils import BAD_PATHS, LOG, UserError, is_first_process, is_out_of_memory, print_error, warn
+from files import BAD_PATHS
+from utils import LOG, UserError, is_first_process, is_out_of_memory, print_error, warn
 
 # Exit statuses, documented in docs/checkpoints.md.
 INVALID = 2

@@ -16,8 +16,9 @@ from cli.flags import (
 from cli.process import YIELDED
 from engine.checkpoint import format_path, is_pattern
 from engine.recipes import Settings
+from files import check_writable
 from options import COUNT, SEED, options
-from utils import UserError, check_writable
+from utils import UserError
 
 EVALUATED = {
     "evaluate_images": flag("evaluate on the first N test images only (default: all)", COUNT)

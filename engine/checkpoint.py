@@ -22,14 +22,13 @@ import torch
 import datasets
 from engine.optimizers import import_state
 from engine.recipes import Settings
+from files import FIELD, write_atomically
 from models import ImageTransformer, ModelConfig
 from options import COUNT, SEED, Number, options
-from utils import UserError, one_line, say, warn, write_whole
+from utils import UserError, one_line, say, warn
 
 # The original's entries.
 ORIGINAL = "model_state", "optimizer_state", "iteration"
-# Where a pattern has the iteration: {}, or padded with zeros such as {:06d}.
-FIELD = re.compile(r"\{0?(?::(0?\d{0,2}d?))?\}")
 # Version 1 also had the optimiser's name as an entry of its own.
 FORMAT_VERSION = 2
 
@@ -276,7 +275,7 @@ class Checkpoint:
                 "threads": self.threads,
                 "format_version": FORMAT_VERSION,
             }
-        write_whole(path, lambda file: torch_save(entries, file), durable=True)
+        write_atomically(path, lambda file: torch_save(entries, file), durable=True)
 
 
 NO_CHECKPOINT = Checkpoint()
@@ -422,7 +421,7 @@ def is_pattern(name: str | Path) -> bool:
 
 def format_path(pattern: str, iteration: int) -> Path:
     """The path of an iteration's checkpoint."""
-    path = FIELD.sub(lambda field: format(iteration, field[1] or ""), pattern)
+    path = FIELD.sub(lambda field: field[0].format(iteration), pattern)
     if "{" in path or "}" in path:
         raise UserError(
             f"{pattern} is not a valid checkpoint pattern: write {{}} for the iteration, as in "

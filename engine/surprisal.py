@@ -4,7 +4,7 @@ import torch
 
 from layers.mixture import NATS_PER_BIT
 from models import POSITIONS_AT_ONCE, ImageTransformer
-from utils import autocast
+from utils import UserError, autocast
 
 
 @torch.no_grad()
@@ -15,10 +15,14 @@ def surprisal(
     (N, L) on the CPU. The mean over all but the first byte is the paper's bits/dim.
 
     The first byte's probability comes from the histogram of first bytes in the training set.
+    Raises `UserError` if one is not finite.
     """
     device = model.first_byte_counts.device
     nats = [model.first_byte_nll(images)[:, None].cpu()]
     parts = images.split(max(1, POSITIONS_AT_ONCE // images.shape[1]))  # bounds the memory
     with autocast(device, precision):
         others = [model.nll_per_byte(part.to(device)).cpu().double() for part in parts]
-    return torch.cat([*nats, torch.cat(others)], dim=1) / NATS_PER_BIT
+    nats = torch.cat([*nats, torch.cat(others)], dim=1)
+    if not nats.isfinite().all():
+        raise UserError("the model's probabilities are not finite: its weights have diverged")
+    return nats / NATS_PER_BIT

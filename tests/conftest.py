@@ -3,8 +3,10 @@
 import functools
 import http.server
 import os
+import subprocess
 import sys
 import threading
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -110,6 +112,21 @@ def server(tmp_path):
         threading.Thread(target=httpd.serve_forever, daemon=True).start()
         yield folder, f"http://127.0.0.1:{httpd.server_port}/"
         httpd.shutdown()
+
+
+@pytest.fixture
+def full_disk(tmp_path):
+    """A folder on a file system of 64 KiB that has no space left."""
+    folder = tmp_path / "full"
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", folder]
+    if sys.platform != "linux" or subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("needs the right to mount a file system")
+    with open(folder / "filler", "wb", buffering=0) as filler, suppress(OSError):
+        while filler.write(bytes(1024)):
+            pass
+    yield folder
+    subprocess.run(["umount", folder], check=True)
 
 
 @pytest.fixture(scope="session", autouse=True)

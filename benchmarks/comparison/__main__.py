@@ -22,7 +22,8 @@ from benchmarks.comparison.plots import draw
 from benchmarks.comparison.report import report
 from cli.process import run
 from engine.progress import progress_bar
-from utils import UserError, check_writable, is_out_of_memory, say, select_device
+from files import check_writable
+from utils import UserError, is_out_of_memory, say, select_device
 
 
 @dataclass(frozen=True)

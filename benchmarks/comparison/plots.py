@@ -1,10 +1,16 @@
 """The figures of the comparison."""
 
-from matplotlib.figure import Figure
-from matplotlib.ticker import StrMethodFormatter
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 from benchmarks.comparison.learning import after_images, common_images, runs_by_method
 from benchmarks.comparison.report import QUANTITIES, curves_of, number, rates_of
+from engine.figures import new_figure, save_figure
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 COLOURS = {
     "softmax": "tab:red", "softmax, KV cache": "tab:orange", "linear": "tab:blue",
@@ -12,15 +18,15 @@ COLOURS = {
 }  # fmt: skip
 
 
-def draw(results, path):
-    """Write the figure of the results to a file of any of matplotlib's formats."""
+def draw(results: dict, path: str | Path) -> None:
+    """Write the figure of the results to a file with one of the extensions of engine/figures.py."""
     figure = learning_figure(results) if "learning" in results else speed_figure(results)
-    figure.savefig(path, dpi=130)
+    save_figure(figure, path)
 
 
-def speed_figure(results):
+def speed_figure(results: dict) -> Figure:
     """Time and memory against the bytes of an image, on logarithmic axes, and images/s."""
-    figure = Figure(figsize=(13, 7), layout="constrained")
+    figure = new_figure(figsize=(13, 7), layout="constrained")
     rows = figure.subplots(2, 3)
     for axes, quantity in zip(rows[:, :2].T.flat, QUANTITIES, strict=True):
         draw_lengths(axes, curves_of(results, quantity), quantity.title)
@@ -45,7 +51,7 @@ def draw_lengths(axes, curves, title):
     ticks = sorted({length for points in curves.values() for length in points})
     axes.set_xticks(ticks, [f"{tick:,}" for tick in ticks], rotation=30)
     axes.minorticks_off()
-    axes.yaxis.set_major_formatter(StrMethodFormatter("{x:,g}"))
+    axes.yaxis.set_major_formatter("{x:,g}")
     axes.grid(alpha=0.3)
 
 
@@ -65,9 +71,9 @@ def draw_rates(axes, results, config):
     axes.invert_yaxis()
 
 
-def learning_figure(results):
+def learning_figure(results: dict) -> Figure:
     """Bits/dim against images and minutes: the mean of the seeds, and their range."""
-    figure = Figure(figsize=(9, 3.8), layout="constrained")
+    figure = new_figure(figsize=(9, 3.8), layout="constrained")
     panels = figure.subplots(1, 2, sharey=True)
     for name, runs in runs_by_method(results["learning"]).items():
         points = [after_images(runs, images) for images in common_images(runs)]
@@ -82,7 +88,7 @@ def learning_figure(results):
     panels[0].set(xscale="log", xlabel="training images", ylabel="test bits/dim")
     panels[1].set(xscale="log", xlabel="minutes of training")
     for axes in panels:
-        axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,g}"))
+        axes.xaxis.set_major_formatter("{x:,g}")
         axes.grid(alpha=0.3)
     panels[1].legend()
     figure.suptitle(f"{results['machine']}, {results['date']}", fontsize=9)

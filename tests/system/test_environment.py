@@ -144,9 +144,9 @@ def test_output_on_a_full_disk(tmp_path):
     assert load(tmp_path / "w.pth")["iteration"] == 3
 
 
-@ON_LINUX
-def test_metrics_on_a_full_disk(succeed):
-    result = succeed("main.py", *DIGITS, "--iterations", 2, "--metrics_file", "/dev/full")
+def test_metrics_on_a_full_disk(succeed, full_disk):
+    metrics = ["--metrics_file", full_disk / "m.jsonl"]
+    result = succeed("main.py", *DIGITS, "--iterations", 2, *metrics)
     assert "metrics of iteration 2 cannot be written (No space left on device)" in result.err
 
 

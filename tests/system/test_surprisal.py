@@ -9,7 +9,7 @@ from conftest import TINY
 
 import datasets
 from engine import checkpoint as checkpoints
-from engine import pictures
+from engine import figures
 from engine.surprisal import first_byte_surprisal, surprisal
 from layers import mixture
 from models import ImageTransformer, ModelConfig
@@ -21,7 +21,10 @@ CPU = {"precision": "fp32", "device": torch.device("cpu")}
 def drawn(monkeypatch):
     """The figures that were drawn."""
     drawings = []
-    monkeypatch.setattr(pictures, "close", drawings.append)
+    save = figures.save_figure
+    monkeypatch.setattr(
+        figures, "save_figure", lambda figure, path: drawings.append(figure) or save(figure, path)
+    )
     return drawings
 
 
