@@ -105,7 +105,7 @@ class Trainer:
         self.counts = checkpoint.get("first_byte_counts")
         if self.counts is None:
             self.counts = self.training.first_byte_counts()
-        self.training = self.training.resident(device)
+        self.training = self.training.on_device_if_small(device)
         config = construction.make_config(architecture, self.training.image_shape)
         self.model = build_model(config, args, self.precision, device, self.seed, checkpoint, path)
         self.optimizer = make_optimizer(self.model, self.settings)
