@@ -101,7 +101,8 @@ def load(name: str, directory: Path | str, train: bool) -> ImageDataset:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # torch has no read-only tensors
         tensor = torch.from_numpy(images).flatten(1)
-    return ImageDataset(name, tensor, images.shape[1:], getattr(images, "_mmap", None))
+    mapping = getattr(images, "_mmap", None)  # of numpy's memmap, which has no public name for it
+    return ImageDataset(name, tensor, images.shape[1:], mapping)
 
 
 def read(name: str, directory: Path | str, train: bool) -> np.ndarray:
@@ -323,6 +324,8 @@ def load_image_files(folder: Path) -> np.ndarray:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # about damaged metadata, which the pixels do not need
         first = read_image(paths[0])
+        if first.size < 2:
+            raise UserError(f"{paths[0]} is a single byte: there is nothing to predict")
         images = allocate((len(paths), *first.shape))
         for i, path in enumerate(paths):
             image = read_image(path)
@@ -385,11 +388,15 @@ def check_convertible(image: Image.Image, path: Path) -> None:
 
 
 def check_is_file(path: Path) -> None:
-    """Raise a `UserError` if there is no file at `path`, or one that may have no end."""
-    if not path.is_file():
-        problem = "is no regular file" if path.exists() else "does not exist"
-        problem = "is a broken link" if path.is_symlink() and not path.exists() else problem
-        raise UserError(f"{path} {problem}: put a file with images there")
+    """Raise a `UserError` unless `path` is a file, which this user may read, and no pipe or device,
+    which may have no end."""
+    if path.is_file() and os.access(path, os.R_OK):
+        return
+    if path.exists():
+        problem = "may not be read by this user" if path.is_file() else "is no regular file"
+    else:
+        problem = "is a broken link" if path.is_symlink() else "does not exist"
+    raise UserError(f"{path} {problem}: put a file with images there")
 
 
 def with_colour(shape):

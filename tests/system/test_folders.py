@@ -8,7 +8,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import standins
 from conftest import TINY, start
 from PIL import Image
 
@@ -201,6 +200,13 @@ def test_photos_are_read_upright(orientation, extension, tmp_path):
     assert np.abs(data.images[0].numpy() - upright.ravel().astype(int)).max() < 6
 
 
+def test_images_of_one_byte_are_refused(tmp_path):
+    """Regression: the loss was not finite, and the advice to lower --lr."""
+    write(tmp_path / "train" / "0.png", GREY[:1, :1])
+    with pytest.raises(UserError, match="is a single byte"):
+        train_images(tmp_path)
+
+
 def test_image_files_that_exceed_the_memory(folder, call, monkeypatch):
     """Regression: the advice was to lower --batch_size. They are refused before they are read."""
     monkeypatch.setattr(datasets, "device_memory", lambda device: 30)
@@ -223,17 +229,6 @@ def test_an_array_that_is_truncated_during_a_run(folder):
     os.truncate("train.npy", 130)
     with pytest.raises(UserError, match="has become shorter while it was in use"):
         data.batch(0, 2, 0)
-
-
-def test_a_failed_download_leaves_no_folders_behind(call, server, monkeypatch, tmp_path):
-    """Regression: empty folders were left behind."""
-    standins.serve_mnist(*server, monkeypatch)
-    for path in server[0].iterdir():
-        path.unlink()
-    result = call("main.py", "--dataset", "mnist", "--dataset_directory", "new/data")
-    assert result.status == 2
-    assert "the download failed" in result.err
-    assert not (tmp_path / "new").exists()
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="other systems have no names of bytes")

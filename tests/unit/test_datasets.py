@@ -68,17 +68,19 @@ def test_cifar10_is_downloaded_and_read_as_r_g_b(server, monkeypatch, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["mnist", "cifar10"])
-def test_a_failed_download_says_what_to_fetch(name, server, monkeypatch, tmp_path):
+def test_a_failed_download_says_what_to_fetch(name, server, monkeypatch, tmp_path, call):
+    """Regression: it left empty folders behind."""
     serve = standins.serve_mnist if name == "mnist" else standins.serve_cifar
     serve(*server, monkeypatch)
     for path in server[0].iterdir():
         path.unlink()
-    with pytest.raises(UserError) as error:
-        datasets.load(name, tmp_path / "data", True)
+    result = call("main.py", "--dataset", name, "--dataset_directory", "new/data")
     file = "train-images-idx3-ubyte.gz" if name == "mnist" else "cifar-10-python.tar.gz"
-    assert server[1] + file in str(error.value)
-    assert str(tmp_path / "data") in str(error.value)
-    assert ("--dataset mnist-10k needs no download" in str(error.value)) == (name == "mnist")
+    assert result.status == 2
+    assert server[1] + file in result.err
+    assert "in new/data" in result.err
+    assert ("--dataset mnist-10k needs no download" in result.err) == (name == "mnist")
+    assert not (tmp_path / "new").exists()
 
 
 def test_damaged_mnist_files_are_named(tmp_path):
