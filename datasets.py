@@ -1,21 +1,27 @@
 """Every data set as one uint8 tensor of shape (images, bytes), with the shape of an image."""
 
+import mmap
+import os
 import warnings
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
 import torch
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from options import choose
-from utils import UserError, device_memory, one_line, say, to_device
+from utils import UserError, device_memory, is_out_of_memory, one_line, say, to_device
 
 NAMES = ("mnist", "fashion-mnist", "cifar10", "imagenet64", "mnist-10k", "digits")
 EMBEDDED = Path(__file__).parent / "digits"
 MNIST_10K = EMBEDDED / "mnist-10k.npz"
-# A GPU keeps a data set that takes at most this fraction of its memory.
-RESIDENT = 0.1
+# A data set is kept on a GPU if it takes at most this fraction of the GPU's memory.
+FRACTION_OF_DEVICE_MEMORY = 0.1
+# Pillow's names of the image formats that are read.
+IMAGE_FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
 
 
 @dataclass(frozen=True)
@@ -24,22 +30,24 @@ class ImageDataset:
 
     name: str
     images: torch.Tensor  # (images, bytes), uint8
-    image_shape: tuple
+    image_shape: tuple[int, ...]
+    mapping: mmap.mmap | None = None  # the file that `images` is read from, if it is mapped
 
-    def __len__(self):
+    def __len__(self) -> int:
         return len(self.images)
 
-    def first_byte_counts(self):
+    def first_byte_counts(self) -> torch.Tensor:
         """How often each byte is the first of an image, (256,), int64."""
         return torch.bincount(self.images[:, 0].long(), minlength=256)
 
-    def batch(self, iteration, batch_size, seed):
+    def batch(self, iteration: int, batch_size: int, seed: int | None) -> torch.Tensor:
         """The images (batch_size, bytes) of a training iteration, counted from 0.
 
         A function of its arguments alone, so a restart continues exactly where the run stopped:
         batches are consecutive parts of an endless sequence of permutations, one per epoch, each
         drawn from (seed, epoch). Without a seed the order is the file's.
         """
+        self.check_file()
         n = len(self)
         positions = np.arange(iteration * batch_size, (iteration + 1) * batch_size)
         epochs, places = positions // n, positions % n
@@ -49,43 +57,72 @@ class ImageDataset:
         order = torch.from_numpy(np.concatenate(order))
         return self.images[to_device(order, self.images.device)]
 
-    def resident(self, device):
+    def check_file(self) -> None:
+        """Raise a `UserError` if the mapped file has become shorter: reading what is gone would
+        end the process with SIGBUS, which Python cannot handle."""
+        if self.mapping and self.mapping.size() < len(self.mapping):
+            raise UserError(
+                f"a file of {self.name} has become shorter while it was in use: restore it, and "
+                "replace files in use by renaming the new ones"
+            )
+
+    def on_device_if_small(self, device: torch.device) -> "ImageDataset":
         """The same data set with its images in the memory of a GPU, if they are few enough, so that
         only the order of a batch has to be copied there."""
-        if device.type == "cpu" or self.images.nbytes > RESIDENT * device_memory(device):
+        limit = FRACTION_OF_DEVICE_MEMORY * device_memory(device)
+        if device.type == "cpu" or self.images.nbytes > limit:
             return self
-        return replace(self, images=self.images.to(device))
+        return replace(self, images=self.images.to(device), mapping=None)
 
 
 @lru_cache(maxsize=2)
-def permutation(seed, epoch, n):
+def permutation(seed: int | None, epoch: int, n: int) -> np.ndarray:
     """The order of n images in an epoch; the file's order if the seed is None."""
     if seed is None:
         return np.arange(n)
     return np.random.default_rng((seed, int(epoch))).permutation(n)
 
 
-def load(name, directory, train):
+def load(name: str, directory: Path | str, train: bool) -> ImageDataset:
     """The training or test images of the data set `name`, one of NAMES or a folder's path.
 
     Data sets of torchvision are downloaded to `directory` if they are not there yet. Raises
     `UserError`, naming the file, if it is missing, damaged or of the wrong shape.
     """
+    try:
+        images = read(name, directory, train)
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        raise UserError(
+            f"the data set {name} does not fit in memory ({one_line(error)}): save its images with "
+            "numpy.save, in C order, as train.npy and test.npy, of which only the images of a "
+            "batch are read"
+        ) from None
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # torch has no read-only tensors
+        tensor = torch.from_numpy(images).flatten(1)
+    mapping = getattr(images, "_mmap", None)  # of numpy's memmap, which has no public name for it
+    return ImageDataset(name, tensor, images.shape[1:], mapping)
+
+
+def read(name: str, directory: Path | str, train: bool) -> np.ndarray:
+    """As `load`, as an array (images, H, W) or (images, H, W, 3), uint8."""
     if name in TORCHVISION:
-        images = load_torchvision(name, directory, train)
-    elif name == "mnist-10k":
-        images = torch.from_numpy(np.load(MNIST_10K)["train" if train else "test"])
-    elif name == "digits":
-        images = load_digits(train)
-    elif name == "imagenet64":
+        return load_torchvision(name, directory, train)
+    if name == "mnist-10k":
+        return np.load(MNIST_10K)["train" if train else "test"]
+    if name == "digits":
+        return load_digits(train)
+    if name == "imagenet64":
         file = "train_data.npy" if train else "val_data.npy"
-        images = load_array(Path(directory) / "imagenet-64x64" / file, shape=(64, 64, 3))
-    else:
-        images = load_folder(Path(name), "train" if train else "test")
-    return ImageDataset(name, images.flatten(1), tuple(images.shape[1:]))
+        return load_array(Path(directory) / "imagenet-64x64" / file, shape=(64, 64, 3))
+    return load_folder(Path(name), "train" if train else "test")
 
 
-def load_matching(name, directory, train, shape):
+def load_matching(
+    name: str, directory: Path | str, train: bool, shape: tuple[int, ...] | None
+) -> ImageDataset:
     """The training or test images of the data set `name`. Their shape must be `shape`, that of a
     checkpoint (None for any)."""
     dataset = load(name, directory, train)
@@ -97,7 +134,9 @@ def load_matching(name, directory, train, shape):
     return dataset
 
 
-def load_both(name, directory, shape):
+def load_both(
+    name: str, directory: Path | str, shape: tuple[int, ...] | None
+) -> tuple[ImageDataset, ImageDataset]:
     """The training and the test images by `load_matching`; both must have one shape."""
     train, test = (load_matching(name, directory, split, shape) for split in (True, False))
     if train.image_shape != test.image_shape:
@@ -145,15 +184,18 @@ TORCHVISION = {
 }
 
 
-def load_torchvision(name, directory, train):
+def load_torchvision(name: str, directory: Path | str, train: bool) -> np.ndarray:
     import torchvision.datasets  # takes seconds, and only these data sets need it
 
     class_name, folder, files = TORCHVISION[name]
     dataset_class = getattr(torchvision.datasets, class_name)
     folder = Path(directory) / folder
+    new_folders = [path for path in (folder, *folder.parents) if not path.exists()]
     try:
-        return torch.as_tensor(dataset_class(directory, train=train, download=True).data)
+        return np.asarray(dataset_class(directory, train=train, download=True).data)
     except Exception as error:  # torchvision raises many types of exceptions
+        if is_out_of_memory(error):
+            raise
         reason = one_line(error, longest=1000)
         if is_downloaded(dataset_class, directory):
             raise UserError(
@@ -169,6 +211,10 @@ def load_torchvision(name, directory, train):
             f"{'them, unpacked,' if name != 'cifar10' else 'its unpacked files'} in {folder}, "
             f"or give --dataset_directory{embedded}"
         ) from None
+    finally:
+        for path in new_folders:
+            with suppress(OSError):  # it holds the downloaded files
+                path.rmdir()
 
 
 def is_downloaded(dataset_class, directory):
@@ -201,47 +247,48 @@ def addresses(dataset_class):
     return [dataset_class.mirrors[0] + file for file, _ in dataset_class.resources]
 
 
-def load_digits(train):
+def load_digits(train: bool) -> np.ndarray:
     """1,797 handwritten digits of 8x8, embedded here; every sixth is a test image."""
     images = np.load(EMBEDDED / "digits.npz")["images"]
     test = np.arange(len(images)) % 6 == 0
-    return torch.from_numpy(images[~test if train else test])
+    return images[~test if train else test]
 
 
-def mnist_10k_labels():
-    """The labels (10000,), int64, of the training images of mnist-10k."""
-    return torch.from_numpy(np.load(MNIST_10K)["train_labels"]).long()
-
-
-def load_folder(folder, split):
+def load_folder(folder: Path, split: str) -> np.ndarray:
     """train.npy and test.npy, or folders train/ and test/ of image files, under `folder`."""
     if not folder.is_dir():
         raise UserError(f"the data set's folder {folder} does not exist: give it with --dataset")
-    if (folder / f"{split}.npy").exists():
-        return load_array(folder / f"{split}.npy")
-    if (folder / split).is_dir():
-        return load_image_files(folder / split)
+    array, images = folder / f"{split}.npy", folder / split
+    if os.path.lexists(array):
+        if images.is_dir():
+            say(f"{array} is read, and not the folder {images}")
+        return load_array(array)
+    if images.is_dir():
+        return load_image_files(images)
     raise UserError(
         f"the data set {folder} has neither {split}.npy nor a folder {split}: "
         "it needs train.npy and test.npy, or train/ and test/ with image files"
     )
 
 
-def load_array(path, shape=None):
-    """The images of a .npy file, memory-mapped: only the pages that are used are read."""
+def load_array(path: Path, shape: tuple[int, ...] | None = None) -> np.ndarray:
+    """The images of a .npy file, memory-mapped: only the pages that are used are read. An array in
+    Fortran order, where an image is spread over the whole file, is copied into memory."""
+    check_is_file(path)
     try:
         # Read-only: writable pages count as used memory, and the file may be larger than that.
         with np.errstate(over="ignore"):  # a damaged header may have huge sizes
-            array = np.load(path, mmap_mode="r", allow_pickle=False)
-    except FileNotFoundError:
-        raise UserError(f"{path} does not exist: put the images there as a numpy array") from None
+            array = np.lib.format.open_memmap(path, mode="r")
     except Exception as error:  # numpy raises many types for damaged headers
-        reason = one_line(error)
-        raise UserError(f"{path} cannot be read as a numpy array ({reason})") from None
-    if not isinstance(array, np.ndarray):
-        raise UserError(f"{path} is an archive: save one array there with numpy.save")
+        raise UserError(
+            f"{path} cannot be read as a numpy array ({one_line(error)}): "
+            "save one uint8 array there with numpy.save"
+        ) from None
     if array.dtype != np.uint8:
         raise UserError(f"{path} holds {array.dtype}: the images must be uint8 (0 to 255)")
+    if not array.flags.c_contiguous:
+        mapped, array = array, allocate(array.shape)
+        np.copyto(array, mapped)
     if shape and array.shape[1:] == (np.prod(shape),):
         array = array.reshape(-1, *shape)
     if array.ndim == 4 and array.shape[3] == 1:
@@ -255,46 +302,110 @@ def load_array(path, shape=None):
         raise UserError(f"{path} has images of {array.shape[1:]}: they must be {shape}")
     if len(array) == 0 or array[0].size < 2:
         raise UserError(f"{path} has the shape {array.shape}: it holds no images")
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # torch has no read-only tensors
-        return torch.from_numpy(array)
+    return array
 
 
-def load_image_files(folder):
+def allocate(shape: tuple[int, ...]) -> np.ndarray:
+    """Memory for images; raises MemoryError if this machine has less."""
+    needed, available = np.prod(shape, dtype=float), device_memory(torch.device("cpu"))
+    if needed > available:  # the system may promise more than there is
+        raise MemoryError(f"{needed / 1e9:.1f} GB, and there are {available / 1e9:.1f}")
+    return np.empty(shape, np.uint8)
+
+
+def load_image_files(folder: Path) -> np.ndarray:
     """All image files below `folder`, in the order of their names; hidden files are ignored."""
-    files = sorted(p for p in folder.rglob("*") if p.is_file() and not p.name.startswith("."))
-    if not files:
-        raise UserError(f"{folder} holds no image files")
-    images = np.empty((0,))
-    for i, path in enumerate(files):
-        image = read_image(path)
-        if i == 0:
-            images = np.empty((len(files), *image.shape), np.uint8)
-        if image.shape != images.shape[1:]:
-            raise UserError(
-                f"{path} is {describe(image.shape)} but {files[0]} is "
-                f"{describe(images.shape[1:])}: all images must have one size"
-            )
-        images[i] = image
-    return torch.from_numpy(images)
+    known = Image.registered_extensions()
+    paths, others = [], []
+    for path in files_below(folder):
+        is_image = known.get(path.suffix.lower()) in IMAGE_FORMATS
+        (paths if is_image else others).append(path)
+    if others:
+        name = others[0].relative_to(folder)
+        say(f"{folder}: left out {len(others)} whose names are not those of images, such as {name}")
+    if not paths:
+        raise UserError(f"{folder} holds no image files: their names must end in .png, .jpg, ...")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # about damaged metadata, which the pixels do not need
+        first = read_image(paths[0])
+        if first.size < 2:
+            raise UserError(f"{paths[0]} is a single byte: there is nothing to predict")
+        images = allocate((len(paths), *first.shape))
+        for i, path in enumerate(paths):
+            image = read_image(path)
+            if image.shape != first.shape:
+                raise UserError(
+                    f"{path} is {with_colour(image.shape)} but {paths[0]} is "
+                    f"{with_colour(first.shape)}: all must have one size and one colour mode"
+                )
+            images[i] = image
+    return images
 
 
-def read_image(path):
-    """An image file as uint8, (H, W) or (H, W, 3)."""
-    import imageio.v3
+def files_below(folder: Path) -> list[Path]:
+    """All files below `folder`, sorted, without those that are hidden or in hidden folders.
 
+    Links are followed, except those to a folder that they lie in."""
+    files, folders = [], [folder]
+    while folders:
+        for path in folders.pop().iterdir():
+            if path.name.startswith("."):
+                continue
+            if not path.is_dir():
+                files.append(path)
+            elif any(path.samefile(parent) for parent in path.parents):
+                say(f"{path} is not followed: it leads back to a folder that it lies in")
+            else:
+                folders.append(path)
+    return sorted(files)
+
+
+def read_image(path: Path) -> np.ndarray:
+    """An image file as viewers show it, upright: uint8, (H, W) or (H, W, 3).
+
+    Raises `UserError` if the file is damaged or 8 bits of grey or RGB cannot hold the image."""
+    check_is_file(path)
     try:
-        image = imageio.v3.imread(path, plugin="pillow")
-    except Exception as error:  # each of imageio's readers raises other types
-        reason = one_line(error)
-        raise UserError(f"{path} cannot be read as an image ({reason})") from None
-    if image.dtype != np.uint8 or image.ndim not in (2, 3) or image.shape[2:] not in ((), (3,)):
+        # Given a path, Pillow 13 misreads rotated TIFF files.
+        with path.open("rb") as file, Image.open(file, formats=IMAGE_FORMATS) as image:
+            check_convertible(image, path)
+            grey = image.mode in ("1", "L", "LA") and image.format != "GIF"  # it has a palette
+            return np.asarray(ImageOps.exif_transpose(image).convert("L" if grey else "RGB"))
+    except UserError:
+        raise
+    except Exception as error:  # Pillow raises many types for damaged files
+        if isinstance(error, UnidentifiedImageError):
+            error = "no image begins like it" if path.stat().st_size else "it is empty"
         raise UserError(
-            f"{path} is {describe(image.shape)}, {image.dtype}: "
-            "convert it to grey or RGB with 8 bits per channel"
-        )
-    return image
+            f"{path} cannot be read as an image ({one_line(error)}): replace or remove it"
+        ) from None
 
 
-def describe(shape):
+def check_convertible(image: Image.Image, path: Path) -> None:
+    """Raise a `UserError` if 8 bits of grey or RGB cannot hold the image."""
+    if image.format != "MPO" and getattr(image, "n_frames", 1) > 1:  # MPO: previews of a photo
+        raise UserError(f"{path} holds {image.n_frames} images: save each as a file of its own")
+    if image.mode not in ("1", "L", "LA", "P", "RGB", "RGBA") or ";16" in str(image.tile):
+        raise UserError(f"{path} is neither grey nor RGB with 8 bits per channel: convert it")
+    if image.has_transparency_data and image.convert("RGBA").getextrema()[3] != (255, 255):
+        raise UserError(f"{path} has transparent pixels: convert it to grey or RGB")
+
+
+def check_is_file(path: Path) -> None:
+    """Raise a `UserError` unless `path` is a file, which this user may read, and no pipe or device,
+    which may have no end."""
+    if path.is_file() and os.access(path, os.R_OK):
+        return
+    if path.exists():
+        problem = "may not be read by this user" if path.is_file() else "is no regular file"
+    else:
+        problem = "is a broken link" if path.is_symlink() else "does not exist"
+    raise UserError(f"{path} {problem}: put a file with images there")
+
+
+def with_colour(shape):
+    return f"{describe(shape[:2])} {'grey' if len(shape) == 2 else 'in colour'}"
+
+
+def describe(shape: tuple[int, ...]) -> str:
     return "x".join(map(str, shape))

@@ -129,7 +129,7 @@ class Trainer:
         self.model = build_model(config, args, self.precision, device, self.seed, checkpoint)
         if checkpoint.first_byte_counts is None:
             self.model.first_byte_counts.copy_(self.training.first_byte_counts())
-        self.training = self.training.resident(device)
+        self.training = self.training.on_device_if_small(device)
         self.optimizer = make_optimizer(self.model, self.settings)
         if not args.evaluate_only:
             checkpoint.restore_optimizer(self.optimizer)

@@ -22,7 +22,7 @@ from cli.process import run
 CONFIDENCE = 0.8
 
 
-def main():
+def main() -> None:
     args = parse_arguments()
     samples = sample(args)  # first, since a wrong checkpoint is an error
     classifier = train_classifier(args.seed)
@@ -33,10 +33,15 @@ def main():
     print(f"samples: {fraction:.3f} ± {error:.3f} of {n}, temperature {args.temperature:g}")
 
 
-def train_classifier(seed, epochs=12):
+def mnist_10k_labels() -> torch.Tensor:
+    """The labels (10000,), int64, of the training images of mnist-10k."""
+    return torch.from_numpy(np.load(datasets.MNIST_10K)["train_labels"]).long()
+
+
+def train_classifier(seed: int, epochs: int = 12) -> nn.Module:
     """A small convolutional network trained on the embedded digits, in about a minute."""
     torch.manual_seed(seed)
-    images, labels = datasets.load("mnist-10k", ".", train=True).images, datasets.mnist_10k_labels()
+    images, labels = datasets.load("mnist-10k", ".", train=True).images, mnist_10k_labels()
     network = nn.Sequential(
         nn.Unflatten(1, (1, 28, 28)),
         nn.Conv2d(1, 16, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2),
@@ -53,7 +58,7 @@ def train_classifier(seed, epochs=12):
     return network.eval()
 
 
-def sample(args):
+def sample(args: argparse.Namespace) -> torch.Tensor:
     """Unconditional samples (n, 784), uint8, of prediction.py."""
     with tempfile.TemporaryDirectory() as folder:
         command = [args.checkpoint, "--recurrent", "--offset", "0", "--index", f"0-{args.n}"]
@@ -64,13 +69,13 @@ def sample(args):
 
 
 @torch.no_grad()
-def sure(classifier, images):
+def sure(classifier: nn.Module, images: torch.Tensor) -> float:
     """The fraction of images (n, 784), uint8, with a class probability above CONFIDENCE."""
     confidence = classifier(images / 255).softmax(-1).amax(-1)  # (n,)
     return (confidence > CONFIDENCE).float().mean().item()
 
 
-def parse_arguments():
+def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("checkpoint", help="a checkpoint of 28x28 digits, or a pattern")
     parser.add_argument("--n", type=int, default=200, help="number of samples (200)")

@@ -55,17 +55,6 @@ def test_training_and_sampling_need_no_download(checkpoint, succeed, tmp_path):
         )
 
 
-def test_it_is_another_data_set_than_mnist(checkpoint, call):
-    """Its bits/dim are not MNIST's: a run on one does not continue on the other."""
-    result = call("main.py", "--continue_from", checkpoint, "--dataset", "mnist")
-    assert result.status == 2
-    assert (
-        "--dataset mnist contradicts the checkpoint, which was trained on mnist-10k" in result.err
-    )
-    result = call("prediction.py", checkpoint, "--index", 1000)
-    assert "--index 1000 is beyond the 1000 images of mnist-10k" in result.err
-
-
 def test_samples_for_the_classifier_are_those_of_prediction(checkpoint, tmp_path):
     """Unconditional, all of them, in their order; the temperature and the seed act."""
     args = SimpleNamespace(checkpoint=str(checkpoint), n=3, temperature=0.7, seed=5)
@@ -97,19 +86,14 @@ def test_the_fraction_of_which_a_classifier_is_sure():
     assert digit_quality.sure(Certain(), images[3:]) == 0
 
 
-def test_an_untrained_classifier_is_sure_of_nothing():
-    images = datasets.load("mnist-10k", ".", False).images[:100]
-    assert digit_quality.sure(digit_quality.train_classifier(0, epochs=0), images) == 0
-
-
 def test_the_classifier_learns_the_digits(monkeypatch):
     """From a part of them: 0.8 of the test images right, where guessing has 0.1."""
     images = datasets.load("mnist-10k", ".", True).images
     part = datasets.ImageDataset("mnist-10k", images[:2000], (28, 28))
-    labels = datasets.mnist_10k_labels()[:2000]
+    labels = digit_quality.mnist_10k_labels()[:2000]
     test = datasets.load("mnist-10k", ".", False).images
     monkeypatch.setattr(datasets, "load", lambda name, directory, train: part)
-    monkeypatch.setattr(datasets, "mnist_10k_labels", lambda: labels)
+    monkeypatch.setattr(digit_quality, "mnist_10k_labels", lambda: labels)
     network = digit_quality.train_classifier(0, epochs=2)
     with torch.no_grad():
         guesses = network(test / 255).argmax(-1).numpy()

@@ -12,8 +12,8 @@ from conftest import ROOT, TINY, start
 from PIL import Image
 
 import datasets
-import prediction
 import files
+import prediction
 from engine import checkpoint as checkpoints
 from engine import figures, pictures
 
@@ -167,7 +167,7 @@ def test_links_are_followed(flag, exists, succeed, tiny_checkpoint, tmp_path):
 
 
 WRITER = """
-import sys, time, utils
+import sys, time, files
 def write(file):
     file.write(b"half")
     print("writing", flush=True)
@@ -212,7 +212,7 @@ def test_an_interrupted_output_leaves_nothing(call, tiny_checkpoint, monkeypatch
     def interrupt(*paths):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(utils.os, "replace", interrupt)
+    monkeypatch.setattr(files.os, "replace", interrupt)
     result = call("prediction.py", tiny_checkpoint, *ALL_GIVEN, "--save_gif", "a.gif")
     assert result.status == 130
     assert result.err == "prediction.py: interrupted\n"
