@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import TINY, start
+from helpers import TINY, start
 from PIL import Image
 
 import datasets

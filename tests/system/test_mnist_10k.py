@@ -7,14 +7,13 @@ import imageio.v3
 import numpy as np
 import pytest
 import torch
-from conftest import TINY
+from helpers import TINY, load
 from torch import nn
 
 import datasets
 import main
 import prediction
 from benchmarks import digit_quality
-from engine import checkpoint as checkpoints
 
 
 @pytest.fixture(autouse=True)
@@ -41,7 +40,7 @@ def test_training_and_sampling_need_no_download(checkpoint, succeed, tmp_path):
     """Neither with given bytes, nor for a checkpoint alone."""
     out = succeed("main.py", "--continue_from", checkpoint, "--iterations", 4).out
     assert "mnist-10k, 10000 training and 1000 test images of 28x28" in out
-    stored = checkpoints.load(checkpoint)
+    stored = load(checkpoint)
     assert stored["dataset"] == {"name": "mnist-10k", "image_shape": [28, 28]}
     assert stored["first_byte_counts"].sum() == 10000
     flags = ["--recurrent", "--index", "998-1000", "--save_image", "x.{}.{}.png"]

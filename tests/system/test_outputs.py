@@ -8,13 +8,12 @@ import sys
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, TINY, start
+from helpers import ROOT, TINY, load, start
 from PIL import Image
 
 import datasets
 import files
 import prediction
-from engine import checkpoint as checkpoints
 from engine import figures, pictures
 
 LOSSY = {".gif", ".jpg", ".jpeg", ".webp"}
@@ -256,7 +255,7 @@ def test_a_folder_is_refused(call, tiny_checkpoint, tmp_path):
 
 def test_diverged_weights_have_no_surprisal(call, tiny_checkpoint, tmp_path):
     """Regression: with huge finite weights --save_surprisal drew NaN and exited with 0."""
-    checkpoint = checkpoints.load(tiny_checkpoint)
+    checkpoint = load(tiny_checkpoint)
     for weights in checkpoint["model_state"].values():
         weights.mul_(1e30)
     torch.save(checkpoint, "diverged.pth")

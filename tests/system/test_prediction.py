@@ -6,7 +6,7 @@ import imageio.v3
 import numpy as np
 import pytest
 import torch
-from conftest import TINY
+from helpers import TINY
 from PIL import Image
 
 import datasets
@@ -35,15 +35,18 @@ def real_digits(n=300):
     return datasets.load("digits", ".", False).images.view(-1, 8, 8).numpy()[:n]
 
 
+SAMPLERS = pytest.mark.parametrize("sampler", ["--recompute", "--recurrent"])
+
+
 @pytest.mark.parametrize("offset", [0, 1, 2, 40, 63, 64])
 def test_both_samplers_give_the_same_images(sample, offset):
     flags = ["--index", "0-5", "--offset", offset]
-    assert np.array_equal(sample(*flags), sample(*flags, "--recurrent"))
+    assert np.array_equal(sample(*flags), sample(*flags, "--recompute"))
 
 
-@pytest.mark.parametrize("sampler", ["batched", "recurrent"])
+@SAMPLERS
 def test_the_batch_size_does_not_matter(sample, sampler):
-    flags = ["--index", "0-7", "--offset", 3, "--sampler", sampler]
+    flags = ["--index", "0-7", "--offset", 3, sampler]
     assert np.array_equal(sample(*flags), sample(*flags, "--batch_size", 2))
 
 
@@ -258,10 +261,10 @@ def test_compile_samples_the_same(sample):
     assert np.array_equal(sample(*flags), sample(*flags, "--compile"))
 
 
-@pytest.mark.parametrize("sampler", ["batched", "recurrent"])
+@SAMPLERS
 def test_no_compile_says_so(succeed, tiny_checkpoint, sampler):
     """It did not say that it was slower."""
-    flags = ["--device", "cpu", "--offset", 60, "--sampler", sampler]
+    flags = ["--device", "cpu", "--offset", 60, sampler]
     out = succeed("prediction.py", tiny_checkpoint, *flags, "--no-compile").out
     assert out.count("--no-compile: sampling in plain PyTorch, which is slower\n") == 1
     assert "--no-compile" not in succeed("prediction.py", tiny_checkpoint, *flags).out
@@ -288,7 +291,7 @@ def test_the_caption_evaluates_a_few_images_at_a_time(succeed, tiny_checkpoint, 
 
 
 def test_the_outputs_are_checked_before_sampling(call, tiny_checkpoint, monkeypatch):
-    monkeypatch.setattr(prediction, "sample", None)
+    monkeypatch.setattr(prediction, "complete_images", None)
     result = call("prediction.py", tiny_checkpoint, "--save_image", "/proc/{}.{}.png")
     assert result.status == 2
     assert "/proc" in result.err

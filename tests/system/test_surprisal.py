@@ -5,16 +5,12 @@ import re
 import numpy as np
 import pytest
 import torch
-from conftest import TINY
+from helpers import TINY
 
 import datasets
-from engine import checkpoint as checkpoints
 from engine import figures
-from engine.surprisal import first_byte_surprisal, surprisal
 from layers import mixture
-from models import ImageTransformer, ModelConfig
-
-CPU = {"precision": "fp32", "device": torch.device("cpu")}
+from prediction import load_model, surprisal
 
 
 @pytest.fixture
@@ -38,21 +34,19 @@ def cells(drawing):
 @torch.no_grad()
 def test_the_surprisal_is_that_of_the_exact_probabilities(tiny_checkpoint):
     """For all bytes, the first by its histogram: predicted byte by byte, from each prefix."""
-    checkpoint = checkpoints.load(tiny_checkpoint)
-    model = ImageTransformer(ModelConfig(**checkpoint["config"])).eval()
-    model.load_state_dict(checkpoint["model_state"])
+    model = load_model(tiny_checkpoint)
     images = datasets.load("digits", ".", False).images[:80]  # more than at once
-    bits = surprisal(model, images, **CPU)
-    assert bits.shape == (80, 63)
+    bits = surprisal(model, images)
+    assert bits.shape == (80, 64)
     for position in range(1, 64):
         probabilities = mixture.probabilities(model.predict_next(images[:, :position]))  # (N, 256)
         exact = -probabilities.gather(1, images[:, position, None].long())[:, 0].log2()
-        assert (bits[:, position - 1] - exact).abs().max() < 1e-3
-    counts = checkpoint["first_byte_counts"]
+        assert (bits[:, position] - exact).abs().max() < 1e-3
+    counts = datasets.load("digits", ".", True).first_byte_counts()
     probabilities = (counts + 1 / 256) / (counts.sum() + 1)
     assert probabilities.sum() == pytest.approx(1)
     expected = -probabilities[images[:, 0].long()].log2()
-    assert torch.allclose(first_byte_surprisal(images, counts)[:, 0].float(), expected)
+    assert torch.allclose(bits[:, 0].float(), expected)
 
 
 def test_the_figure_shows_the_bits_that_an_evaluation_reports(succeed, tiny_checkpoint, drawn):

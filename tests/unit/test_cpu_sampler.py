@@ -7,7 +7,7 @@ import stat
 import numpy as np
 import pytest
 import torch
-from conftest import TINY
+from helpers import TINY
 from imageio.v3 import imread
 
 import datasets

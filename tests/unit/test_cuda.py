@@ -9,6 +9,7 @@ from helpers import DEVICE
 from engine.sampling import (
     EagerDecoder,
     GraphDecoder,
+    convert_weights,
     image_noise,
     sample_recomputing,
     sample_recurrent,
@@ -16,7 +17,6 @@ from engine.sampling import (
 from layers.attention import LinearAttention, SoftmaxAttention, linear_chunked
 from layers.ops import PlainOps
 from models import ImageTransformer, ModelConfig
-from prediction import store_as_bfloat16
 from utils import autocast
 
 pytestmark = pytest.mark.cuda
@@ -154,7 +154,7 @@ def test_a_graph_equals_the_plain_loop(kind, precision, compiled):
     """Bit for bit; for two batches, each of which has a graph of its own."""
     model = make_model(kind).to(DEVICE)
     if precision == "bf16":
-        store_as_bfloat16(model)
+        convert_weights(model, "bf16")
     torch._dynamo.reset()
     step = torch.compile(model.step) if compiled else None
     plain, graph = EagerDecoder(model, step), GraphDecoder(model, step)

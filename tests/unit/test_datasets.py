@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import standins
 import torch
-from conftest import ROOT
+from helpers import ROOT
 
 import datasets
 from benchmarks import digit_quality

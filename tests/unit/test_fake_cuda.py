@@ -15,9 +15,14 @@ from torch.utils._pytree import tree_leaves
 
 from engine.optimizers import make_optimizer
 from engine.recipes import Settings
-from engine.sampling import Batch, EagerDecoder, sample_recomputing, sample_recurrent
+from engine.sampling import (
+    Batch,
+    EagerDecoder,
+    convert_weights,
+    sample_recomputing,
+    sample_recurrent,
+)
 from models import ImageTransformer, ModelConfig
-from prediction import store_as_bfloat16
 from utils import autocast
 
 CUDA = torch.device("cuda")
@@ -163,7 +168,7 @@ def describe(batch):
 def test_sampled_bytes(kind):
     """With the weights as prediction.py stores them; the batch keeps its types and shapes."""
     model = make_model(kind)
-    store_as_bfloat16(model)
+    convert_weights(model, "bf16")
     with fake_cuda(model):
         batch = new_batch(model)
         before, decoder = describe(batch), EagerDecoder(model)

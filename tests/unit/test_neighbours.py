@@ -206,7 +206,7 @@ def test_the_compiled_samplers_distributions_are_the_steps(kind, sizes, precisio
     length, decoder = images.shape[1], CompiledDecoder(model, precision)
     noise, states = image_noise(0, range(9), length), model.empty_states(9)
     own = copy.deepcopy(states)
-    if precision == "bf16":  # as in a model that store_as_bfloat16 has rounded
+    if precision == "bf16":  # as in a model that convert_weights has rounded
         for state in own:
             state.inputs = state.inputs.bfloat16()
     for position in range(length - 1):

@@ -13,8 +13,8 @@ import torch
 from helpers import TINY, load, require_library
 from torch import nn
 
-from engine import checkpoint as checkpoints
-from engine import restoring
+from engine.checkpoint import Checkpoint
+from engine.optimizers import import_state
 from models import ImageTransformer, ModelConfig
 
 pytestmark = pytest.mark.slow
@@ -135,14 +135,12 @@ def original_file(library, tmp_path):
 @pytest.mark.parametrize("length", [MNIST, CIFAR10], ids=["mnist", "cifar10"])
 def test_weights_of_the_original_load_strictly_and_predict_the_same(library, original_file, length):
     path, original = original_file(make_config(length))
-    checkpoint = checkpoints.load(path)
-    seen = restoring.config_from_tensors(checkpoint["model_state"], path)
-    assert seen == {"n_layers": 2, "d_model": 32, "mixtures": 3, "length": length}
+    checkpoint = Checkpoint.read(path)
+    assert checkpoint.sizes() == {"n_layers": 2, "d_model": 32, "mixtures": 3, "length": length}
 
     model = ImageTransformer(make_config(length)).eval()
-    assert list(model.state_dict()) == list(checkpoint["model_state"])
-    restoring.load_model_state(model, checkpoint, path)
-    assert "model_state" not in checkpoint, "the weights would be in memory twice"
+    assert list(model.state_dict()) == list(checkpoint.model_state)
+    checkpoint.restore_model(model)
     for name, tensor in model.state_dict().items():
         assert torch.equal(tensor, original.state_dict()[name]), name
     images = torch.randint(256, (1, length - 1))
@@ -163,7 +161,7 @@ def test_the_originals_optimiser_continues_in_torchs(names):
     ours = [nn.Parameter(p.detach().clone()) for p in theirs]
     optimizer = torch.optim.RAdam(ours, lr=1e-2, weight_decay=0.1, decoupled_weight_decay=True)
     groups = [{**group, "params": None} for group in optimizer.param_groups]
-    restoring.import_optimizer_state(deepcopy(state), optimizer)
+    import_state(optimizer, deepcopy(state))
     assert [{**group, "params": None} for group in optimizer.param_groups] == groups
     for _ in range(6):
         gradients = random_gradients(ours)
@@ -182,7 +180,7 @@ def test_a_parameter_that_was_never_trained_has_no_moments():
     original_step(parameters, random_gradients(parameters), state)
     del state["state"][0]
     optimizer = torch.optim.AdamW(parameters)
-    restoring.import_optimizer_state(state, optimizer)
+    import_state(optimizer, state)
     assert [len(optimizer.state[p]) for p in parameters] == [0, 3]
 
 
@@ -206,10 +204,8 @@ def test_the_older_layout_predicts_the_same(table):
         state["pos_embedding.pe"] = original_table(5000, config.d_model // 2)
     elif table == "none":
         del state["pos_embedding.pe"]
-    checkpoint = {"model_state": state, "iteration": 1}
-    restoring.upgrade_layout(checkpoint, "old.pth")
     model = ImageTransformer(config).eval()
-    restoring.load_model_state(model, checkpoint, "old.pth")
+    Checkpoint(state).upgraded().restore_model(model)
 
     # In training mode (without dropout) torch does not use its fused kernels.
     mask = nn.Transformer.generate_square_subsequent_mask(DIGIT - 1)
