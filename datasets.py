@@ -217,7 +217,7 @@ def load_torchvision(name: str, directory: Path | str, train: bool) -> np.ndarra
                 path.rmdir()
 
 
-def is_downloaded(dataset_class, directory):
+def is_downloaded(dataset_class: type, directory: Path | str) -> bool:
     """Whether torchvision finds all files and so would not download them."""
     try:
         dataset_class(directory, download=False)
@@ -228,7 +228,7 @@ def is_downloaded(dataset_class, directory):
     return True
 
 
-def damaged_file(dataset_class, folder):
+def damaged_file(dataset_class: type, folder: Path) -> Path | None:
     """The first file of CIFAR-10 whose checksum differs from torchvision's, or None."""
     from torchvision.datasets.utils import check_integrity
 
@@ -240,7 +240,7 @@ def damaged_file(dataset_class, folder):
     return None
 
 
-def addresses(dataset_class):
+def addresses(dataset_class: type) -> list[str]:
     """Where torchvision downloads a data set from."""
     if hasattr(dataset_class, "url"):
         return [dataset_class.url]
@@ -403,7 +403,7 @@ def check_is_file(path: Path) -> None:
     raise UserError(f"{path} {problem}: put a file with images there")
 
 
-def with_colour(shape):
+def with_colour(shape: tuple[int, ...]) -> str:
     return f"{describe(shape[:2])} {'grey' if len(shape) == 2 else 'in colour'}"
 
 
