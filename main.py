@@ -166,6 +166,7 @@ class Trainer:
 
     def evaluate(self, iteration, stop):
         """Report the test bits/dim, unless a signal interrupts the evaluation."""
+        self.test.check_file()
         with self.log.paused():
             bits = evaluate(
                 self.nll,

@@ -38,7 +38,12 @@ say, warn = LOG.info, LOG.warning
 def print_error(text):
     """Print a line on stderr, if it is open, with control characters escaped."""
     with suppress(OSError):
-        print("".join(c if c.isprintable() else repr(c)[1:-1] for c in text), file=sys.stderr)
+        print(printable(text), file=sys.stderr)
+
+
+def printable(text):
+    """A text with its control characters, such as a newline in a file's name, escaped."""
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
 
 
 def one_line(error, longest=200):

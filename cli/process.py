@@ -12,7 +12,15 @@ from pathlib import Path
 from tqdm import tqdm
 
 from files import BAD_PATHS
-from utils import LOG, UserError, is_first_process, is_out_of_memory, print_error, warn
+from utils import (
+    LOG,
+    UserError,
+    is_first_process,
+    is_out_of_memory,
+    print_error,
+    printable,
+    warn,
+)
 
 # Exit statuses, documented in docs/checkpoints.md.
 INVALID = 2
@@ -85,10 +93,10 @@ class MessageHandler(logging.Handler):
             return
         if record.levelno >= logging.WARNING:
             with suppress(OSError):
-                tqdm.write(f"warning: {record.getMessage()}", file=sys.stderr)
+                tqdm.write(f"warning: {printable(record.getMessage())}", file=sys.stderr)
             return
         try:
-            tqdm.write(record.getMessage())
+            tqdm.write(printable(record.getMessage()))
             sys.stdout.flush()
         except OSError as error:
             drop_stdout()

@@ -7,6 +7,7 @@ ModelConfig), `dataset` (its name and image_shape), `first_byte_counts` (256), `
 """
 
 import glob
+import os
 import re
 import warnings
 import zipfile
@@ -113,7 +114,9 @@ class Checkpoint:
         stored = entries["config"]
         values = {name: stored[name] for name in options(ModelConfig) if name in stored}
         config = ModelConfig.for_images(shape, **values)
-        known |= {"config": config, "dataset": entries["dataset"]["name"], "image_shape": shape}
+        # A path is stored in UTF-8, whatever the encoding of file names here.
+        name = os.fsdecode(entries["dataset"]["name"].encode("utf-8", "surrogateescape"))
+        known |= {"config": config, "dataset": name, "image_shape": shape}
         checkpoint = cls(**known, path=path)
         expected = {**vars(config), "d_model": config.d_model}
         if any(expected[name] != x for name, x in {**stored, **checkpoint.sizes()}.items()):
@@ -268,7 +271,10 @@ class Checkpoint:
         if self.config:
             entries |= {
                 "config": vars(self.config),
-                "dataset": {"name": self.dataset, "image_shape": list(self.image_shape)},
+                "dataset": {
+                    "name": os.fsencode(self.dataset).decode("utf-8", "surrogateescape"),
+                    "image_shape": list(self.image_shape),
+                },
                 "first_byte_counts": self.first_byte_counts,
                 "seed": self.seed,
                 "settings": self.settings,

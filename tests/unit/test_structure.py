@@ -9,7 +9,7 @@ from helpers import ROOT
 # From the lowest to the highest. A module imports only from lower levels and from its own package.
 LEVELS = [
     {"utils"},
-    {"options", "files"},
+    {"options", "files", "image_files"},
     {"layers"},
     {"models", "datasets"},
     {"cpu", "reference"},
