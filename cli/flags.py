@@ -82,7 +82,14 @@ def flag(help: str, kind: Any = None, default: Any = None, **more: Any) -> dict:
         return {"action": argparse.BooleanOptionalAction, **known}
     if isinstance(kind, tuple):
         return {"choices": kind, **known}
-    return {"metavar": kind, "type": os.path.expanduser, **known}  # ~ may be quoted
+    return {"metavar": kind, "type": path, **known}
+
+
+def path(text: str) -> str:
+    """An argparse type: a path or pattern, in which ~ is the home folder even if it was quoted."""
+    if not text:
+        raise argparse.ArgumentTypeError("it is empty: give a name, or leave the flag out")
+    return os.path.expanduser(text)
 
 
 def switch(help: str) -> dict:

@@ -60,7 +60,8 @@ def explain(error: Exception) -> tuple[str, int]:
     if isinstance(error, UserError):
         return str(error), INVALID
     if isinstance(error, OSError):  # for example, the disk filled up while writing
-        return str(error), INVALID if error.errno in BAD_PATHS else 1
+        named = f"{error.filename}: {error.strerror}" if error.filename else str(error)
+        return named, INVALID if error.errno in BAD_PATHS else 1
     if is_out_of_memory(error):
         return "out of memory: lower --batch_size or the size of the model", INVALID
     raise error
@@ -120,18 +121,20 @@ def drop_stdout() -> None:
 
 
 class StopSignals:
-    """Remembers a SIGINT, SIGTERM or SIGPIPE (stdout was closed), so that the training loop can
+    """Remembers a signal to stop, or SIGPIPE (stdout was closed), so that the training loop can
     save, if it `saves`, and exit; the same signal again ends the program at once. True after a
     signal."""
 
-    NUMBERS = signal.SIGINT, signal.SIGTERM, signal.SIGPIPE
+    # SIGHUP comes when a terminal or connection is closed, SIGUSR1 from queues before a time limit.
+    NUMBERS = signal.SIGINT, signal.SIGTERM, signal.SIGPIPE, signal.SIGHUP, signal.SIGUSR1
 
     def __init__(self, saves: bool):
         self.action = "saving and exiting" if saves else "exiting"
 
     def __enter__(self):
         self.number = None
-        self.previous = {s: signal.signal(s, self.handle) for s in self.NUMBERS}
+        heeded = [s for s in self.NUMBERS if signal.getsignal(s) is not signal.SIG_IGN]  # nohup
+        self.previous = {s: signal.signal(s, self.handle) for s in heeded}
         return self
 
     def handle(self, number, frame):

@@ -1,6 +1,5 @@
 """The command line of prediction.py."""
 
-import os
 import re
 from argparse import ArgumentTypeError
 
@@ -11,6 +10,7 @@ from cli.flags import (
     add_machine_flags,
     add_model_flags,
     flag,
+    path,
     refuse_given,
     switch,
 )
@@ -107,7 +107,7 @@ def parse(argv=None):
     )
     parser.add_argument(
         "model",
-        type=os.path.expanduser,
+        type=path,
         help="a checkpoint, a pattern such as weights.{}.pth for the newest, or - for "
         "random weights",
     )

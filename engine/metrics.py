@@ -50,4 +50,10 @@ def open_tensorboard(log_dir: str, start: int) -> Any:
         raise UserError(
             "--log_dir needs TensorBoard: pip install tensorboard, or use --metrics_file"
         ) from None
-    return SummaryWriter(log_dir, purge_step=start + 1)
+    try:
+        return SummaryWriter(log_dir, purge_step=start + 1)
+    except UnicodeEncodeError:
+        raise UserError(
+            f"--log_dir {log_dir}: TensorBoard cannot write to this name in this locale: "
+            "set LC_ALL=C.UTF-8, or give another folder"
+        ) from None
