@@ -8,7 +8,11 @@ import shutil
 import subprocess
 import tempfile
 import time
+from collections.abc import Callable
+from itertools import takewhile
 from pathlib import Path
+
+import torch
 
 from layers import attention, mixture
 from utils import UserError, one_line, say, warn
@@ -22,6 +26,55 @@ CONSTANTS = {
     "MIN_LOG_SCALE": mixture.MIN_LOG_SCALE,
     "NORM_EPSILON": NORM_EPSILON,
 }
+# Letters of the argument types in common.h's table of functions.
+ARGUMENTS = {"p": ctypes.c_void_p, "i": ctypes.c_int64, "f": ctypes.c_float}
+
+
+class Export(ctypes.Structure):
+    """As in common.h."""
+
+    _fields_ = [
+        ("name", ctypes.c_char_p),
+        ("types", ctypes.c_char_p),
+        ("address", ctypes.c_void_p),
+    ]  # fmt: skip
+
+
+class Library:
+    """The functions of a compiled C++ file. Raises OSError if it cannot be loaded."""
+
+    def __init__(self, path: Path):
+        exports = ctypes.CDLL(str(path)).exports
+        exports.restype = ctypes.POINTER(Export)
+        self.functions = {}
+        for export in takewhile(lambda export: export.name, exports()):
+            types = [ARGUMENTS[letter] for letter in export.types.decode()]
+            function = ctypes.CFUNCTYPE(ctypes.c_int, *types)(export.address)
+            self.functions[export.name.decode()] = function
+
+    def call(self, name: str, *arguments) -> None:
+        """Call a function with numbers, and with contiguous tensors, whose addresses it gets (null
+        for None). Raises MemoryError, and `UserError` if a thread cannot be started."""
+        status = self.functions[name](*(argument(name, x) for x in arguments))
+        if status == 0:
+            return
+        if status == 1:
+            raise MemoryError
+        if status == 2:
+            raise UserError(
+                f"the system starts no more threads, and torch is to use "
+                f"{torch.get_num_threads()}: set OMP_NUM_THREADS to fewer"
+            )
+        raise RuntimeError(f"{name} failed")
+
+
+def argument(name, x):
+    """A tensor's address; anything else as it is."""
+    if not torch.is_tensor(x):
+        return x
+    if not x.is_contiguous():
+        raise TypeError(f"{name} takes contiguous tensors")
+    return x.data_ptr()
 
 
 def try_compile(build, required, purpose):
@@ -88,7 +141,7 @@ def is_cached(source, sizes):
 
 
 def load_library(source, sizes):
-    """The library as a `ctypes.CDLL`, and the seconds its compilation took, 0 if it was cached.
+    """The library, and the seconds its compilation took, 0 if it was cached.
 
     Raises `UserError` if it cannot be compiled or loaded.
     """
@@ -101,7 +154,7 @@ def load_library(source, sizes):
         seconds = time.perf_counter() - start
         say(f"compiled {source} in {seconds:.1f} s; cached in {path.parent}")
     try:
-        return ctypes.CDLL(str(path)), seconds
+        return Library(path), seconds
     except OSError as error:  # a cache folder mounted noexec, a damaged file, a missing runtime
         raise UserError(
             f"--compile: {path} cannot be loaded ({one_line(error)}): set XDG_CACHE_HOME to "

@@ -1,8 +1,6 @@
 """The operations of layers/ops.py compiled for the CPU: ops.cpp for attention, norms and dropout,
 oneDNN for matrix products, each with its gradient. Float32 or bfloat16."""
 
-import ctypes
-
 import torch
 
 from cpu import torch_private
@@ -30,7 +28,7 @@ class CompiledOps(PlainOps):
 
     def __init__(self, config):
         self.size = config.d_query
-        self.functions, self.compile_seconds = load_library(SOURCE, sizes(config))
+        self.library, self.compile_seconds = load_library(SOURCE, sizes(config))
         for name in torch_private.FUNCTIONS:
             torch_private.choose(name, torch.float32)  # warn now, not in the first step
 
@@ -53,23 +51,23 @@ class CompiledOps(PlainOps):
         if not torch.is_grad_enabled():
             x = x.to(y.dtype)
         y = y if x.dtype == torch.float32 else y.to(x.dtype)
-        return AddNorm.apply(self.functions, x, y, norm.weight, norm.bias)
+        return AddNorm.apply(self.library, x, y, norm.weight, norm.bias)
 
     def short_convolution(self, x, weight, offsets):
-        return ShortConvolution.apply(self.functions, x, weight, offsets)
+        return ShortConvolution.apply(self.library, x, weight, offsets)
 
     def dropout(self, x, keys, threshold):
-        return Dropout.apply(self.functions, x, keys, threshold)
+        return Dropout.apply(self.library, x, keys, threshold)
 
     def linear_attention(self, qkv, state=None):
         if qkv.shape[-1] != self.size:
             raise ValueError(f"ops.cpp is compiled for heads of {self.size}, not {qkv.shape[-1]}")
         if state is None:
-            return Attention.apply(self.functions, qkv)
+            return Attention.apply(self.library, qkv)
         N, _, _, H, E = qkv.shape
         for tensor, shape in zip(state, ((N, H, E, E), (N, H, E)), strict=True):
             check_shape(tensor, shape)
-        return attention(self.functions, qkv, *state)
+        return attention(self.library, qkv, *state)
 
 
 class Linear(torch.autograd.Function):
@@ -105,11 +103,11 @@ class AddNorm(torch.autograd.Function):
         sums, outputs = torch.empty_like(x), torch.empty_like(x)
         rows, D = x.flatten(0, -2).shape
         mean, inverse = (x.new_empty(*x.shape[:-1], 1, dtype=torch.float32) for _ in range(2))
-        tensors = y, x, weight, bias, sums, outputs, mean, inverse
         check(x, y, sums, outputs)
         check(weight, bias, mean, inverse, types=(torch.float32,))
         name = f"norm_{TYPES[x.dtype]}_{TYPES[y.dtype]}"
-        call(library, name, tensors, (rows, D, torch.get_num_threads()))
+        tensors = y, x, weight, bias, sums, outputs, mean, inverse
+        library.call(name, *tensors, rows, D, torch.get_num_threads())
         ctx.save_for_backward(sums, mean, inverse, weight, bias)
         return outputs
 
@@ -127,7 +125,7 @@ class ShortConvolution(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, library, x, weight, offsets):
-        ctx.functions, ctx.offsets = library, torch.tensor(offsets)
+        ctx.library, ctx.offsets = library, torch.tensor(offsets)
         x, weight = x.contiguous(), weight.contiguous()
         ctx.save_for_backward(x, weight)
         y = torch.empty_like(x)
@@ -135,7 +133,7 @@ class ShortConvolution(torch.autograd.Function):
         check(weight, types=(torch.float32,))
         check_shape(weight, (len(offsets), x.shape[2]))
         numbers = *x.shape, len(offsets), torch.get_num_threads()
-        call(library, f"convolve_{TYPES[x.dtype]}", (x, weight, ctx.offsets, y), numbers)
+        library.call(f"convolve_{TYPES[x.dtype]}", x, weight, ctx.offsets, y, *numbers)
         return y
 
     @staticmethod
@@ -147,7 +145,7 @@ class ShortConvolution(torch.autograd.Function):
         check(gradient, inputs, types=(x.dtype,))
         numbers = *x.shape, len(weight), torch.get_num_threads()
         tensors = x, weight, ctx.offsets, gradient, inputs, weights
-        call(ctx.functions, f"convolve_backward_{TYPES[x.dtype]}", tensors, numbers)
+        ctx.library.call(f"convolve_backward_{TYPES[x.dtype]}", *tensors, *numbers)
         return None, inputs, weights.sum(0), None
 
 
@@ -156,14 +154,14 @@ class Dropout(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, library, x, keys, threshold):
-        ctx.functions, ctx.threshold = library, threshold
+        ctx.library, ctx.threshold = library, threshold
         ctx.save_for_backward(keys)
         return Dropout.compute(library, x, keys, threshold)
 
     @staticmethod
     def backward(ctx, gradient):
         (keys,) = ctx.saved_tensors
-        return None, Dropout.compute(ctx.functions, gradient, keys, ctx.threshold), None, None
+        return None, Dropout.compute(ctx.library, gradient, keys, ctx.threshold), None, None
 
     @staticmethod
     def compute(library, x, keys, threshold):
@@ -171,9 +169,8 @@ class Dropout(torch.autograd.Function):
         y = torch.empty_like(x)
         check(x, y)
         check(keys, types=(torch.int32,))
-        numbers = len(x), x[0].numel(), threshold, torch.get_num_threads()
-        factor = ctypes.c_float(scale(threshold))
-        call(library, f"drop_{TYPES[x.dtype]}", (x, y, keys), numbers, factor)
+        numbers = len(x), x[0].numel(), threshold, scale(threshold), torch.get_num_threads()
+        library.call(f"drop_{TYPES[x.dtype]}", x, y, keys, *numbers)
         return y
 
 
@@ -182,7 +179,7 @@ class Attention(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, library, qkv):
-        ctx.functions = library
+        ctx.library = library
         ctx.save_for_backward(qkv)
         return attention(library, qkv)
 
@@ -193,7 +190,7 @@ class Attention(torch.autograd.Function):
         gradients = torch.empty_like(qkv)
         check(qkv, gradient, gradients)
         name = f"backward_{TYPES[qkv.dtype]}"
-        call(ctx.functions, name, (qkv, gradient, gradients), attention_numbers(qkv))
+        ctx.library.call(name, qkv, gradient, gradients, *attention_numbers(qkv))
         return None, gradients
 
 
@@ -205,7 +202,7 @@ def attention(library, qkv, S=None, Z=None):
     check(qkv, outputs)
     check(*(x for x in (S, Z) if x is not None), types=(torch.float32,))
     name = f"forward_{TYPES[qkv.dtype]}"
-    call(library, name, (qkv, outputs, S, Z), attention_numbers(qkv))
+    library.call(name, qkv, outputs, S, Z, *attention_numbers(qkv))
     return outputs
 
 
@@ -228,11 +225,3 @@ def check_shape(tensor, shape):
     """Raise a ValueError for a tensor of another shape."""
     if tensor.shape != shape:
         raise ValueError(f"a tensor is {tuple(tensor.shape)} and should be {tuple(shape)}")
-
-
-def call(library, name, tensors, numbers, *more):
-    """Call a function of the library with the addresses of contiguous tensors (null for None)."""
-    if not all(tensor is None or tensor.is_contiguous() for tensor in tensors):
-        raise TypeError(f"{name} takes contiguous tensors")
-    addresses = [ctypes.c_void_p(None if x is None else x.data_ptr()) for x in tensors]
-    getattr(library, name)(*addresses, *map(ctypes.c_int64, numbers), *more)

@@ -12,7 +12,6 @@
 #include <deque>
 #include <iterator>
 #include <limits>
-#include <type_traits>
 #ifdef __AVX512BF16__
 #include <immintrin.h>
 #endif
@@ -374,13 +373,13 @@ struct Member {
     }
 };
 
-extern "C" int panel() { return PANEL; }
+void panel_size(int64_t* size) { *size = PANEL; }
 
-// Reads bytes `first` to `last` - 1 of each image and draws the byte after each. Returns -1, or
-// the first byte that had a distribution with a parameter that is not finite.
-extern "C" int64_t sample(const Model* model, const State* states, int64_t* images,
-                          const float* noise, float* parameters, int64_t n, int64_t length,
-                          int64_t first, int64_t last, float temperature, int64_t threads) {
+// Reads bytes `first` to `last` - 1 of each image and draws the byte after each. `failed` becomes
+// -1, or the first byte that had a distribution with a parameter that is not finite.
+void sample(const Model* model, const State* states, int64_t* images, const float* noise,
+            float* parameters, int64_t n, int64_t length, int64_t first, int64_t last,
+            float temperature, int64_t threads, int64_t* failed) {
     Job job{model, states, images, noise, parameters, n, length, first, last, temperature, {length}};
     int64_t n_teams = std::max<int64_t>(1, std::min(threads, n / ROWS_PER_TEAM));
     std::deque<Team> teams;  // a Team cannot be moved
@@ -393,5 +392,14 @@ extern "C" int64_t sample(const Model* model, const State* states, int64_t* imag
             members.push_back({job, teams.back(), number});
     }
     run_threads(members.size(), [&](int i) { members[i].run(); });
-    return job.failed == length ? -1 : job.failed.load();
+    *failed = job.failed == length ? -1 : job.failed.load();
+}
+
+extern "C" const Export* exports() {
+    static const Export table[] = {
+        exported<panel_size>("panel_size"),
+        exported<sample>("sample"),
+        {},
+    };
+    return table;
 }

@@ -50,12 +50,13 @@ class CompiledDecoder:
 
     def __init__(self, model, precision):
         constants = sizes(model.config, precision)
-        self.functions, self.compile_seconds = load_library(SOURCE, constants)
-        self.functions.sample.restype = ctypes.c_int64
+        self.library, self.compile_seconds = load_library(SOURCE, constants)
         self.config = model.config
         self.dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+        panel = torch.empty(1, dtype=torch.int64)
+        self.library.call("panel_size", panel)
         with torch.no_grad():
-            tensors = pack_model(model, self.functions.panel(), self.dtype)
+            tensors = pack_model(model, panel.item(), self.dtype)
             self.tensors = [tensor.contiguous() for tensor in tensors]
         for tensor in self.tensors:
             check(tensor, tensor.dtype)
@@ -75,6 +76,7 @@ class CompiledDecoder:
         if first + count >= length:
             raise ValueError(f"{count} bytes after byte {first} are more than an image has")
         parameters = torch.empty(n, 3 * self.config.mixtures)
+        failed = torch.empty(1, dtype=torch.int64)
         states = [tensor for state in batch.states for tensor in state.tensors]
         check(batch.images, torch.int64)
         check(batch.noise, torch.float32)
@@ -83,15 +85,12 @@ class CompiledDecoder:
                 check(tensor, torch.float32)
             if state.inputs is not None:
                 check(state.inputs, self.dtype)
-        failed = self.functions.sample(
-            *(addresses(self.tensors), addresses(states)),
-            *(ctypes.c_void_p(x.data_ptr()) for x in (batch.images, batch.noise, parameters)),
-            *(ctypes.c_int64(number) for number in (n, length, first, first + count)),
-            ctypes.c_float(batch.temperature),
-            ctypes.c_int64(torch.get_num_threads()),
-        )
+        pointers = addresses(self.tensors), addresses(states)
+        tensors = batch.images, batch.noise, parameters
+        numbers = n, length, first, first + count, batch.temperature, torch.get_num_threads()
+        self.library.call("sample", *pointers, *tensors, *numbers, failed)
         batch.position += count
-        batch.finite &= failed < 0
+        batch.finite &= failed[0] < 0
         return parameters
 
 
