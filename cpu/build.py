@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable
 from itertools import takewhile
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -77,7 +78,7 @@ def argument(name, x):
     return x.data_ptr()
 
 
-def try_compile(build, required, purpose):
+def try_compile(build: Callable[[], Any], required: bool | None, purpose: str) -> Any:
     """The result of `build()`, which compiles, or None, with a message, if plain PyTorch is to be
     used. `required` is --compile: True makes a failure a `UserError`, False compiles nothing.
     """
@@ -92,19 +93,19 @@ def try_compile(build, required, purpose):
         warn(f"{error}; {purpose} in plain PyTorch, which is slower")
 
 
-def find_compiler():
+def find_compiler() -> str | None:
     """The path of the C++ compiler: $CXX, or the first of the usual names; None without one."""
     names = [os.environ.get("CXX"), "g++", "clang++", "c++"]
     return next((path for name in names if name and (path := shutil.which(name))), None)
 
 
-def check_compiler():
+def check_compiler() -> None:
     """Raise a `UserError` if there is no C++ compiler."""
     if not find_compiler():
         raise UserError("--compile: no C++ compiler found: install g++, or give --no-compile")
 
 
-def cache_path(source, sizes):
+def cache_path(source: str, sizes: dict) -> tuple[Path, list[str]]:
     """Where the library of a C++ file, compiled for sizes {macro: value}, is cached, and the
     command that compiles it.
 
@@ -132,7 +133,7 @@ def cache_path(source, sizes):
     return cache / "image-transformers" / name, command
 
 
-def is_cached(source, sizes):
+def is_cached(source: str, sizes: dict) -> bool:
     """Whether the library has been compiled before."""
     try:
         return bool(find_compiler()) and cache_path(source, sizes)[0].exists()
@@ -140,7 +141,7 @@ def is_cached(source, sizes):
         return False
 
 
-def load_library(source, sizes):
+def load_library(source: str, sizes: dict) -> tuple[Library, float]:
     """The library, and the seconds its compilation took, 0 if it was cached.
 
     Raises `UserError` if it cannot be compiled or loaded.

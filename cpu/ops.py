@@ -1,18 +1,22 @@
 """The operations of layers/ops.py compiled for the CPU: ops.cpp for attention, norms and dropout,
 oneDNN for matrix products, each with its gradient. Float32 or bfloat16."""
 
-import torch
+from collections.abc import Sequence
 
-from cpu import torch_private
-from cpu.build import NORM_EPSILON, load_library
+import torch
+from torch import nn
+
+from cpu.build import NORM_EPSILON, Library, load_library
+from cpu.torch_private import private_or_public
 from layers.dropout import scale
 from layers.ops import PlainOps
+from models import ModelConfig
 
 SOURCE = "ops.cpp"
 TYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
 
 
-def sizes(config):
+def sizes(config: ModelConfig) -> dict:
     """The sizes with which ops.cpp is compiled for a model."""
     return {"SIZE": config.d_query}
 
@@ -26,13 +30,14 @@ class CompiledOps(PlainOps):
     cannot be compiled.
     """
 
-    def __init__(self, config):
+    def __init__(self, config: ModelConfig):
         self.size = config.d_query
         self.library, self.compile_seconds = load_library(SOURCE, sizes(config))
-        for name in torch_private.FUNCTIONS:
-            torch_private.choose(name, torch.float32)  # warn now, not in the first step
+        private_or_public(torch.float32)  # warn now, not in the first step
 
-    def linear(self, x, *layers, activation=None):
+    def linear(
+        self, x: torch.Tensor, *layers: nn.Linear, activation: str | None = None
+    ) -> torch.Tensor:
         weight, bias = layers[0].weight, layers[0].bias
         if len(layers) > 1:
             weight = torch.cat([layer.weight for layer in layers])  # (O, I)
@@ -44,7 +49,7 @@ class CompiledOps(PlainOps):
         check(x, weight)
         return Linear.apply(x, weight, bias, activation)
 
-    def add_norm(self, x, y, norm):
+    def add_norm(self, x: torch.Tensor, y: torch.Tensor, norm: nn.LayerNorm) -> torch.Tensor:
         if norm.eps != NORM_EPSILON:
             raise ValueError(f"ops.cpp is compiled for eps {NORM_EPSILON}, not {norm.eps}")
         check_shape(y, x.shape)
@@ -53,13 +58,17 @@ class CompiledOps(PlainOps):
         y = y if x.dtype == torch.float32 else y.to(x.dtype)
         return AddNorm.apply(self.library, x, y, norm.weight, norm.bias)
 
-    def short_convolution(self, x, weight, offsets):
+    def short_convolution(
+        self, x: torch.Tensor, weight: torch.Tensor, offsets: Sequence[int]
+    ) -> torch.Tensor:
         return ShortConvolution.apply(self.library, x, weight, offsets)
 
-    def dropout(self, x, keys, threshold):
+    def dropout(self, x: torch.Tensor, keys: torch.Tensor, threshold: int) -> torch.Tensor:
         return Dropout.apply(self.library, x, keys, threshold)
 
-    def linear_attention(self, qkv, state=None):
+    def linear_attention(
+        self, qkv: torch.Tensor, state: Sequence[torch.Tensor] | None = None
+    ) -> torch.Tensor:
         if qkv.shape[-1] != self.size:
             raise ValueError(f"ops.cpp is compiled for heads of {self.size}, not {qkv.shape[-1]}")
         if state is None:
@@ -75,7 +84,7 @@ class Linear(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, weight, bias, activation):
-        outputs = torch_private.choose("linear", x.dtype)(x, weight, bias, activation)
+        outputs = private_or_public(x.dtype)(x, weight, bias, activation)
         ctx.save_for_backward(x, weight, outputs if activation == "relu" else None)
         return outputs
 
@@ -83,13 +92,12 @@ class Linear(torch.autograd.Function):
     def backward(ctx, gradient):
         x, weight, outputs = ctx.saved_tensors
         if outputs is not None:
-            gradient = torch_private.choose("relu_backward", x.dtype)(gradient, outputs)
+            gradient = torch.ops.aten.threshold_backward(gradient, outputs, 0)
         rows = gradient.flatten(0, -2)  # (positions, O)
         needs_x, _, needs_bias, _ = ctx.needs_input_grad
         inputs = None
         if needs_x:
-            linear = torch_private.choose("linear", x.dtype)
-            inputs = linear(gradient, weight.t(), None, None)
+            inputs = private_or_public(x.dtype)(gradient, weight.t(), None, None)
         return inputs, rows.t() @ x.flatten(0, -2), rows.sum(0) if needs_bias else None, None
 
 
@@ -113,10 +121,13 @@ class AddNorm(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, gradient):
-        backward = torch_private.choose("norm_backward", torch.float32)
-        sums, *others = ctx.saved_tensors
+        sums, mean, inverse, weight, bias = ctx.saved_tensors
         # In bfloat16 torch would also sum the gradients of weight and bias in bfloat16.
-        inputs, *parameters = backward(gradient.float().contiguous(), sums.float(), *others)
+        inputs, *parameters = torch.ops.aten.native_layer_norm_backward(
+            gradient.float().contiguous(),
+            sums.float(),
+            *(weight.shape, mean, inverse, weight, bias, [True] * 3),
+        )
         return None, inputs.to(sums.dtype), inputs.to(ctx.y_type), *parameters
 
 
@@ -194,7 +205,12 @@ class Attention(torch.autograd.Function):
         return None, gradients
 
 
-def attention(library, qkv, S=None, Z=None):
+def attention(
+    library: Library,
+    qkv: torch.Tensor,
+    S: torch.Tensor | None = None,
+    Z: torch.Tensor | None = None,
+) -> torch.Tensor:
     """Outputs (N, L, H, E) of qkv (N, L, 3, H, E); updates the state `S` (N, H, E, E), `Z`
     (N, H, E) in place."""
     qkv = qkv.contiguous()
@@ -211,7 +227,7 @@ def attention_numbers(qkv):
     return N, L, H, torch.get_num_threads()
 
 
-def check(*tensors, types=tuple(TYPES)):
+def check(*tensors: torch.Tensor, types: Sequence[torch.dtype] = tuple(TYPES)) -> None:
     """Raise a TypeError for a tensor whose memory the C++ functions would misread."""
     for tensor in tensors:
         if tensor.device.type != "cpu" or tensor.dtype not in types:
@@ -221,7 +237,7 @@ def check(*tensors, types=tuple(TYPES)):
             )
 
 
-def check_shape(tensor, shape):
+def check_shape(tensor: torch.Tensor, shape: Sequence[int]) -> None:
     """Raise a ValueError for a tensor of another shape."""
     if tensor.shape != shape:
         raise ValueError(f"a tensor is {tuple(tensor.shape)} and should be {tuple(shape)}")

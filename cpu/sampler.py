@@ -1,13 +1,16 @@
 """The inner loop of the recurrent sampler compiled for the CPU: sampler.cpp, for one model."""
 
 import ctypes
+from collections.abc import Sequence
 
 import torch
+from torch import nn
 from torch.nn.functional import pad
 
 from cpu.build import load_library
 from layers.convolution import convolution_offsets
 from layers.neighbours import neighbour_count
+from models import ImageTransformer, ModelConfig
 
 SOURCE = "sampler.cpp"
 # Bytes of images that one call of the library draws: enough that starting its threads costs
@@ -15,7 +18,7 @@ SOURCE = "sampler.cpp"
 BYTES_AT_ONCE = 2048
 
 
-def sizes(config, precision):
+def sizes(config: ModelConfig, precision: str) -> dict:
     """The sizes with which sampler.cpp is compiled for a model."""
     sizes = {"LAYERS": config.n_layers, "HEADS": config.n_heads, "SIZE": config.d_query}
     sizes |= {"MIXTURES": config.mixtures, "BF16": int(precision == "bf16")}
@@ -26,7 +29,9 @@ def sizes(config, precision):
     return sizes | {"OFFSETS": ",".join(map(str, offsets))}
 
 
-def pack(linears, panel, dtype):
+def pack(
+    linears: Sequence[nn.Linear], panel: int, dtype: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Weight and bias of the linear layers, concatenated, in the layout of sampler.cpp's Linear:
     (panels, inputs, panel), or for bfloat16 (panels, inputs / 2, panel, 2)."""
     weight = torch.cat([linear.weight for linear in linears])
@@ -48,7 +53,7 @@ class CompiledDecoder:
     of a model whose linear layers are. Raises `UserError` if it cannot be compiled.
     """
 
-    def __init__(self, model, precision):
+    def __init__(self, model: ImageTransformer, precision: str):
         constants = sizes(model.config, precision)
         self.library, self.compile_seconds = load_library(SOURCE, constants)
         self.config = model.config
@@ -61,15 +66,15 @@ class CompiledDecoder:
         for tensor in self.tensors:
             check(tensor, tensor.dtype)
 
-    def block(self, n_images):
+    def block(self, n_images: int) -> int:
         """How many bytes of each image one call should draw."""
         return max(1, BYTES_AT_ONCE // n_images)
 
-    def __call__(self, batch, count):
+    def __call__(self, batch, count: int) -> None:
         """Draw the next `count` bytes of the images of a `Batch`."""
         self.run(batch, count)
 
-    def run(self, batch, count):
+    def run(self, batch, count: int) -> torch.Tensor:
         """As `__call__`; returns the parameters (N, 3K) of the last byte drawn."""
         n, length = batch.images.shape
         first = batch.position.item()
@@ -94,7 +99,7 @@ class CompiledDecoder:
         return parameters
 
 
-def check(tensor, dtype):
+def check(tensor: torch.Tensor, dtype: torch.dtype) -> None:
     """Raise a TypeError for a tensor whose memory sampler.cpp would misread."""
     if tensor.device.type != "cpu" or tensor.dtype != dtype or not tensor.is_contiguous():
         raise TypeError(
@@ -103,7 +108,7 @@ def check(tensor, dtype):
         )
 
 
-def pack_model(model, panel, dtype):
+def pack_model(model: ImageTransformer, panel: int, dtype: torch.dtype) -> list[torch.Tensor]:
     """The tensors of sampler.cpp's struct Model, in its order."""
     tensors = []
     for layer in model.transformer.layers:
