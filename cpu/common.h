@@ -44,7 +44,8 @@ inline void store(float* target, float x) { *target = x; }
 inline void store(BFloat16* target, float x) {  // rounds to nearest, ties to even
     uint32_t bits;
     memcpy(&bits, &x, 4);
-    target->bits = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+    uint32_t rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+    target->bits = x == x ? rounded : 0x7fc0;  // the sum would carry a NaN over to 0
 }
 
 // Calls run(0), ..., run(n - 1), each in a thread of its own, the first in the calling thread. All
@@ -133,9 +134,10 @@ inline Moments normalise(Read read, float* __restrict row, const float* __restri
     return {mean, inverse};
 }
 
-// exp(x) for x <= 0: 2^n e^r with |r| <= log(2) / 2, and the Taylor series of e^r.
+// exp(x) for x <= 0: 2^n e^r with |r| <= log(2) / 2, and the Taylor series of e^r. Of NaN it is
+// NaN, whatever n is then.
 inline float exponential(float x) {
-    x = x > -87 ? x : -87;  // std::max would keep the loops from being vectorised
+    x = x < -87 ? -87 : x;  // std::max would keep the loops from being vectorised
     int n = int(x * 1.44269504f - 0.5f);
     float r = x - n * 0.693359375f + n * 2.12194440e-4f;  // log(2) in two parts
     float e = 1.f / 5040;
@@ -152,12 +154,13 @@ inline float exponential(float x) {
     return e * power;
 }
 
-// phi(x) = elu(x) + 1 of a row, without a branch: exp(min(x, 0)) + max(x, 0).
+// phi(x) = elu(x) + 1 of a row, without a branch: exp(min(x, 0)) + max(x, 0). The minimum is
+// written so that NaN stays NaN.
 template <class T>
 inline void features(const T* x, float* phi) {
     for (int e = 0; e < SIZE; e++) {
         float value = load(x[e]);
-        phi[e] = exponential(value < 0 ? value : 0) + (value > 0 ? value : 0);
+        phi[e] = exponential(value > 0 ? 0 : value) + (value > 0 ? value : 0);
     }
 }
 
@@ -230,7 +233,7 @@ inline void attend(const T* q, const T* k, const T* v, int64_t stride, float* S,
 // and f for a float.
 struct Export {
     const char *name, *types;
-    int (*call)();  // cast from its own type; returns a Status
+    void* function;  // returns a Status
 };
 
 enum Status { DONE, OUT_OF_MEMORY, NO_THREAD, FAILED };
@@ -265,5 +268,5 @@ struct Exported<function> {
 
 template <auto function>
 Export exported(const char* name) {
-    return {name, Exported<function>::types, (int (*)())Exported<function>::call};
+    return {name, Exported<function>::types, (void*)Exported<function>::call};
 }

@@ -6,6 +6,8 @@
 // Tensors are float32 or bfloat16; everything between reading and writing a row is float32. The
 // compile-time constants are those of common.h.
 
+#include <memory>
+
 #include "common.h"
 
 // Positions per call of `update`: as many as keep their rows in registers.
@@ -48,6 +50,12 @@ void in_groups(int64_t length, const Run& run) {
     for (; first < length; first++) run(first, std::integral_constant<int, 1>());
 }
 
+// The state of one image and one head. Whatever has E^2 numbers is allocated on the heap: the stack
+// of a thread may have no more than 512 kB.
+struct State {
+    alignas(64) float S[SIZE][SIZE] = {}, Z[SIZE] = {};
+};
+
 // Updates S (N, H, E, M) and Z (N, H, E); if they are null, the sums start at zero.
 template <class T>
 void forward(const T* qkv, T* out, float* S, float* Z, int64_t images, int64_t length,
@@ -56,16 +64,16 @@ void forward(const T* qkv, T* out, float* S, float* Z, int64_t images, int64_t l
     run_tasks(shape.images * shape.heads, threads, [&](int64_t task) {
         Head head(qkv, task, shape);
         T* target = output(out, task, shape);
-        float matrix[SIZE][SIZE] = {}, sums[SIZE] = {};
-        if (S) memcpy(matrix, S + task * SIZE * SIZE, sizeof matrix);
-        if (Z) memcpy(sums, Z + task * SIZE, sizeof sums);
+        auto state = std::make_unique<State>();
+        if (S) memcpy(state->S, S + task * SIZE * SIZE, sizeof state->S);
+        if (Z) memcpy(state->Z, Z + task * SIZE, sizeof state->Z);
         in_groups(shape.length, [&](int64_t first, auto N) {
             int64_t at = first * shape.stride();
-            attend<N>(head.q + at, head.k + at, head.v + at, shape.stride(), matrix[0], sums,
-                      target + first * shape.width(), shape.width());
+            attend<N>(head.q + at, head.k + at, head.v + at, shape.stride(), state->S[0],
+                      state->Z, target + first * shape.width(), shape.width());
         });
-        if (S) memcpy(S + task * SIZE * SIZE, matrix, sizeof matrix);
-        if (Z) memcpy(Z + task * SIZE, sums, sizeof sums);
+        if (S) memcpy(S + task * SIZE * SIZE, state->S, sizeof state->S);
+        if (Z) memcpy(Z + task * SIZE, state->Z, sizeof state->Z);
     });
 }
 
@@ -91,8 +99,8 @@ struct Backward {
     Head<T> gradients;
     Shape shape;
     std::vector<float> inverses, products;  // of each position: 1 / d, and out.g
-    float S[SIZE][SIZE] = {}, Z[SIZE] = {};  // S here is (M, E)
-    float R[SIZE][SIZE] = {}, transposed[SIZE][SIZE] = {}, W[SIZE] = {};
+    alignas(64) float S[SIZE][SIZE] = {}, Z[SIZE] = {};  // S here is (M, E)
+    alignas(64) float R[SIZE][SIZE] = {}, transposed[SIZE][SIZE] = {}, W[SIZE] = {};
 
     Backward(const T* qkv, const T* g, T* gradients, int64_t task, Shape shape)
         : head(qkv, task, shape), g(output(g, task, shape)), gradients(gradients, task, shape),
@@ -149,10 +157,10 @@ void backward(const T* qkv, const T* g, T* gradients, int64_t images, int64_t le
               int64_t heads, int64_t threads) {
     Shape shape{images, length, heads};
     run_tasks(shape.images * shape.heads, threads, [&](int64_t task) {
-        Backward<T> pass(qkv, g, gradients, task, shape);
-        in_groups(shape.length, [&](int64_t first, auto N) { pass.template queries<N>(first); });
+        auto pass = std::make_unique<Backward<T>>(qkv, g, gradients, task, shape);
+        in_groups(shape.length, [&](int64_t first, auto N) { pass->template queries<N>(first); });
         in_groups(shape.length,
-                  [&](int64_t first, auto N) { pass.template keys_and_values<N>(first); });
+                  [&](int64_t first, auto N) { pass->template keys_and_values<N>(first); });
     });
 }
 

@@ -53,6 +53,7 @@ class CompiledOps(PlainOps):
         if norm.eps != NORM_EPSILON:
             raise ValueError(f"ops.cpp is compiled for eps {NORM_EPSILON}, not {norm.eps}")
         check_shape(y, x.shape)
+        check_shape(norm.weight, x.shape[-1:])
         if not torch.is_grad_enabled():
             x = x.to(y.dtype)
         y = y if x.dtype == torch.float32 else y.to(x.dtype)
@@ -61,19 +62,25 @@ class CompiledOps(PlainOps):
     def short_convolution(
         self, x: torch.Tensor, weight: torch.Tensor, offsets: Sequence[int]
     ) -> torch.Tensor:
+        _, _, D = x.shape
+        check_shape(weight, (len(offsets), D))
+        if min(offsets) < 0:
+            raise ValueError(f"offsets {tuple(offsets)} reach into later positions")
         return ShortConvolution.apply(self.library, x, weight, offsets)
 
     def dropout(self, x: torch.Tensor, keys: torch.Tensor, threshold: int) -> torch.Tensor:
+        check_shape(keys, (len(x), 2))
         return Dropout.apply(self.library, x, keys, threshold)
 
     def linear_attention(
         self, qkv: torch.Tensor, state: Sequence[torch.Tensor] | None = None
     ) -> torch.Tensor:
-        if qkv.shape[-1] != self.size:
-            raise ValueError(f"ops.cpp is compiled for heads of {self.size}, not {qkv.shape[-1]}")
+        N, L, _, H, E = qkv.shape
+        if self.size != E:
+            raise ValueError(f"ops.cpp is compiled for heads of {self.size}, not {E}")
+        check_shape(qkv, (N, L, 3, H, E))
         if state is None:
             return Attention.apply(self.library, qkv)
-        N, _, _, H, E = qkv.shape
         for tensor, shape in zip(state, ((N, H, E, E), (N, H, E)), strict=True):
             check_shape(tensor, shape)
         return attention(self.library, qkv, *state)
@@ -136,13 +143,12 @@ class ShortConvolution(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, library, x, weight, offsets):
-        ctx.library, ctx.offsets = library, torch.tensor(offsets)
+        ctx.library, ctx.offsets = library, torch.tensor(offsets, dtype=torch.int64)
         x, weight = x.contiguous(), weight.contiguous()
         ctx.save_for_backward(x, weight)
         y = torch.empty_like(x)
         check(x, y)
         check(weight, types=(torch.float32,))
-        check_shape(weight, (len(offsets), x.shape[2]))
         numbers = *x.shape, len(offsets), torch.get_num_threads()
         library.call(f"convolve_{TYPES[x.dtype]}", x, weight, ctx.offsets, y, *numbers)
         return y

@@ -8,6 +8,7 @@ from torch import nn
 from torch.nn.functional import pad
 
 from cpu.build import load_library
+from cpu.ops import check_shape
 from layers.convolution import convolution_offsets
 from layers.neighbours import neighbour_count
 from models import ImageTransformer, ModelConfig
@@ -24,9 +25,13 @@ def sizes(config: ModelConfig, precision: str) -> dict:
     sizes |= {"MIXTURES": config.mixtures, "BF16": int(precision == "bf16")}
     if not config.neighbours:
         return sizes | {"NEIGHBOURS": 0, "CHANNELS": 1, "OFFSETS": 0}
-    offsets = convolution_offsets(config.length, config.width, config.channels)
     sizes |= {"NEIGHBOURS": neighbour_count(config.channels), "CHANNELS": config.channels}
-    return sizes | {"OFFSETS": ",".join(map(str, offsets))}
+    return sizes | {"OFFSETS": ",".join(map(str, offsets(config)))}
+
+
+def offsets(config):
+    """Those of the short convolution of a model with neighbours."""
+    return convolution_offsets(config.length, config.width, config.channels)
 
 
 def pack(
@@ -64,7 +69,7 @@ class CompiledDecoder:
             tensors = pack_model(model, panel.item(), self.dtype)
             self.tensors = [tensor.contiguous() for tensor in tensors]
         for tensor in self.tensors:
-            check(tensor, tensor.dtype)
+            check(tensor, tensor.dtype, tensor.shape)
 
     def block(self, n_images: int) -> int:
         """How many bytes of each image one call should draw."""
@@ -76,36 +81,64 @@ class CompiledDecoder:
 
     def run(self, batch, count: int) -> torch.Tensor:
         """As `__call__`; returns the parameters (N, 3K) of the last byte drawn."""
-        n, length = batch.images.shape
         first = batch.position.item()
-        if first + count >= length:
-            raise ValueError(f"{count} bytes after byte {first} are more than an image has")
-        parameters = torch.empty(n, 3 * self.config.mixtures)
-        failed = torch.empty(1, dtype=torch.int64)
-        states = [tensor for state in batch.states for tensor in state.tensors]
-        check(batch.images, torch.int64)
-        check(batch.noise, torch.float32)
-        for state in batch.states:
-            for tensor in state.attention:
-                check(tensor, torch.float32)
-            if state.inputs is not None:
-                check(state.inputs, self.dtype)
-        pointers = addresses(self.tensors), addresses(states)
-        tensors = batch.images, batch.noise, parameters
-        numbers = n, length, first, first + count, batch.temperature, torch.get_num_threads()
-        self.library.call("sample", *pointers, *tensors, *numbers, failed)
+        parameters = torch.empty(len(batch.images), 3 * self.config.mixtures)
+        draw = batch.noise, parameters, batch.temperature
+        batch.finite &= self.loop(batch.images, batch.states, first, first + count, *draw)
         batch.position += count
-        batch.finite &= failed[0] < 0
         return parameters
 
+    def read(self, model: ImageTransformer, images: torch.Tensor, count: int) -> list:
+        """The states after the first `count` bytes of images (N, L), int64.
 
-def check(tensor: torch.Tensor, dtype: torch.dtype) -> None:
-    """Raise a TypeError for a tensor whose memory sampler.cpp would misread."""
+        The loop reads the bytes one by one as it reads those that it draws, so the rounding of
+        the sums does not depend on the batch, as it would in a parallel pass.
+        """
+        states, block = model.empty_states(len(images)), self.block(len(images))
+        for first in range(0, count, block):
+            self.loop(images, states, first, min(first + block, count))
+        return states
+
+    def loop(self, images, states, first, last, noise=None, parameters=None, temperature=1.0):
+        """Read bytes `first` to `last` - 1 and, with noise, draw the byte after each; whether all
+        distributions were finite. Raises TypeError or ValueError for what it would misread."""
+        n, length = len(images), self.config.length
+        if not 0 <= first <= last < length:
+            raise ValueError(f"bytes {first} to {last} are not in an image of {length}")
+        check(images, torch.int64, (n, length))
+        if images.min() < 0 or images.max() > 255:
+            raise ValueError("an image has a value that is no byte, 0 to 255")
+        if noise is not None:
+            check(noise, torch.float32, (n, length, 2))
+        self.check_states(states, n)
+        states = addresses([tensor for state in states for tensor in state.tensors])
+        failed = torch.empty(1, dtype=torch.int64)
+        tensors = addresses(self.tensors), states, images, noise, parameters
+        numbers = n, length, first, last, temperature, torch.get_num_threads()
+        self.library.call("sample", *tensors, *numbers, failed)
+        return failed[0] < 0
+
+    def check_states(self, states, n):
+        if len(states) != self.config.n_layers:
+            raise ValueError(f"there are {len(states)} states of {self.config.n_layers} layers")
+        heads, size = self.config.n_heads, self.config.d_query
+        for state in states:
+            S, Z = state.attention
+            check(S, torch.float32, (n, heads, size, size))
+            check(Z, torch.float32, (n, heads, size))
+            if self.config.neighbours:
+                recent = max(offsets(self.config)) + 1
+                check(state.inputs, self.dtype, (recent, n, heads * size))
+
+
+def check(tensor: torch.Tensor, dtype: torch.dtype, shape: Sequence[int]) -> None:
+    """Raise a TypeError or a ValueError for a tensor whose memory sampler.cpp would misread."""
     if tensor.device.type != "cpu" or tensor.dtype != dtype or not tensor.is_contiguous():
         raise TypeError(
             f"the compiled sampler takes contiguous {dtype} tensors on the CPU, not {tensor.dtype} "
             f"on {tensor.device}"
         )
+    check_shape(tensor, shape)
 
 
 def pack_model(model: ImageTransformer, panel: int, dtype: torch.dtype) -> list[torch.Tensor]:

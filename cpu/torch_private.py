@@ -37,8 +37,13 @@ def private_or_public(dtype: torch.dtype) -> Callable[..., torch.Tensor]:
 
 def private_linear(x, weight, bias, activation):
     """torch hands float32 to MKL, which is slow on AMD CPUs, and adds the bias of a bfloat16
-    product in a separate pass; oneDNN does neither."""
-    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, activation or "none", [], "")
+    product in a separate pass; oneDNN does neither.
+
+    oneDNN's relu turns NaN into 0, so that diverged weights would go unnoticed. Its leaky relu
+    keeps NaN; with this slope it differs from a relu by less than any rounding.
+    """
+    name, slope = ("leaky_relu", [1e-30]) if activation == "relu" else ("none", [])
+    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, name, slope, "")
 
 
 def public_linear(x, weight, bias, activation):

@@ -50,9 +50,9 @@ def mix(x: torch.Tensor) -> torch.Tensor:
 
 
 def drop(x: torch.Tensor, keys: torch.Tensor, threshold: int) -> torch.Tensor:
-    """x / (1 - p) where kept, 0 elsewhere; p is `threshold` / 2^32, x is (N, ...)."""
-    keep = keep_mask(keys, x[0].numel(), threshold).view(x.shape)
-    return torch.where(keep, x * scale(threshold), 0)
+    """x / (1 - p) where kept, x * 0 elsewhere (NaN is kept); p is `threshold` / 2^32, x is
+    (N, ...)."""
+    return x * keep_mask(keys, x[0].numel(), threshold).view(x.shape) * scale(threshold)
 
 
 def scale(threshold: int) -> float:
