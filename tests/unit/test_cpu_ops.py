@@ -223,24 +223,11 @@ UNREADABLE = pytest.mark.parametrize(
 )
 
 
-@UNREADABLE
-def test_a_model_moved_to_another_type_or_device_is_a_type_error(target, word):
-    """The C++ functions read addresses: they read float64 as float32, and crashed on the address
-    of a tensor on another device."""
-    config = ModelConfig(30, n_layers=1, n_heads=2, d_query=8)
-    model = ImageTransformer(config, CompiledOps(config)).to(target)
-    images = torch.zeros(2, 30, dtype=torch.int64, device=model.predictor.weight.device)
-    for training in (False, True):
-        with pytest.raises(TypeError, match=word):
-            model.train(training).nll(images)
-    with pytest.raises(TypeError, match=word), torch.no_grad():
-        model.eval().prefill(images[:, :20])
-
-
 @EVERY_OPERATION
 @UNREADABLE
 def test_tensors_of_another_type_or_device_are_a_type_error(operation, target, word):
-    """As for a whole model, by each operation on its own."""
+    """Regression: the C++ functions read float64 as float32, and crashed on the address of a tensor
+    on another device."""
     with pytest.raises(TypeError, match=word):
         operation(compiled(), torch.randn(2, 5, 48).to(target), make_layers(48))
 
@@ -248,14 +235,14 @@ def test_tensors_of_another_type_or_device_are_a_type_error(operation, target, w
 @pytest.mark.parametrize("name", ["linear", "relu", "add_norm"])
 @UNREADABLE
 def test_parameters_of_another_type_or_device_are_a_type_error(name, target, word):
-    """Only the inputs were looked at."""
+    """Regression: only the type of the inputs was checked."""
     with pytest.raises(TypeError, match=word):
         OPERATIONS[name](compiled(), torch.randn(2, 5, 48), make_layers(48).to(target))
 
 
 @UNREADABLE
 def test_states_and_keys_of_another_type_or_device_are_a_type_error(target, word):
-    """Only the inputs were looked at."""
+    """Regression: only the type of the inputs was checked."""
     S, Z = torch.zeros(2, 3, 8, 8), torch.zeros(2, 3, 8)
     for state in ((S.to(target), Z), (S, Z.to(target))):
         with pytest.raises(TypeError, match=word):
