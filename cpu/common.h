@@ -1,5 +1,5 @@
-// What ops.cpp and sampler.cpp share: bfloat16, the layer norm, the step of linear attention, and
-// threads.
+// What ops.cpp and sampler.cpp share: bfloat16, the layer norm, the step of linear attention,
+// threads, and the table of the functions that Python calls.
 //
 // Compile-time constants, set by Python: SIZE, the size of a head's queries, keys and values, and
 // ATTENTION_EPSILON and NORM_EPSILON, which keep two divisions finite.
@@ -11,10 +11,16 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <exception>
+#include <future>
+#include <mutex>
+#include <new>
+#include <system_error>
 #include <thread>
+#include <type_traits>
 #include <vector>
 
-// The numbers in this CPU's widest vectors. GCC computes wider ones number by number.
+// How many floats one of this CPU's widest vectors holds. GCC computes wider ones number by number.
 #if defined(__AVX512F__)
 constexpr int LANES = 16;
 #elif defined(__AVX__)
@@ -38,33 +44,73 @@ inline void store(float* target, float x) { *target = x; }
 inline void store(BFloat16* target, float x) {  // rounds to nearest, ties to even
     uint32_t bits;
     memcpy(&bits, &x, 4);
-    target->bits = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+    uint32_t rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+    target->bits = x == x ? rounded : 0x7fc0;  // the sum would carry a NaN over to 0
 }
 
 // Calls run(0), ..., run(n - 1), each in a thread of its own, the first in the calling thread. All
-// run at the same time, so they may wait for each other.
+// run at the same time, so they may wait for each other; none does if one cannot be started.
 template <class Run>
 void run_threads(int n, const Run& run) {
+    std::promise<bool> all_started;
+    std::shared_future<bool> start = all_started.get_future();
     std::vector<std::thread> threads;
-    for (int i = 1; i < n; i++) threads.emplace_back([&run, i] { run(i); });
-    run(0);
-    for (auto& thread : threads) thread.join();
+    auto finish = [&](bool started) {
+        all_started.set_value(started);
+        if (started) run(0);
+        for (auto& thread : threads) thread.join();
+    };
+    try {
+        threads.reserve(n);
+        for (int i = 1; i < n; i++)
+            threads.emplace_back([&run, start, i] {
+                if (start.get()) run(i);
+            });
+    } catch (...) {
+        finish(false);
+        throw;
+    }
+    finish(true);
 }
+
+// The first exception of several threads, which none of them may let out.
+class Failure {
+    std::mutex mutex;
+    std::exception_ptr first;
+
+   public:
+    template <class Run>
+    void guard(const Run& run) {
+        try {
+            run();
+        } catch (...) {
+            std::lock_guard<std::mutex> lock(mutex);
+            if (!first) first = std::current_exception();
+        }
+    }
+    void raise() const {
+        if (first) std::rethrow_exception(first);
+    }
+};
 
 // Calls run(task) for every task, in any order, on `threads` threads. With OpenMP these are the
 // threads of torch's own operations, which spin for a while after each operation and would slow
 // down any others.
 template <class Run>
 void run_tasks(int64_t tasks, int threads, const Run& run) {
+    Failure failure;
 #ifdef _OPENMP
 #pragma omp parallel for schedule(dynamic) num_threads(threads)
-    for (int64_t task = 0; task < tasks; task++) run(task);
+    for (int64_t task = 0; task < tasks; task++) failure.guard([&] { run(task); });
 #else
     std::atomic<int64_t> next{0};
     run_threads(std::min<int64_t>(threads, tasks), [&](int) {
-        for (int64_t task; (task = next.fetch_add(1)) < tasks;) run(task);
+        failure.guard([&] {
+            for (int64_t task; (task = next.fetch_add(1)) < tasks;) run(task);
+        });
     });
 #endif
+    failure.raise();
 }
 
 struct Moments {
@@ -88,9 +134,10 @@ inline Moments normalise(Read read, float* __restrict row, const float* __restri
     return {mean, inverse};
 }
 
-// exp(x) for x <= 0: 2^n e^r with |r| <= log(2) / 2, and the Taylor series of e^r.
+// exp(x) for x <= 0: 2^n e^r with |r| <= log(2) / 2, and the Taylor series of e^r. Of NaN it is
+// NaN, whatever n is then.
 inline float exponential(float x) {
-    x = x > -87 ? x : -87;  // std::max would keep the loops from being vectorised
+    x = x < -87 ? -87 : x;  // std::max would keep the loops from being vectorised
     int n = int(x * 1.44269504f - 0.5f);
     float r = x - n * 0.693359375f + n * 2.12194440e-4f;  // log(2) in two parts
     float e = 1.f / 5040;
@@ -107,12 +154,13 @@ inline float exponential(float x) {
     return e * power;
 }
 
-// phi(x) = elu(x) + 1 of a row, without a branch: exp(min(x, 0)) + max(x, 0).
+// phi(x) = elu(x) + 1 of a row, without a branch: exp(min(x, 0)) + max(x, 0). The minimum is
+// written so that NaN stays NaN.
 template <class T>
 inline void features(const T* x, float* phi) {
     for (int e = 0; e < SIZE; e++) {
         float value = load(x[e]);
-        phi[e] = exponential(value < 0 ? value : 0) + (value > 0 ? value : 0);
+        phi[e] = exponential(value > 0 ? 0 : value) + (value > 0 ? value : 0);
     }
 }
 
@@ -178,4 +226,47 @@ inline void attend(const T* q, const T* k, const T* v, int64_t stride, float* S,
         float scale = normalizer(phi_q[n], phi_k[n], Z);
         for (int m = 0; m < SIZE; m++) store(out + n * out_stride + m, sums[n][m] * scale);
     }
+}
+
+// The table of the functions that Python calls (`Library` in build.py reads it). Their types are
+// written once, in C++: Python gets a letter for each argument, p for a pointer, i for an int64_t
+// and f for a float.
+struct Export {
+    const char *name, *types;
+    void* function;  // returns a Status
+};
+
+enum Status { DONE, OUT_OF_MEMORY, NO_THREAD, FAILED };
+
+template <class T>
+constexpr char letter() {
+    static_assert(std::is_pointer_v<T> || std::is_same_v<T, int64_t> || std::is_same_v<T, float>);
+    return std::is_pointer_v<T> ? 'p' : std::is_same_v<T, float> ? 'f' : 'i';
+}
+
+template <auto function>
+struct Exported;
+
+template <class... Arguments, void (*function)(Arguments...)>
+struct Exported<function> {
+    static constexpr char types[] = {letter<Arguments>()..., 0};
+
+    // No exception may leave a function that was called from another language.
+    static int call(Arguments... arguments) {
+        try {
+            function(arguments...);
+            return DONE;
+        } catch (const std::bad_alloc&) {
+            return OUT_OF_MEMORY;
+        } catch (const std::system_error&) {
+            return NO_THREAD;
+        } catch (...) {
+            return FAILED;
+        }
+    }
+};
+
+template <auto function>
+Export exported(const char* name) {
+    return {name, Exported<function>::types, (void*)Exported<function>::call};
 }

@@ -6,7 +6,7 @@
 // Tensors are float32 or bfloat16; everything between reading and writing a row is float32. The
 // compile-time constants are those of common.h.
 
-#include <type_traits>
+#include <memory>
 
 #include "common.h"
 
@@ -50,22 +50,30 @@ void in_groups(int64_t length, const Run& run) {
     for (; first < length; first++) run(first, std::integral_constant<int, 1>());
 }
 
+// The state of one image and one head. Whatever has E^2 numbers is allocated on the heap: the stack
+// of a thread may have no more than 512 kB.
+struct State {
+    alignas(64) float S[SIZE][SIZE] = {}, Z[SIZE] = {};
+};
+
 // Updates S (N, H, E, M) and Z (N, H, E); if they are null, the sums start at zero.
 template <class T>
-void forward(const T* qkv, T* out, float* S, float* Z, Shape shape, int threads) {
+void forward(const T* qkv, T* out, float* S, float* Z, int64_t images, int64_t length,
+             int64_t heads, int64_t threads) {
+    Shape shape{images, length, heads};
     run_tasks(shape.images * shape.heads, threads, [&](int64_t task) {
         Head head(qkv, task, shape);
         T* target = output(out, task, shape);
-        float matrix[SIZE][SIZE] = {}, sums[SIZE] = {};
-        if (S) memcpy(matrix, S + task * SIZE * SIZE, sizeof matrix);
-        if (Z) memcpy(sums, Z + task * SIZE, sizeof sums);
+        auto state = std::make_unique<State>();
+        if (S) memcpy(state->S, S + task * SIZE * SIZE, sizeof state->S);
+        if (Z) memcpy(state->Z, Z + task * SIZE, sizeof state->Z);
         in_groups(shape.length, [&](int64_t first, auto N) {
             int64_t at = first * shape.stride();
-            attend<N>(head.q + at, head.k + at, head.v + at, shape.stride(), matrix[0], sums,
-                      target + first * shape.width(), shape.width());
+            attend<N>(head.q + at, head.k + at, head.v + at, shape.stride(), state->S[0],
+                      state->Z, target + first * shape.width(), shape.width());
         });
-        if (S) memcpy(S + task * SIZE * SIZE, matrix, sizeof matrix);
-        if (Z) memcpy(Z + task * SIZE, sums, sizeof sums);
+        if (S) memcpy(S + task * SIZE * SIZE, state->S, sizeof state->S);
+        if (Z) memcpy(Z + task * SIZE, state->Z, sizeof state->Z);
     });
 }
 
@@ -91,8 +99,8 @@ struct Backward {
     Head<T> gradients;
     Shape shape;
     std::vector<float> inverses, products;  // of each position: 1 / d, and out.g
-    float S[SIZE][SIZE] = {}, Z[SIZE] = {};  // S here is (M, E)
-    float R[SIZE][SIZE] = {}, transposed[SIZE][SIZE] = {}, W[SIZE] = {};
+    alignas(64) float S[SIZE][SIZE] = {}, Z[SIZE] = {};  // S here is (M, E)
+    alignas(64) float R[SIZE][SIZE] = {}, transposed[SIZE][SIZE] = {}, W[SIZE] = {};
 
     Backward(const T* qkv, const T* g, T* gradients, int64_t task, Shape shape)
         : head(qkv, task, shape), g(output(g, task, shape)), gradients(gradients, task, shape),
@@ -145,12 +153,14 @@ struct Backward {
 };
 
 template <class T>
-void backward(const T* qkv, const T* g, T* gradients, Shape shape, int threads) {
+void backward(const T* qkv, const T* g, T* gradients, int64_t images, int64_t length,
+              int64_t heads, int64_t threads) {
+    Shape shape{images, length, heads};
     run_tasks(shape.images * shape.heads, threads, [&](int64_t task) {
-        Backward<T> pass(qkv, g, gradients, task, shape);
-        in_groups(shape.length, [&](int64_t first, auto N) { pass.template queries<N>(first); });
+        auto pass = std::make_unique<Backward<T>>(qkv, g, gradients, task, shape);
+        in_groups(shape.length, [&](int64_t first, auto N) { pass->template queries<N>(first); });
         in_groups(shape.length,
-                  [&](int64_t first, auto N) { pass.template keys_and_values<N>(first); });
+                  [&](int64_t first, auto N) { pass->template keys_and_values<N>(first); });
     });
 }
 
@@ -171,7 +181,7 @@ Moments norm_row(const T* __restrict y, const X* __restrict x, const float* weig
 
 template <class X, class T>
 void norm(const T* y, const X* x, const float* weight, const float* bias, X* sums, X* out,
-          float* means, float* inverses, int64_t rows, int64_t width, int threads) {
+          float* means, float* inverses, int64_t rows, int64_t width, int64_t threads) {
     constexpr int64_t ROWS = 64;  // per task
     run_tasks((rows + ROWS - 1) / ROWS, threads, [=](int64_t task) {
         std::vector<float> row(width);
@@ -235,7 +245,9 @@ void convolve_image_backward(const T* x, const float* weight, const T* g, T* inp
 }
 
 template <class T>
-void convolve(const T* x, const float* weight, T* y, int64_t images, Taps taps, int threads) {
+void convolve(const T* x, const float* weight, const int64_t* offsets, T* y, int64_t images,
+              int64_t length, int64_t width, int64_t n_taps, int64_t threads) {
+    Taps taps{offsets, length, width, n_taps};
     run_tasks(images, threads, [=](int64_t n) {
         convolve_image(x + n * taps.size(), weight, y + n * taps.size(), taps);
     });
@@ -243,8 +255,10 @@ void convolve(const T* x, const float* weight, T* y, int64_t images, Taps taps, 
 
 // `weights` (N, taps, width) are those of each image, to be summed.
 template <class T>
-void convolve_backward(const T* x, const float* weight, const T* g, T* inputs, float* weights,
-                       int64_t images, Taps taps, int threads) {
+void convolve_backward(const T* x, const float* weight, const int64_t* offsets, const T* g,
+                       T* inputs, float* weights, int64_t images, int64_t length, int64_t width,
+                       int64_t n_taps, int64_t threads) {
+    Taps taps{offsets, length, width, n_taps};
     run_tasks(images, threads, [=](int64_t n) {
         int64_t at = n * taps.size();
         convolve_image_backward(x + at, weight, g + at, inputs + at,
@@ -281,8 +295,9 @@ void drop_part(const T* __restrict x, T* __restrict y, uint32_t start, int count
 
 // Dropout of images with `size` elements each; keys (N, 2).
 template <class T>
-void drop(const T* x, T* y, const uint32_t* keys, int64_t images, int64_t size, Dropout dropout,
-          int threads) {
+void drop(const T* x, T* y, const uint32_t* keys, int64_t images, int64_t size, int64_t threshold,
+          float scale, int64_t threads) {
+    Dropout dropout{uint32_t(threshold), scale};
     constexpr int64_t PART = 1 << 14;
     int64_t parts = (size + PART - 1) / PART;
     run_tasks(images * parts, threads, [=](int64_t task) {
@@ -291,40 +306,22 @@ void drop(const T* x, T* y, const uint32_t* keys, int64_t images, int64_t size, 
     });
 }
 
-#define FOR_EACH_TYPE(T, NAME)                                                                    \
-    extern "C" void forward_##NAME(const T* qkv, T* out, float* S, float* Z, int64_t images,      \
-                                   int64_t length, int64_t heads, int64_t threads) {              \
-        forward(qkv, out, S, Z, {images, length, heads}, threads);                                \
-    }                                                                                             \
-    extern "C" void backward_##NAME(const T* qkv, const T* g, T* gradients, int64_t images,       \
-                                    int64_t length, int64_t heads, int64_t threads) {             \
-        backward(qkv, g, gradients, {images, length, heads}, threads);                            \
-    }                                                                                             \
-    extern "C" void convolve_##NAME(const T* x, const float* weight, const int64_t* offsets, T* y,  \
-                                    int64_t images, int64_t length, int64_t width, int64_t taps,  \
-                                    int64_t threads) {                                            \
-        convolve(x, weight, y, images, {offsets, length, width, taps}, threads);                  \
-    }                                                                                             \
-    extern "C" void convolve_backward_##NAME(                                                     \
-        const T* x, const float* weight, const int64_t* offsets, const T* g, T* inputs,           \
-        float* weights, int64_t images, int64_t length, int64_t width, int64_t taps,              \
-        int64_t threads) {                                                                        \
-        convolve_backward(x, weight, g, inputs, weights, images, {offsets, length, width, taps},  \
-                          threads);                                                               \
-    }                                                                                             \
-    extern "C" void drop_##NAME(const T* x, T* y, const uint32_t* keys, int64_t images,           \
-                                int64_t size, int64_t threshold, int64_t threads, float scale) {  \
-        drop(x, y, keys, images, size, {uint32_t(threshold), scale}, threads);                    \
-    }
-FOR_EACH_TYPE(float, float32)
-FOR_EACH_TYPE(BFloat16, bfloat16)
+#define FOR_EACH_TYPE(FUNCTION) \
+    exported<FUNCTION<float>>(#FUNCTION "_float32"), \
+    exported<FUNCTION<BFloat16>>(#FUNCTION "_bfloat16")
 
-#define FOR_EACH_PAIR_OF_TYPES(X, T, NAMES)                                                       \
-    extern "C" void norm_##NAMES(const T* y, const X* x, const float* weight, const float* bias,  \
-                                 X* sums, X* out, float* means, float* inverses, int64_t rows,    \
-                                 int64_t width, int64_t threads) {                                \
-        norm(y, x, weight, bias, sums, out, means, inverses, rows, width, threads);               \
-    }
-FOR_EACH_PAIR_OF_TYPES(float, float, float32_float32)
-FOR_EACH_PAIR_OF_TYPES(float, BFloat16, float32_bfloat16)
-FOR_EACH_PAIR_OF_TYPES(BFloat16, BFloat16, bfloat16_bfloat16)
+extern "C" const Export* exports() {
+    static const Export table[] = {
+        FOR_EACH_TYPE(forward),
+        FOR_EACH_TYPE(backward),
+        FOR_EACH_TYPE(convolve),
+        FOR_EACH_TYPE(convolve_backward),
+        FOR_EACH_TYPE(drop),
+        // Named by the types of x and y.
+        exported<norm<float, float>>("norm_float32_float32"),
+        exported<norm<float, BFloat16>>("norm_float32_bfloat16"),
+        exported<norm<BFloat16, BFloat16>>("norm_bfloat16_bfloat16"),
+        {},
+    };
+    return table;
+}

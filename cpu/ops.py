@@ -1,20 +1,22 @@
 """The operations of layers/ops.py compiled for the CPU: ops.cpp for attention, norms and dropout,
 oneDNN for matrix products, each with its gradient. Float32 or bfloat16."""
 
-import ctypes
+from collections.abc import Sequence
 
 import torch
+from torch import nn
 
-from cpu import torch_private
-from cpu.build import NORM_EPSILON, load_library
+from cpu.build import NORM_EPSILON, Library, load_library
+from cpu.torch_private import private_or_public
 from layers.dropout import scale
 from layers.ops import PlainOps
+from models import ModelConfig
 
 SOURCE = "ops.cpp"
 TYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
 
 
-def sizes(config):
+def sizes(config: ModelConfig) -> dict:
     """The sizes with which ops.cpp is compiled for a model."""
     return {"SIZE": config.d_query}
 
@@ -28,13 +30,14 @@ class CompiledOps(PlainOps):
     cannot be compiled.
     """
 
-    def __init__(self, config):
+    def __init__(self, config: ModelConfig):
         self.size = config.d_query
-        self.functions, self.compile_seconds = load_library(SOURCE, sizes(config))
-        for name in torch_private.FUNCTIONS:
-            torch_private.choose(name, torch.float32)  # warn now, not in the first step
+        self.library, self.compile_seconds = load_library(SOURCE, sizes(config))
+        private_or_public(torch.float32)  # warn now, not in the first step
 
-    def linear(self, x, *layers, activation=None):
+    def linear(
+        self, x: torch.Tensor, *layers: nn.Linear, activation: str | None = None
+    ) -> torch.Tensor:
         weight, bias = layers[0].weight, layers[0].bias
         if len(layers) > 1:
             weight = torch.cat([layer.weight for layer in layers])  # (O, I)
@@ -46,30 +49,41 @@ class CompiledOps(PlainOps):
         check(x, weight)
         return Linear.apply(x, weight, bias, activation)
 
-    def add_norm(self, x, y, norm):
+    def add_norm(self, x: torch.Tensor, y: torch.Tensor, norm: nn.LayerNorm) -> torch.Tensor:
         if norm.eps != NORM_EPSILON:
             raise ValueError(f"ops.cpp is compiled for eps {NORM_EPSILON}, not {norm.eps}")
         check_shape(y, x.shape)
+        check_shape(norm.weight, x.shape[-1:])
         if not torch.is_grad_enabled():
             x = x.to(y.dtype)
         y = y if x.dtype == torch.float32 else y.to(x.dtype)
-        return AddNorm.apply(self.functions, x, y, norm.weight, norm.bias)
+        return AddNorm.apply(self.library, x, y, norm.weight, norm.bias)
 
-    def short_convolution(self, x, weight, offsets):
-        return ShortConvolution.apply(self.functions, x, weight, offsets)
+    def short_convolution(
+        self, x: torch.Tensor, weight: torch.Tensor, offsets: Sequence[int]
+    ) -> torch.Tensor:
+        _, _, D = x.shape
+        check_shape(weight, (len(offsets), D))
+        if min(offsets) < 0:
+            raise ValueError(f"offsets {tuple(offsets)} reach into later positions")
+        return ShortConvolution.apply(self.library, x, weight, offsets)
 
-    def dropout(self, x, keys, threshold):
-        return Dropout.apply(self.functions, x, keys, threshold)
+    def dropout(self, x: torch.Tensor, keys: torch.Tensor, threshold: int) -> torch.Tensor:
+        check_shape(keys, (len(x), 2))
+        return Dropout.apply(self.library, x, keys, threshold)
 
-    def linear_attention(self, qkv, state=None):
-        if qkv.shape[-1] != self.size:
-            raise ValueError(f"ops.cpp is compiled for heads of {self.size}, not {qkv.shape[-1]}")
+    def linear_attention(
+        self, qkv: torch.Tensor, state: Sequence[torch.Tensor] | None = None
+    ) -> torch.Tensor:
+        N, L, _, H, E = qkv.shape
+        if self.size != E:
+            raise ValueError(f"ops.cpp is compiled for heads of {self.size}, not {E}")
+        check_shape(qkv, (N, L, 3, H, E))
         if state is None:
-            return Attention.apply(self.functions, qkv)
-        N, _, _, H, E = qkv.shape
+            return Attention.apply(self.library, qkv)
         for tensor, shape in zip(state, ((N, H, E, E), (N, H, E)), strict=True):
             check_shape(tensor, shape)
-        return attention(self.functions, qkv, *state)
+        return attention(self.library, qkv, *state)
 
 
 class Linear(torch.autograd.Function):
@@ -77,7 +91,7 @@ class Linear(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, weight, bias, activation):
-        outputs = torch_private.choose("linear", x.dtype)(x, weight, bias, activation)
+        outputs = private_or_public(x.dtype)(x, weight, bias, activation)
         ctx.save_for_backward(x, weight, outputs if activation == "relu" else None)
         return outputs
 
@@ -85,13 +99,12 @@ class Linear(torch.autograd.Function):
     def backward(ctx, gradient):
         x, weight, outputs = ctx.saved_tensors
         if outputs is not None:
-            gradient = torch_private.choose("relu_backward", x.dtype)(gradient, outputs)
+            gradient = torch.ops.aten.threshold_backward(gradient, outputs, 0)
         rows = gradient.flatten(0, -2)  # (positions, O)
         needs_x, _, needs_bias, _ = ctx.needs_input_grad
         inputs = None
         if needs_x:
-            linear = torch_private.choose("linear", x.dtype)
-            inputs = linear(gradient, weight.t(), None, None)
+            inputs = private_or_public(x.dtype)(gradient, weight.t(), None, None)
         return inputs, rows.t() @ x.flatten(0, -2), rows.sum(0) if needs_bias else None, None
 
 
@@ -105,20 +118,23 @@ class AddNorm(torch.autograd.Function):
         sums, outputs = torch.empty_like(x), torch.empty_like(x)
         rows, D = x.flatten(0, -2).shape
         mean, inverse = (x.new_empty(*x.shape[:-1], 1, dtype=torch.float32) for _ in range(2))
-        tensors = y, x, weight, bias, sums, outputs, mean, inverse
         check(x, y, sums, outputs)
         check(weight, bias, mean, inverse, types=(torch.float32,))
         name = f"norm_{TYPES[x.dtype]}_{TYPES[y.dtype]}"
-        call(library, name, tensors, (rows, D, torch.get_num_threads()))
+        tensors = y, x, weight, bias, sums, outputs, mean, inverse
+        library.call(name, *tensors, rows, D, torch.get_num_threads())
         ctx.save_for_backward(sums, mean, inverse, weight, bias)
         return outputs
 
     @staticmethod
     def backward(ctx, gradient):
-        backward = torch_private.choose("norm_backward", torch.float32)
-        sums, *others = ctx.saved_tensors
+        sums, mean, inverse, weight, bias = ctx.saved_tensors
         # In bfloat16 torch would also sum the gradients of weight and bias in bfloat16.
-        inputs, *parameters = backward(gradient.float().contiguous(), sums.float(), *others)
+        inputs, *parameters = torch.ops.aten.native_layer_norm_backward(
+            gradient.float().contiguous(),
+            sums.float(),
+            *(weight.shape, mean, inverse, weight, bias, [True] * 3),
+        )
         return None, inputs.to(sums.dtype), inputs.to(ctx.y_type), *parameters
 
 
@@ -127,15 +143,14 @@ class ShortConvolution(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, library, x, weight, offsets):
-        ctx.functions, ctx.offsets = library, torch.tensor(offsets)
+        ctx.library, ctx.offsets = library, torch.tensor(offsets, dtype=torch.int64)
         x, weight = x.contiguous(), weight.contiguous()
         ctx.save_for_backward(x, weight)
         y = torch.empty_like(x)
         check(x, y)
         check(weight, types=(torch.float32,))
-        check_shape(weight, (len(offsets), x.shape[2]))
         numbers = *x.shape, len(offsets), torch.get_num_threads()
-        call(library, f"convolve_{TYPES[x.dtype]}", (x, weight, ctx.offsets, y), numbers)
+        library.call(f"convolve_{TYPES[x.dtype]}", x, weight, ctx.offsets, y, *numbers)
         return y
 
     @staticmethod
@@ -147,7 +162,7 @@ class ShortConvolution(torch.autograd.Function):
         check(gradient, inputs, types=(x.dtype,))
         numbers = *x.shape, len(weight), torch.get_num_threads()
         tensors = x, weight, ctx.offsets, gradient, inputs, weights
-        call(ctx.functions, f"convolve_backward_{TYPES[x.dtype]}", tensors, numbers)
+        ctx.library.call(f"convolve_backward_{TYPES[x.dtype]}", *tensors, *numbers)
         return None, inputs, weights.sum(0), None
 
 
@@ -156,14 +171,14 @@ class Dropout(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, library, x, keys, threshold):
-        ctx.functions, ctx.threshold = library, threshold
+        ctx.library, ctx.threshold = library, threshold
         ctx.save_for_backward(keys)
         return Dropout.compute(library, x, keys, threshold)
 
     @staticmethod
     def backward(ctx, gradient):
         (keys,) = ctx.saved_tensors
-        return None, Dropout.compute(ctx.functions, gradient, keys, ctx.threshold), None, None
+        return None, Dropout.compute(ctx.library, gradient, keys, ctx.threshold), None, None
 
     @staticmethod
     def compute(library, x, keys, threshold):
@@ -171,9 +186,8 @@ class Dropout(torch.autograd.Function):
         y = torch.empty_like(x)
         check(x, y)
         check(keys, types=(torch.int32,))
-        numbers = len(x), x[0].numel(), threshold, torch.get_num_threads()
-        factor = ctypes.c_float(scale(threshold))
-        call(library, f"drop_{TYPES[x.dtype]}", (x, y, keys), numbers, factor)
+        numbers = len(x), x[0].numel(), threshold, scale(threshold), torch.get_num_threads()
+        library.call(f"drop_{TYPES[x.dtype]}", x, y, keys, *numbers)
         return y
 
 
@@ -182,7 +196,7 @@ class Attention(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, library, qkv):
-        ctx.functions = library
+        ctx.library = library
         ctx.save_for_backward(qkv)
         return attention(library, qkv)
 
@@ -193,11 +207,16 @@ class Attention(torch.autograd.Function):
         gradients = torch.empty_like(qkv)
         check(qkv, gradient, gradients)
         name = f"backward_{TYPES[qkv.dtype]}"
-        call(ctx.functions, name, (qkv, gradient, gradients), attention_numbers(qkv))
+        ctx.library.call(name, qkv, gradient, gradients, *attention_numbers(qkv))
         return None, gradients
 
 
-def attention(library, qkv, S=None, Z=None):
+def attention(
+    library: Library,
+    qkv: torch.Tensor,
+    S: torch.Tensor | None = None,
+    Z: torch.Tensor | None = None,
+) -> torch.Tensor:
     """Outputs (N, L, H, E) of qkv (N, L, 3, H, E); updates the state `S` (N, H, E, E), `Z`
     (N, H, E) in place."""
     qkv = qkv.contiguous()
@@ -205,7 +224,7 @@ def attention(library, qkv, S=None, Z=None):
     check(qkv, outputs)
     check(*(x for x in (S, Z) if x is not None), types=(torch.float32,))
     name = f"forward_{TYPES[qkv.dtype]}"
-    call(library, name, (qkv, outputs, S, Z), attention_numbers(qkv))
+    library.call(name, qkv, outputs, S, Z, *attention_numbers(qkv))
     return outputs
 
 
@@ -214,7 +233,7 @@ def attention_numbers(qkv):
     return N, L, H, torch.get_num_threads()
 
 
-def check(*tensors, types=tuple(TYPES)):
+def check(*tensors: torch.Tensor, types: Sequence[torch.dtype] = tuple(TYPES)) -> None:
     """Raise a TypeError for a tensor whose memory the C++ functions would misread."""
     for tensor in tensors:
         if tensor.device.type != "cpu" or tensor.dtype not in types:
@@ -224,15 +243,7 @@ def check(*tensors, types=tuple(TYPES)):
             )
 
 
-def check_shape(tensor, shape):
+def check_shape(tensor: torch.Tensor, shape: Sequence[int]) -> None:
     """Raise a ValueError for a tensor of another shape."""
     if tensor.shape != shape:
         raise ValueError(f"a tensor is {tuple(tensor.shape)} and should be {tuple(shape)}")
-
-
-def call(library, name, tensors, numbers, *more):
-    """Call a function of the library with the addresses of contiguous tensors (null for None)."""
-    if not all(tensor is None or tensor.is_contiguous() for tensor in tensors):
-        raise TypeError(f"{name} takes contiguous tensors")
-    addresses = [ctypes.c_void_p(None if x is None else x.data_ptr()) for x in tensors]
-    getattr(library, name)(*addresses, *map(ctypes.c_int64, numbers), *more)

@@ -12,7 +12,6 @@
 #include <deque>
 #include <iterator>
 #include <limits>
-#include <type_traits>
 #ifdef __AVX512BF16__
 #include <immintrin.h>
 #endif
@@ -25,6 +24,8 @@ constexpr int ROWS = 6, PANEL = LANES * VECTORS;
 // With fewer rows per thread, a team of threads shares its rows, and each reads a part of the
 // weights.
 constexpr int ROWS_PER_TEAM = 8;
+// Given bytes are read several positions at a time, so that the weights are read for this many rows.
+constexpr int64_t ROWS_AT_ONCE = 64;
 constexpr int D = HEADS * SIZE;
 constexpr int offsets[] = {OFFSETS};
 constexpr int TAPS = std::size(offsets), RECENT = offsets[TAPS - 1] + 1;
@@ -81,10 +82,10 @@ struct Job {
     const Model* model;
     const State* states;  // of each layer
     int64_t* images;      // (N, length)
-    const float* noise;   // (N, length, 2)
+    const float* noise;   // (N, length, 2), or null to read bytes and draw none
     float* parameters;    // (N, 3 * MIXTURES), those of the last byte drawn, or null
     int64_t n, length;    // images, and bytes of each
-    int64_t first, last;  // the positions to read; each draws the byte after it
+    int64_t first, last;  // the positions to read; the byte after each is drawn
     float temperature;
     std::atomic<int64_t> failed;  // the first byte that could not be drawn, or `length`
 };
@@ -109,7 +110,7 @@ struct Barrier {
     }
 };
 
-// One row for each image of a team.
+// One row for each image of a team, and for each position that is read at a time.
 template <class T, int ROW>
 struct Rows {
     std::vector<T> data;
@@ -117,10 +118,10 @@ struct Rows {
     T* operator[](int64_t r) { return data.data() + r * ROW; }
 };
 
-// Threads that work on the same images, from `first` on, and wait for each other after every
+// Threads that work on the same n images, from `first` on, and wait for each other after every
 // phase. Outputs of a product are padded to whole panels.
 struct Team {
-    int64_t first, n;
+    int64_t first, n, positions;  // how many positions are read at a time
     Barrier barrier;
     Rows<float, D> x;
     Rows<Operand, D> input, attended;
@@ -129,9 +130,10 @@ struct Team {
     Rows<float, padded(D)> y;
     Rows<float, padded(3 * MIXTURES)> parameters;
 
-    Team(int64_t first, int64_t n, int size)
-        : first(first), n(n), barrier(size), x(n), input(n), attended(n), qkv(n), hidden(n), y(n),
-          parameters(n) {}
+    Team(int64_t first, int64_t n, int64_t positions, int size)
+        : first(first), n(n), positions(positions), barrier(size), x(n * positions),
+          input(n * positions), attended(n * positions), qkv(n * positions),
+          hidden(n * positions), y(n * positions), parameters(n) {}
 };
 
 // sums += a * b over all inputs, for R rows and one panel.
@@ -224,6 +226,10 @@ struct Member {
     Job& job;
     Team& team;
     int number;
+    // What is being read: row p * team.n + i is that of image i at `position` + p.
+    int64_t position = 0, positions = 0;
+
+    int64_t rows() const { return positions * team.n; }
 
     // Calls run(task) for this member's share of the tasks, then waits until the team has done all.
     template <class Run>
@@ -239,8 +245,8 @@ struct Member {
         share(padded(OUTPUTS) / PANEL, [&](int64_t p) {
             const Operand* weight = linear.weight + p * INPUTS * PANEL;
             const float* bias = linear.bias + p * PANEL;
-            for (int64_t r = 0; r < team.n; r += ROWS)
-                with_constant(std::min<int64_t>(ROWS, team.n - r), [&](auto R) {
+            for (int64_t r = 0; r < rows(); r += ROWS)
+                with_constant(std::min<int64_t>(ROWS, rows() - r), [&](auto R) {
                     tile<R, INPUTS, RELU>(inputs[r], STRIDE, weight, bias, outputs[r] + p * PANEL,
                                           OUT_STRIDE);
                 });
@@ -248,24 +254,25 @@ struct Member {
     }
 
     // The embeddings of the byte and of its position, side by side.
-    void embed(int64_t position) {
-        share(team.n, [&](int64_t r) {
-            int64_t value = job.images[(team.first + r) * job.length + position];
+    void embed() {
+        share(rows(), [&](int64_t r) {
+            int64_t i = r % team.n, place = position + r / team.n;
+            int64_t value = job.images[(team.first + i) * job.length + place];
             float* x = team.x[r];
             std::copy_n(job.model->values + value * (D / 2), D / 2, x);
-            std::copy_n(job.model->positions + position * (D / 2), D / 2, x + D / 2);
-            add_neighbours<D>(r, position, job.model->projection, x);
+            std::copy_n(job.model->positions + place * (D / 2), D / 2, x + D / 2);
+            add_neighbours<D>(i, place, job.model->projection, x);
             for (int d = 0; d < D; d++) store(team.input[r] + d, x[d]);
         });
     }
 
-    // Adds the linear map of the known bytes around the byte after `position` to a row.
+    // Adds the linear map of the known bytes around the byte after `place` of image i to a row.
     template <int WIDTH>
-    void add_neighbours(int64_t r, int64_t position, const float* weights, float* row) {
-        const int64_t* image = job.images + (team.first + r) * job.length;
-        weights += (position + 1) % CHANNELS * NEIGHBOURS * WIDTH;
-        for (int i = 0; i < NEIGHBOURS; i++, weights += WIDTH) {
-            int neighbour = job.model->table[position * NEIGHBOURS + i];
+    void add_neighbours(int64_t i, int64_t place, const float* weights, float* row) {
+        const int64_t* image = job.images + (team.first + i) * job.length;
+        weights += (place + 1) % CHANNELS * NEIGHBOURS * WIDTH;
+        for (int k = 0; k < NEIGHBOURS; k++, weights += WIDTH) {
+            int neighbour = job.model->table[place * NEIGHBOURS + k];
             if (neighbour < 0) continue;
             float value = (image[neighbour] - 128) / 128.f;
             for (int d = 0; d < WIDTH; d++) row[d] += value * weights[d];
@@ -274,30 +281,36 @@ struct Member {
 
 #if NEIGHBOURS
     // The short convolution of a layer's inputs.
-    void convolve(const Layer& layer, const State& state, int64_t position) {
-        share(team.n, [&](int64_t r) {
-            float* x = team.x[r];
-            Operand* inputs = state.inputs + (team.first + r) * D;
-            int64_t row = job.n * D;
-            for (int d = 0; d < D; d++) store(inputs + position % RECENT * row + d, x[d]);
-            const Operand* earlier[TAPS];
-            for (int k = 0; k < TAPS; k++)
-                earlier[k] = inputs + (position + RECENT - offsets[k]) % RECENT * row;
-            float sums[D];
-            for (int d = 0; d < D; d++) {
-                sums[d] = x[d];
-#pragma GCC unroll 16
-                for (int k = 0; k < TAPS; k++)
-                    sums[d] += layer.convolution[k * D + d] * load(earlier[k][d]);
-            }
-            for (int d = 0; d < D; d++) store(team.input[r] + d, x[d] = sums[d]);
+    void convolve(const Layer& layer, const State& state) {
+        share(team.n, [&](int64_t i) {
+            for (int64_t p = 0; p < positions; p++)
+                convolve_row(layer, state.inputs + (team.first + i) * D, position + p,
+                             p * team.n + i);
         });
     }
+
+    // Row r, which is at `place` of its image; the image's `inputs` are job.n * D apart.
+    void convolve_row(const Layer& layer, Operand* inputs, int64_t place, int64_t r) {
+        float* x = team.x[r];
+        int64_t row = job.n * D;
+        for (int d = 0; d < D; d++) store(inputs + place % RECENT * row + d, x[d]);
+        const Operand* earlier[TAPS];
+        for (int k = 0; k < TAPS; k++)
+            earlier[k] = inputs + (place + RECENT - offsets[k]) % RECENT * row;
+        float sums[D];
+        for (int d = 0; d < D; d++) {
+            sums[d] = x[d];
+#pragma GCC unroll 16
+            for (int k = 0; k < TAPS; k++)
+                sums[d] += layer.convolution[k * D + d] * load(earlier[k][d]);
+        }
+        for (int d = 0; d < D; d++) store(team.input[r] + d, x[d] = sums[d]);
+    }
 #else
-    void convolve(const Layer&, const State&, int64_t) {}
+    void convolve(const Layer&, const State&) {}
 #endif
 
-    // Writes the norm of the row read(0), ..., read(D - 1) to x of image r and to the next input.
+    // Writes the norm of the row read(0), ..., read(D - 1) to row r of x and of the next inputs.
     template <class Read>
     void write_norm(int64_t r, const Norm& norm, Read read) {
         float row[D], *x = team.x[r];
@@ -309,7 +322,7 @@ struct Member {
     }
 
     void add_and_normalise(const Norm& norm) {
-        share(team.n, [&](int64_t r) {
+        share(rows(), [&](int64_t r) {
             const float *x = team.x[r], *y = team.y[r];
             write_norm(r, norm, [=](int d) { return x[d] + y[d]; });
         });
@@ -317,11 +330,13 @@ struct Member {
 
     void attention_block(const Layer& layer, const State& state) {
         multiply(team.input, layer.qkv, team.qkv);
-        share(team.n * HEADS, [&](int64_t i) {
-            int64_t r = i / HEADS, head = i % HEADS, at = team.first * HEADS + i;
-            const float* q = team.qkv[r] + head * SIZE;
-            attend<1>(q, q + D, q + 2 * D, 0, state.S + at * SIZE * SIZE, state.Z + at * SIZE,
-                      team.attended[r] + head * SIZE, 0);
+        share(team.n * HEADS, [&](int64_t task) {
+            int64_t head = task % HEADS, at = team.first * HEADS + task;
+            for (int64_t r = task / HEADS; r < rows(); r += team.n) {
+                const float* q = team.qkv[r] + head * SIZE;
+                attend<1>(q, q + D, q + 2 * D, 0, state.S + at * SIZE * SIZE,
+                          state.Z + at * SIZE, team.attended[r] + head * SIZE, 0);
+            }
         });
         multiply(team.attended, layer.out, team.y);
         add_and_normalise(layer.norm1);
@@ -361,26 +376,29 @@ struct Member {
     }
 
     void run() {
-        for (int64_t position = job.first; position < job.last; position++) {
-            embed(position);
+        for (position = job.first; position < job.last; position += positions) {
+            positions = std::min(team.positions, job.last - position);
+            embed();
             for (int l = 0; l < LAYERS; l++) {
-                convolve(job.model->layers[l], job.states[l], position);
+                convolve(job.model->layers[l], job.states[l]);
                 attention_block(job.model->layers[l], job.states[l]);
                 feed_forward_block(job.model->layers[l]);
             }
+            if (!job.noise) continue;
             predict();
             draw_bytes(position + 1);
         }
     }
 };
 
-extern "C" int panel() { return PANEL; }
+void panel_size(int64_t* size) { *size = PANEL; }
 
-// Reads bytes `first` to `last` - 1 of each image and draws the byte after each. Returns -1, or
-// the first byte that had a distribution with a parameter that is not finite.
-extern "C" int64_t sample(const Model* model, const State* states, int64_t* images,
-                          const float* noise, float* parameters, int64_t n, int64_t length,
-                          int64_t first, int64_t last, float temperature, int64_t threads) {
+// Reads bytes `first` to `last` - 1 of each image and, with noise, draws the byte after each.
+// `failed` becomes -1, or the first byte that had a distribution with a parameter that is not
+// finite. Whatever the number of images and threads, the sums of an image are taken in one order.
+void sample(const Model* model, const State* states, int64_t* images, const float* noise,
+            float* parameters, int64_t n, int64_t length, int64_t first, int64_t last,
+            float temperature, int64_t threads, int64_t* failed) {
     Job job{model, states, images, noise, parameters, n, length, first, last, temperature, {length}};
     int64_t n_teams = std::max<int64_t>(1, std::min(threads, n / ROWS_PER_TEAM));
     std::deque<Team> teams;  // a Team cannot be moved
@@ -388,10 +406,20 @@ extern "C" int64_t sample(const Model* model, const State* states, int64_t* imag
     for (int64_t t = 0; t < n_teams; t++) {
         int64_t start = n * t / n_teams, end = n * (t + 1) / n_teams;
         int size = threads * (t + 1) / n_teams - threads * t / n_teams;
-        teams.emplace_back(start, end - start, size);
+        int64_t positions = noise ? 1 : std::max<int64_t>(1, ROWS_AT_ONCE / (end - start));
+        teams.emplace_back(start, end - start, positions, size);
         for (int number = 0; number < size; number++)
             members.push_back({job, teams.back(), number});
     }
     run_threads(members.size(), [&](int i) { members[i].run(); });
-    return job.failed == length ? -1 : job.failed.load();
+    *failed = job.failed == length ? -1 : job.failed.load();
+}
+
+extern "C" const Export* exports() {
+    static const Export table[] = {
+        exported<panel_size>("panel_size"),
+        exported<sample>("sample"),
+        {},
+    };
+    return table;
 }

@@ -1,13 +1,17 @@
 """The inner loop of the recurrent sampler compiled for the CPU: sampler.cpp, for one model."""
 
 import ctypes
+from collections.abc import Sequence
 
 import torch
+from torch import nn
 from torch.nn.functional import pad
 
 from cpu.build import load_library
+from cpu.ops import check_shape
 from layers.convolution import convolution_offsets
 from layers.neighbours import neighbour_count
+from models import ImageTransformer, ModelConfig
 
 SOURCE = "sampler.cpp"
 # Bytes of images that one call of the library draws: enough that starting its threads costs
@@ -15,18 +19,24 @@ SOURCE = "sampler.cpp"
 BYTES_AT_ONCE = 2048
 
 
-def sizes(config, precision):
+def sizes(config: ModelConfig, precision: str) -> dict:
     """The sizes with which sampler.cpp is compiled for a model."""
     sizes = {"LAYERS": config.n_layers, "HEADS": config.n_heads, "SIZE": config.d_query}
     sizes |= {"MIXTURES": config.mixtures, "BF16": int(precision == "bf16")}
     if not config.neighbours:
         return sizes | {"NEIGHBOURS": 0, "CHANNELS": 1, "OFFSETS": 0}
-    offsets = convolution_offsets(config.length, config.width, config.channels)
     sizes |= {"NEIGHBOURS": neighbour_count(config.channels), "CHANNELS": config.channels}
-    return sizes | {"OFFSETS": ",".join(map(str, offsets))}
+    return sizes | {"OFFSETS": ",".join(map(str, offsets(config)))}
 
 
-def pack(linears, panel, dtype):
+def offsets(config):
+    """Those of the short convolution of a model with neighbours."""
+    return convolution_offsets(config.length, config.width, config.channels)
+
+
+def pack(
+    linears: Sequence[nn.Linear], panel: int, dtype: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Weight and bias of the linear layers, concatenated, in the layout of sampler.cpp's Linear:
     (panels, inputs, panel), or for bfloat16 (panels, inputs / 2, panel, 2)."""
     weight = torch.cat([linear.weight for linear in linears])
@@ -48,63 +58,90 @@ class CompiledDecoder:
     of a model whose linear layers are. Raises `UserError` if it cannot be compiled.
     """
 
-    def __init__(self, model, precision):
+    def __init__(self, model: ImageTransformer, precision: str):
         constants = sizes(model.config, precision)
-        self.functions, self.compile_seconds = load_library(SOURCE, constants)
-        self.functions.sample.restype = ctypes.c_int64
+        self.library, self.compile_seconds = load_library(SOURCE, constants)
         self.config = model.config
         self.dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+        panel = torch.empty(1, dtype=torch.int64)
+        self.library.call("panel_size", panel)
         with torch.no_grad():
-            tensors = pack_model(model, self.functions.panel(), self.dtype)
+            tensors = pack_model(model, panel.item(), self.dtype)
             self.tensors = [tensor.contiguous() for tensor in tensors]
         for tensor in self.tensors:
-            check(tensor, tensor.dtype)
+            check(tensor, tensor.dtype, tensor.shape)
 
-    def block(self, n_images):
+    def block(self, n_images: int) -> int:
         """How many bytes of each image one call should draw."""
         return max(1, BYTES_AT_ONCE // n_images)
 
-    def __call__(self, batch, count):
+    def __call__(self, batch, count: int) -> None:
         """Draw the next `count` bytes of the images of a `Batch`."""
         self.run(batch, count)
 
-    def run(self, batch, count):
+    def run(self, batch, count: int) -> torch.Tensor:
         """As `__call__`; returns the parameters (N, 3K) of the last byte drawn."""
-        n, length = batch.images.shape
         first = batch.position.item()
-        if first + count >= length:
-            raise ValueError(f"{count} bytes after byte {first} are more than an image has")
-        parameters = torch.empty(n, 3 * self.config.mixtures)
-        states = [tensor for state in batch.states for tensor in state.tensors]
-        check(batch.images, torch.int64)
-        check(batch.noise, torch.float32)
-        for state in batch.states:
-            for tensor in state.attention:
-                check(tensor, torch.float32)
-            if state.inputs is not None:
-                check(state.inputs, self.dtype)
-        failed = self.functions.sample(
-            *(addresses(self.tensors), addresses(states)),
-            *(ctypes.c_void_p(x.data_ptr()) for x in (batch.images, batch.noise, parameters)),
-            *(ctypes.c_int64(number) for number in (n, length, first, first + count)),
-            ctypes.c_float(batch.temperature),
-            ctypes.c_int64(torch.get_num_threads()),
-        )
+        parameters = torch.empty(len(batch.images), 3 * self.config.mixtures)
+        draw = batch.noise, parameters, batch.temperature
+        batch.finite &= self.loop(batch.images, batch.states, first, first + count, *draw)
         batch.position += count
-        batch.finite &= failed < 0
         return parameters
 
+    def read(self, model: ImageTransformer, images: torch.Tensor, count: int) -> list:
+        """The states after the first `count` bytes of images (N, L), int64.
 
-def check(tensor, dtype):
-    """Raise a TypeError for a tensor whose memory sampler.cpp would misread."""
+        The loop reads the bytes one by one as it reads those that it draws, so the rounding of
+        the sums does not depend on the batch, as it would in a parallel pass.
+        """
+        states, block = model.empty_states(len(images)), self.block(len(images))
+        for first in range(0, count, block):
+            self.loop(images, states, first, min(first + block, count))
+        return states
+
+    def loop(self, images, states, first, last, noise=None, parameters=None, temperature=1.0):
+        """Read bytes `first` to `last` - 1 and, with noise, draw the byte after each; whether all
+        distributions were finite. Raises TypeError or ValueError for what it would misread."""
+        n, length = len(images), self.config.length
+        if not 0 <= first <= last < length:
+            raise ValueError(f"bytes {first} to {last} are not in an image of {length}")
+        check(images, torch.int64, (n, length))
+        if images.min() < 0 or images.max() > 255:
+            raise ValueError("an image has a value that is no byte, 0 to 255")
+        if noise is not None:
+            check(noise, torch.float32, (n, length, 2))
+        self.check_states(states, n)
+        states = addresses([tensor for state in states for tensor in state.tensors])
+        failed = torch.empty(1, dtype=torch.int64)
+        tensors = addresses(self.tensors), states, images, noise, parameters
+        numbers = n, length, first, last, temperature, torch.get_num_threads()
+        self.library.call("sample", *tensors, *numbers, failed)
+        return failed[0] < 0
+
+    def check_states(self, states, n):
+        if len(states) != self.config.n_layers:
+            raise ValueError(f"there are {len(states)} states of {self.config.n_layers} layers")
+        heads, size = self.config.n_heads, self.config.d_query
+        for state in states:
+            S, Z = state.attention
+            check(S, torch.float32, (n, heads, size, size))
+            check(Z, torch.float32, (n, heads, size))
+            if self.config.neighbours:
+                recent = max(offsets(self.config)) + 1
+                check(state.inputs, self.dtype, (recent, n, heads * size))
+
+
+def check(tensor: torch.Tensor, dtype: torch.dtype, shape: Sequence[int]) -> None:
+    """Raise a TypeError or a ValueError for a tensor whose memory sampler.cpp would misread."""
     if tensor.device.type != "cpu" or tensor.dtype != dtype or not tensor.is_contiguous():
         raise TypeError(
             f"the compiled sampler takes contiguous {dtype} tensors on the CPU, not {tensor.dtype} "
             f"on {tensor.device}"
         )
+    check_shape(tensor, shape)
 
 
-def pack_model(model, panel, dtype):
+def pack_model(model: ImageTransformer, panel: int, dtype: torch.dtype) -> list[torch.Tensor]:
     """The tensors of sampler.cpp's struct Model, in its order."""
     tensors = []
     for layer in model.transformer.layers:

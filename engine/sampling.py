@@ -186,6 +186,10 @@ class EagerDecoder:
         """How many bytes of each image one call should draw."""
         return BLOCK
 
+    def read(self, model, images, count):
+        """The states after the first `count` bytes of images (N, L), read in one parallel pass."""
+        return model.prefill(images[:, :count])[1] if count else model.empty_states(len(images))
+
     def __call__(self, batch, count):
         """Draw the next `count` bytes of the images of a `Batch`."""
         for _ in range(count):
@@ -235,23 +239,20 @@ def sample_recurrent(
 ) -> None:
     """Fill in bytes `offset`, ... of `images` (N, L), int64, in place: the fast way.
 
-    The given bytes go through the model in one parallel pass; the `decoder` draws the others one
-    by one from the states after them. `offset` is at least 1; `advance(n)` is called after
-    each n bytes. Raises `UserError` if a distribution is not finite.
+    The `decoder` reads the given bytes but the last, and then reads the bytes from there on and
+    draws those after them, one by one. `offset` is at least 1; `advance(n)` is called after each
+    n bytes. Raises `UserError` if a distribution is not finite.
     """
     n, length = images.shape
     if offset == length:
         return
-    parameters, states = model.prefill(images[:, :offset])
-    position = torch.tensor([offset], device=images.device)
+    decoder = decoder or EagerDecoder(model)
+    states = decoder.read(model, images, offset - 1)
+    position = torch.tensor([offset - 1], device=images.device)
     finite = torch.ones((), dtype=torch.bool, device=images.device)
     batch = Batch(images, noise, temperature, position, states, finite)
-    images[:, offset] = batch.draw(parameters, noise[:, offset])
-    batch.check_finite()
-    advance(n)
-    decoder = decoder or EagerDecoder(model)
     block = decoder.block(n)
-    for first in range(offset, length - 1, block):
+    for first in range(offset - 1, length - 1, block):
         count = min(block, length - 1 - first)
         decoder(batch, count)
         batch.check_finite()

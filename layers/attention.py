@@ -6,35 +6,47 @@ Queries and keys are (N, L, H, E), values and outputs (N, L, H, M).
 
 import torch
 from torch import nn
-from torch.nn.functional import elu, pad, scaled_dot_product_attention
+from torch.nn.functional import pad, relu, scaled_dot_product_attention
 
 # Keeps the division finite when every feature of a query has underflowed.
 EPSILON = 1e-6
+State = tuple[torch.Tensor, torch.Tensor]  # the sums S (N, H, E, M) and Z (N, H, E)
 
 
-def chunk_length(device):
+def chunk_length(device: torch.device) -> int:
     """Positions in a chunk: enough for efficient matrix products, few enough that the quadratic
     part inside a chunk stays cheaper than the sums of size E x M. A GPU is limited by the memory
     traffic of both, which is least at about E (docs/speed.md)."""
     return 64 if device.type == "cpu" else 32
 
 
-def feature_map(x):
-    """phi(x) = elu(x) + 1 (section 3.2.1 of the paper), in float32 or wider."""
-    return elu(at_least_float32(x)) + 1
+def feature_map(x: torch.Tensor) -> torch.Tensor:
+    """phi(x) = elu(x) + 1 (section 3.2.1 of the paper), in float32 or wider.
+
+    Computed as exp(min(x, 0)) + max(x, 0): for negative x, the exponential less 1 plus 1 would
+    have lost its digits, from x = -17 on all of them. The gradient at 0 is 1.
+    """
+    x = at_least_float32(x)
+    positive = relu(x)
+    return torch.exp(x - positive) + positive
 
 
-def at_least_float32(x):
+def at_least_float32(x: torch.Tensor) -> torch.Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
-def without_autocast(x):
+def without_autocast(x: torch.Tensor) -> torch.autocast:
     """Keeps the sums in float32: they run over a whole image, and in bfloat16 the contribution of
     a late byte would be rounded away."""
     return torch.autocast(x.device.type, enabled=False)
 
 
-def linear_quadratic(queries, keys, values, state=None):
+def linear_quadratic(
+    queries: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    state: State | None = None,
+) -> tuple[torch.Tensor, State]:
     """Causal linear attention as a masked product of all pairs: slow and obvious, the reference
     for the other forms.
 
@@ -56,7 +68,13 @@ def linear_quadratic(queries, keys, values, state=None):
     return numerators / (denominators + EPSILON)[..., None], (S, Z)
 
 
-def linear_chunked(queries, keys, values, state=None, chunk=None):
+def linear_chunked(
+    queries: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    state: State | None = None,
+    chunk: int | None = None,
+) -> tuple[torch.Tensor, State]:
     """The same function in O(L): products of pairs inside a chunk, sums across chunks.
 
     Takes any L and returns what `linear_quadratic` returns. Training, evaluation and prefill
@@ -87,7 +105,9 @@ def linear_chunked(queries, keys, values, state=None, chunk=None):
         return outputs, (S[:, :, -1], Z[:, :, -1])
 
 
-def linear_recurrent(queries, keys, values, state):
+def linear_recurrent(
+    queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, state: State
+) -> tuple[torch.Tensor, State]:
     """The same function for one position, L = 1: updates `state` in place (equations 16 to 20)."""
     S, Z = state
     with without_autocast(queries):
@@ -110,12 +130,14 @@ class LinearAttention(nn.Module):
         super().__init__()
         self.ops = ops
 
-    def empty_state(self, n_images, n_heads, size, length, like):
+    def empty_state(
+        self, n_images: int, n_heads: int, size: int, length: int, like: torch.Tensor
+    ) -> State:
         """The sums (S, Z) before the first position; their size does not depend on `length`."""
         S = like.new_zeros(n_images, n_heads, size, size)
         return at_least_float32(S), at_least_float32(S[..., 0].clone())
 
-    def forward(self, qkv, state=None):
+    def forward(self, qkv: torch.Tensor, state: State | None = None) -> torch.Tensor:
         """Queries, keys and values (N, L, 3, H, E) -> outputs (N, L, H, E).
 
         Attends to these positions and those already summed in `state`, updated in place.
@@ -128,10 +150,10 @@ class LinearAttention(nn.Module):
 class KVCache:
     """The keys and values of all positions so far, in tensors allocated once."""
 
-    def __init__(self, keys, values):
+    def __init__(self, keys: torch.Tensor, values: torch.Tensor):
         self.keys, self.values, self.length = keys, values, 0  # (N, H, longest, E)
 
-    def append(self, keys, values):
+    def append(self, keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Add (N, H, L, E) at the end; returns all keys and values so far."""
         start, self.length = self.length, self.length + keys.shape[2]
         self.keys[:, :, start : self.length] = keys
@@ -142,16 +164,18 @@ class KVCache:
 class SoftmaxAttention(nn.Module):
     """Softmax attention, the paper's "full"; `scale` is 1 / sqrt(E) unless given."""
 
-    def __init__(self, scale=None, dropout=0.0):
+    def __init__(self, scale: float | None = None, dropout: float = 0.0):
         super().__init__()
         self.scale, self.dropout = scale, dropout
 
-    def empty_state(self, n_images, n_heads, size, length, like):
+    def empty_state(
+        self, n_images: int, n_heads: int, size: int, length: int, like: torch.Tensor
+    ) -> KVCache:
         """A cache with room for `length` positions."""
         shape = n_images, n_heads, length, size
         return KVCache(like.new_zeros(shape), like.new_zeros(shape))
 
-    def forward(self, qkv, state=None):
+    def forward(self, qkv: torch.Tensor, state: KVCache | None = None) -> torch.Tensor:
         """As `LinearAttention.forward`; `state` is a `KVCache`, which grows."""
         queries, keys, values = (x.transpose(1, 2) for x in qkv.unbind(2))  # (N, H, L, E)
         past, L = 0, queries.shape[2]

@@ -6,8 +6,12 @@ and around the byte above it; Fu et al., "Hungry Hungry Hippos" (2022), put one 
 attention in the same way.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import nn
+
+from layers.ops import PlainOps
 
 
 class ShortConvolution(nn.Module):
@@ -17,18 +21,20 @@ class ShortConvolution(nn.Module):
     a row beside it.
     """
 
-    def __init__(self, size, offsets, ops):
+    def __init__(self, size: int, offsets: Sequence[int], ops: PlainOps):
         super().__init__()
         self.ops, self.offsets = ops, tuple(offsets)
         self.register_buffer("steps_back", torch.tensor(offsets), persistent=False)  # (T,)
         self.weight = nn.Parameter(0.1 * torch.randn(len(offsets), size))  # (T, D)
 
-    def empty_state(self, n_images, like):
+    def empty_state(self, n_images: int, like: torch.Tensor) -> torch.Tensor:
         """The last inputs (R, N, D), zero before the first position; those of position p are in
         row p mod R, and R is one more than the largest offset. `like` has their type and device."""
         return like.new_zeros(max(self.offsets) + 1, n_images, self.weight.shape[1])
 
-    def forward(self, x, positions, recent=None):
+    def forward(
+        self, x: torch.Tensor, positions: torch.Tensor, recent: torch.Tensor | None = None
+    ) -> torch.Tensor:
         """(N, P, D) at consecutive `positions` (P,) -> (N, P, D); `recent`, the last inputs before
         them (R, N, D), is updated in place."""
         if recent is None:
@@ -47,7 +53,7 @@ class ShortConvolution(nn.Module):
         return self.ops.short_convolution(both, self.weight, self.offsets)[:, R:]
 
 
-def convolution_offsets(length, width, channels):
+def convolution_offsets(length: int, width: int, channels: int) -> list[int]:
     """How many positions back the convolution reads: to the bytes just before, and to the same
     channel of the pixel above the predicted byte and of that pixel's left and right neighbours. The
     predicted byte is one position ahead."""

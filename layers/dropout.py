@@ -15,22 +15,22 @@ KEY_STEP = -7046029254386353131
 class DropoutNoise:
     """The keys of the images in a batch, with new ones for each dropout layer of the model."""
 
-    def start(self, keys):
+    def start(self, keys: torch.Tensor) -> None:
         """Begin a forward pass with `keys` (N,), int64, one for each image of the batch."""
         self.keys = keys
 
-    def next_keys(self):
+    def next_keys(self) -> torch.Tensor:
         """Keys (N, 2), int32, for the next dropout layer."""
         self.keys = self.keys + KEY_STEP
         return self.keys.view(torch.int32).view(-1, 2)
 
 
-def draw_keys(n, device):
+def draw_keys(n: int, device: torch.device | str) -> torch.Tensor:
     """Keys (n,), int64, from torch's generator."""
     return torch.randint(-(2**63), 2**63 - 1, (n,), device=device)
 
 
-def keep_mask(keys, size, threshold):
+def keep_mask(keys: torch.Tensor, size: int, threshold: int) -> torch.Tensor:
     """Which elements of each image are kept, (N, size), bool, for `keys` (N, 2), int32: those
     whose 32-bit hash (two rounds of the finaliser lowbias32) is at least `threshold`."""
     x = torch.arange(size, dtype=torch.int32, device=keys.device) ^ keys[:, :1]  # (N, size)
@@ -38,7 +38,7 @@ def keep_mask(keys, size, threshold):
     return x.add_(-(2**31)) >= threshold - 2**31  # an unsigned comparison
 
 
-def mix(x):
+def mix(x: torch.Tensor) -> torch.Tensor:
     """A bijection of 32-bit integers, in place, in which flipping one bit of `x` flips each bit of
     the result with probability 1/2."""
     x ^= (x >> 16) & 0xFFFF  # torch's shift is arithmetic
@@ -49,24 +49,24 @@ def mix(x):
     return x
 
 
-def drop(x, keys, threshold):
-    """x / (1 - p) where kept, 0 elsewhere; p is `threshold` / 2^32, x is (N, ...)."""
-    keep = keep_mask(keys, x[0].numel(), threshold).view(x.shape)
-    return torch.where(keep, x * scale(threshold), 0)
+def drop(x: torch.Tensor, keys: torch.Tensor, threshold: int) -> torch.Tensor:
+    """x / (1 - p) where kept, x * 0 elsewhere (NaN is kept); p is `threshold` / 2^32, x is
+    (N, ...)."""
+    return x * keep_mask(keys, x[0].numel(), threshold).view(x.shape) * scale(threshold)
 
 
-def scale(threshold):
+def scale(threshold: int) -> float:
     return 1 / (1 - threshold / 2**32)
 
 
 class Dropout(nn.Module):
     """nn.Dropout on (N, ...), with noise from the keys of each image; `ops` computes it."""
 
-    def __init__(self, p, noise, ops):
+    def __init__(self, p: float, noise: DropoutNoise, ops):
         super().__init__()
         self.threshold, self.noise, self.ops = round(p * 2**32), noise, ops
 
-    def forward(self, x):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
         if not self.training or self.threshold == 0:
             return x
         return self.ops.dropout(x, self.noise.next_keys(), self.threshold)

@@ -8,6 +8,7 @@ last to plus infinity. Everything is computed in float32 or wider, whatever the 
 import math
 
 import torch
+from torch import nn
 from torch.nn.functional import log_softmax, logsigmoid
 
 NATS_PER_BIT = math.log(2)
@@ -19,14 +20,14 @@ BIN_WIDTH = 2 / 255
 TINY = 1e-30
 
 
-def split(parameters):
+def split(parameters: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Logits, means and log-scales, each (..., K), of parameters (..., 3K)."""
     parameters = parameters.to(torch.promote_types(parameters.dtype, torch.float32))
     logits, means, log_scales = parameters.chunk(3, dim=-1)
     return logits, means, log_scales.clamp(min=MIN_LOG_SCALE)
 
 
-def mean_rows(predictor):
+def mean_rows(predictor: nn.Linear) -> list[torch.Tensor]:
     """The rows of weight (K, D) and bias (K,) of a linear layer to 3K parameters that compute the
     means, as views without a gradient."""
     K = predictor.out_features // 3
@@ -34,7 +35,7 @@ def mean_rows(predictor):
 
 
 @torch.no_grad()
-def spread_components(predictor):
+def spread_components(predictor: nn.Linear) -> None:
     """Initialise a linear layer to 3K parameters so that the K logistics lie side by side over the
     bytes, with scales of half their distance, and their means hardly depend on the input."""
     K = predictor.out_features // 3
@@ -44,7 +45,7 @@ def spread_components(predictor):
     predictor.bias[2 * K :] = -math.log(K)
 
 
-def log_prob(parameters, values):
+def log_prob(parameters: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
     """Log-probability in nats, (...), of the bytes `values` (...), any integer type.
 
     The mass sigma(a) - sigma(b) between the edges of a bin is computed in logarithms,
@@ -68,13 +69,13 @@ def log_prob(parameters, values):
     return torch.logsumexp(log_softmax(logits, dim=-1) + log_masses, dim=-1)
 
 
-def probabilities(parameters):
+def probabilities(parameters: torch.Tensor) -> torch.Tensor:
     """The 256 probabilities, (..., 256), of parameters (..., 3K)."""
     values = torch.arange(256, device=parameters.device)
     return log_prob(parameters[..., None, :], values.expand(*parameters.shape[:-1], 256)).exp()
 
 
-def sample(parameters, noise, temperature=1.0):
+def sample(parameters: torch.Tensor, noise: torch.Tensor, temperature: float = 1.0) -> torch.Tensor:
     """Bytes (...), int64, drawn with `noise` (..., 2), uniform on [0, 1).
 
     The first number selects a component; the second is mapped by the inverse of that
@@ -93,7 +94,7 @@ def sample(parameters, noise, temperature=1.0):
     return torch.round((x + 1) * 127.5).clamp(0, 255).long()
 
 
-def first_byte_log_probs(counts):
+def first_byte_log_probs(counts: torch.Tensor) -> torch.Tensor:
     """Log-probabilities (256,), float64, in nats, of the first byte of an image.
 
     `counts` (256,) is the histogram of first bytes in the training set. One pseudo-count, spread

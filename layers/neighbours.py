@@ -8,7 +8,7 @@ it need not learn where these values are.
 import torch
 from torch import nn
 
-# Pixels from the predicted one to the left, right and upper end of the window, {channels: pixels}.
+# How far, in pixels, the window reaches left, right and up, {channels: pixels}.
 REACH = {1: 3, 3: 2}
 
 
@@ -19,7 +19,7 @@ class Neighbours(nn.Module):
     channels are 0), so that a linear map has separate weights for each channel.
     """
 
-    def __init__(self, length, width, channels):
+    def __init__(self, length: int, width: int, channels: int):
         super().__init__()
         self.channels = channels
         table = neighbour_table(length, width, channels)
@@ -29,11 +29,11 @@ class Neighbours(nn.Module):
         self.register_buffer("channel", one_hot, persistent=False)  # (L - 1, C)
 
     @property
-    def size(self):
+    def size(self) -> int:
         """The number of features of a position."""
         return self.channels * self.table.shape[1]
 
-    def forward(self, images, positions):
+    def forward(self, images: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         """Features (N, P, size) of the bytes after `positions` (P,) of images (N, L)."""
         table = self.table[positions]  # (P, W)
         # Neighbours outside the image read the first byte, and are multiplied by 0.
@@ -47,7 +47,7 @@ class Neighbours(nn.Module):
         return (channel[:, :, None] * features[:, :, None]).flatten(-2)  # (N, P, C * W)
 
 
-def window(channels):
+def window(channels: int) -> list[tuple[int, int, int]]:
     """The neighbours (rows down, pixels to the right, channel), relative to the predicted pixel."""
     reach = REACH[channels]
     pixels = [(0, -left) for left in range(1, reach + 1)]
@@ -56,12 +56,12 @@ def window(channels):
     return places + [(0, 0, c) for c in range(channels - 1)]  # earlier channels of the same pixel
 
 
-def neighbour_count(channels):
+def neighbour_count(channels: int) -> int:
     """The number W of neighbours of a byte."""
     return len(window(channels))
 
 
-def neighbour_table(length, width, channels):
+def neighbour_table(length: int, width: int, channels: int) -> torch.Tensor:
     """Indices (L - 1, W) of the neighbours of the byte after each position, -1 for none."""
     byte = torch.arange(1, length)  # the predicted bytes
     row, column, channel = byte // channels // width, byte // channels % width, byte % channels

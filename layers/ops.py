@@ -4,7 +4,10 @@ A model holds one such object and calls it. cpu/ops.py has the same operations c
 CPU; another device would need another subclass.
 """
 
+from collections.abc import Sequence
+
 import torch
+from torch import nn
 from torch.nn.functional import pad, relu
 
 from layers.attention import linear_chunked
@@ -14,18 +17,22 @@ from layers.dropout import drop
 class PlainOps:
     """Any device, any floating-point type, with gradients. N images, L positions, D channels."""
 
-    def linear(self, x, *layers, activation=None):
+    def linear(
+        self, x: torch.Tensor, *layers: nn.Linear, activation: str | None = None
+    ) -> torch.Tensor:
         """x (..., I) through one nn.Linear, or through several whose outputs are concatenated,
         (..., O), with `activation` None or "relu"."""
         outputs = [layer(x) for layer in layers]
         x = outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=-1)
         return relu(x, inplace=not torch.is_grad_enabled()) if activation == "relu" else x
 
-    def add_norm(self, x, y, norm):
+    def add_norm(self, x: torch.Tensor, y: torch.Tensor, norm: nn.LayerNorm) -> torch.Tensor:
         """The nn.LayerNorm `norm` of the residual sum x + y, (N, L, D)."""
         return norm(x + y)
 
-    def short_convolution(self, x, weight, offsets):
+    def short_convolution(
+        self, x: torch.Tensor, weight: torch.Tensor, offsets: Sequence[int]
+    ) -> torch.Tensor:
         """x[:, l] plus the sum over t of weight[t] * x[:, l - offsets[t]], for x (N, L, D), T
         `offsets` and `weight` (T, D). Before the first position all is 0."""
         L, longest = x.shape[1], max(offsets)
@@ -35,11 +42,13 @@ class PlainOps:
             x = x + row * padded[:, start : start + L]
         return x
 
-    def dropout(self, x, keys, threshold):
+    def dropout(self, x: torch.Tensor, keys: torch.Tensor, threshold: int) -> torch.Tensor:
         """As `layers.dropout.drop`: x (N, ...), keys (N, 2)."""
         return drop(x, keys, threshold)
 
-    def linear_attention(self, qkv, state=None):
+    def linear_attention(
+        self, qkv: torch.Tensor, state: Sequence[torch.Tensor] | None = None
+    ) -> torch.Tensor:
         """Causal linear attention of queries, keys and values (N, L, 3, H, E): (N, L, H, E).
 
         `state`, the sums S (N, H, E, E) and Z (N, H, E) over earlier positions, is updated in

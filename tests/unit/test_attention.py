@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from cpu.ops import CompiledOps
 from layers.attention import (
     LinearAttention,
     SoftmaxAttention,
@@ -11,6 +12,7 @@ from layers.attention import (
     linear_recurrent,
 )
 from layers.ops import PlainOps
+from models import ModelConfig
 
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5}
 PRECISIONS = pytest.mark.parametrize("dtype", TOLERANCE, ids=["float64", "float32"])
@@ -92,6 +94,62 @@ def test_two_parts_with_a_state_equal_one_pass(split):
 
     inputs = make_inputs(20)
     assert_close(results(in_two_parts, inputs), results(linear_quadratic, inputs), 1e-10)
+
+
+def compiled(queries, keys, values, state):
+    """The compiled form, without a gradient of the state, which it updates in place."""
+    ops = CompiledOps(ModelConfig(30, d_query=queries.shape[-1]))
+    outputs = ops.linear_attention(torch.stack([queries, keys, values], 2))
+    return outputs, tuple(x.detach().clone() for x in state)
+
+
+def gradients_of_outputs(form, inputs):
+    queries, keys, values = (x.detach().requires_grad_() for x in inputs)
+    zeros = queries.new_zeros(1, 2, 8, 8), queries.new_zeros(1, 2, 8)
+    outputs, _ = form(queries, keys, values, zeros)
+    gradients = torch.autograd.grad(outputs.sum(), (queries, keys, values))
+    return [outputs.detach(), *gradients]
+
+
+@pytest.mark.parametrize("place", ["queries", "keys"])
+@pytest.mark.parametrize("x", [-80.0, -20.0, -17.0, -5.0, 0.0, 3.0])
+@pytest.mark.parametrize(
+    "form",
+    [linear_quadratic, linear_chunked, step_by_step, compiled],
+    ids=lambda form: form.__name__,
+)
+def test_phi_does_not_cancel(form, x, place):
+    """Regression: elu(x) + 1 in float32 had lost all digits for keys below -17: outputs were
+    wrong by 144% at -20, and gradients by a factor of 40."""
+    inputs = [torch.randn(1, 9, 2, 8) for _ in range(3)]
+    inputs[0 if place == "queries" else 1] *= 0.1
+    inputs[0 if place == "queries" else 1] += x
+    if x == 0:
+        inputs[0][..., ::2] = inputs[1][..., ::2] = 0  # where phi has its corner
+    expected = gradients_of_outputs(exact_quadratic, [y.double() for y in inputs])
+    for actual, right in zip(gradients_of_outputs(form, inputs), expected, strict=True):
+        assert (actual - right).norm() <= 1e-4 * right.norm()
+
+
+def exact_quadratic(queries, keys, values, state):
+    """The definition in float64, with 1 as the gradient of phi at 0."""
+    q, k = (torch.where(x > 0, x + 1, x.clamp(max=1).exp()) for x in (queries, keys))
+    weights = torch.einsum("nlhe,nshe->nhls", q, k).tril()
+    sums = torch.einsum("nhls,nshm->nlhm", weights, values)
+    return sums / (weights.sum(-1).transpose(1, 2) + 1e-6)[..., None], state
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+@pytest.mark.parametrize("part", range(3), ids=["queries", "keys", "values"])
+@pytest.mark.parametrize("form", [linear_chunked, compiled], ids=["chunked", "compiled"])
+def test_a_nan_is_seen(form, part, value):
+    """Regression: the compiled attention turned NaN in a query or key into a finite number."""
+    inputs = [torch.randn(1, 9, 2, 8) for _ in range(3)]
+    inputs[part][0, 4, 1, 3] = value
+    outputs, *gradients = gradients_of_outputs(form, inputs)
+    assert not outputs[0, 4, 1].isfinite().all()
+    assert not any(g.isfinite().all() for g in gradients[: 1 if part == 0 else 2])
+    assert outputs[0, :, 0].isfinite().all()
 
 
 def test_quadratic_equals_the_sums_of_the_paper():

@@ -118,7 +118,7 @@ def test_a_graph_draws_the_same_images(neighbours, recorded_graphs):
     for offset in (5, 12):
         expected = draw(sample_recomputing, model, offset)
         assert torch.equal(draw(sample_recurrent, model, offset, decoder=decoder), expected)
-        assert decoder.drawn == LENGTH - 1 - offset
+        assert decoder.drawn == LENGTH - offset
 
 
 def small_model(**changes):
