@@ -9,7 +9,7 @@ from helpers import require_library
 from torch.nn.functional import interpolate
 
 import datasets
-from engine.sampling import image_noise, sample_recomputing
+from engine.sampling import image_noise, sample_recomputing, sample_recurrent
 from models import ImageTransformer, ModelConfig
 from utils import UserError
 
@@ -232,11 +232,36 @@ def test_the_reformer_trains(reference):
         assert (parameter.grad is None) if unused else parameter.grad.isfinite().all(), name
 
 
-def complete(model, numbers, offset=5):
+@pytest.mark.parametrize("attention_type", NATIVE)
+def test_fifty_training_steps_give_the_same_losses(reference, attention_type):
+    config, data = make_config(attention_type), datasets.load("digits", ".", True)
+    ours, theirs = [], []
+    for model, losses in zip(make_pair(reference, config), (ours, theirs), strict=True):
+        optimizer = torch.optim.Adam(model.train().parameters(), lr=1e-3)
+        for iteration in range(50):
+            loss = model.nll(data.batch(iteration, 4, seed=0)).mean() / (DIGIT - 1)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            losses.append(loss.item())
+    assert sum(ours[-5:]) < sum(ours[:5]) - 0.5, "nothing was learned: nothing was compared"
+    assert theirs == pytest.approx(ours, rel=1e-3)
+
+
+def complete(model, numbers, sampler=sample_recomputing, offset=5):
     """The digits with these numbers, completed after `offset` bytes."""
     images = digits(8)[numbers].long()
-    sample_recomputing(model, images, offset, image_noise(0, numbers, DIGIT))
+    sampler(model, images, offset, image_noise(0, numbers, DIGIT))
     return images
+
+
+@pytest.mark.parametrize("attention_type", NATIVE)
+def test_both_backends_and_both_samplers_draw_the_same_images(reference, attention_type):
+    pair = make_pair(reference, make_config(attention_type))
+    samplers = sample_recomputing, sample_recurrent
+    first, *others = (complete(m, [0, 1, 2], sampler) for m in pair for sampler in samplers)
+    assert len(first.unique()) > 20, "constant images would be trivially equal"
+    assert all(torch.equal(first, other) for other in others)
 
 
 def test_the_reformer_samples_in_batches_of_any_size(reference):
