@@ -10,7 +10,6 @@ from typing import Any
 
 from utils import is_out_of_memory, one_line
 
-INTERRUPT = [signal.SIGINT]
 WEEK = 7 * 24 * 3600
 
 
@@ -34,14 +33,15 @@ def stream_from_process(
     context.set_forkserver_preload(["benchmarks.measure", "torch._dynamo"])
     handler = signal.signal(signal.SIGINT, signal.SIG_IGN)  # which a new process inherits
     forkserver.ensure_running()
-    signal.signal(signal.SIGINT, handler)
     receiver, sender = context.Pipe(duplex=False)
     process = context.Process(target=send, args=(sender, function, arguments))
-    results = []
-    signal.pthread_sigmask(signal.SIG_BLOCK, INTERRUPT)  # until it can be killed
+    results, interrupts = [], []
+    signal.signal(signal.SIGINT, lambda *_: interrupts.append(1))  # until it can be killed
     process.start()
+    signal.signal(signal.SIGINT, handler)
     try:
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, INTERRUPT)
+        if interrupts:
+            raise KeyboardInterrupt
         sender.close()  # only the new process has it now: its end is an EOFError here
         deadline = time.monotonic() + seconds
         while receiver.poll(max(0, deadline - time.monotonic())):

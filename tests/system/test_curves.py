@@ -94,8 +94,8 @@ def test_what_a_killed_run_did_again_is_counted_once(tmp_path):
 def test_a_run_that_continued_from_an_older_checkpoint(succeed, tmp_path):
     """Regression: the curve held what the earlier run had written of later iterations, and its
     minutes what that had taken."""
-    run = [*TRAIN, "--metrics_file", "m.jsonl", "--save_frequency", 2]
-    succeed(*run, "--iterations", 7, "--save_to", "w.{}.pth")
+    run = [*TRAIN, "--metrics_file", "m.jsonl"]
+    succeed(*run, "--iterations", 7, "--save_to", "w.{}.pth", "--save_frequency", 2)
     earlier = records("m.jsonl")
     succeed(*run, "--iterations", 6, "--continue_from", "w.2.pth")
     points = read_curve("m.jsonl", "train")
@@ -108,8 +108,14 @@ def test_a_run_that_continued_from_an_older_checkpoint(succeed, tmp_path):
 
 def test_the_history_of_several_starts(tmp_path):
     """Of one that takes longer to its first record than all before it, and of an evaluation."""
-    file = write(tmp_path / "m.jsonl", (5, "train", 1, 8, 0), (10, "train", 2, 7, 0),
-                 (15, "train", 9, 6, 10), (15, "test", 10, 6, 10), (15, "test", 0.5, 5, 15))  # fmt: skip
+    file = write(
+        tmp_path / "m.jsonl",
+        (5, "train", 1, 8, 0),
+        (10, "train", 2, 7, 0),
+        (15, "train", 9, 6, 10),
+        (15, "test", 10, 6, 10),
+        (15, "test", 0.5, 5, 15),
+    )
     assert [p["seconds"] for p in read_curve(file, "train")] == [1, 2, 11]
     assert [(p["seconds"], p["bits_per_dim"]) for p in read_curve(file, "test")] == [(11.5, 5)]
 
