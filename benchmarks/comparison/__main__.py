@@ -54,7 +54,9 @@ FLAGS = {
     "learning": switch("compare bits/dim instead of speed"),
     "quick": switch("tiny models, to try this program"),
     "batch": flag("batch size, beside single images", Number(int, 2, 2**31), 10),
-    "device": flag("", ("cpu", "cuda"), "cuda" if torch.cuda.is_available() else "cpu"),
+    "device": flag(
+        "where to measure", ("cpu", "cuda"), "cuda" if torch.cuda.is_available() else "cpu"
+    ),
     "results": flag("measure nothing: read what --json wrote", "FILE"),
     **OUTPUTS,
 }
