@@ -3,16 +3,37 @@
 python -m benchmarks.curves paper.jsonl fast.jsonl --plot curves.png
 """
 
-import argparse
 import json
+import os
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
+from benchmarks.command_line import OUTPUTS, parse
+from cli.flags import flag, switch
 from cli.process import run
+from engine.figures import new_figure, save_figure
+from options import NOT_NEGATIVE, Number
 from utils import UserError
 
+FILES = {"nargs": "+", "metavar": "FILE", "type": os.path.expanduser}
+FLAGS = {
+    "split": flag("of the records", ("train", "test"), "test"),
+    "log": switch("logarithmic images and minutes"),
+    "plot": OUTPUTS["plot"],
+}
+# What the curves are drawn from.
+NUMBERS = {
+    "iteration": Number(int, 0),
+    "start": Number(int, 0),
+    "images": Number(int, 0),
+    "seconds": NOT_NEGATIVE,
+    "bits_per_dim": NOT_NEGATIVE,
+}
 
-def main():
-    args = parse_arguments()
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse(__doc__, FLAGS, argv, files={**FILES, "help": "--metrics_file of main.py"})
     curves = {
         name: read_curve(file, args.split)
         for name, file in zip(short_names(args.files), args.files, strict=True)
@@ -25,66 +46,88 @@ def main():
         plot(curves, args)
 
 
-def short_names(files):
+def short_names(files: list[str]) -> list[str]:
     """The names without folder and ending, if they differ."""
     stems = [Path(file).stem for file in files]
     return stems if len(set(stems)) == len(stems) else files
 
 
-def read_curve(name, split):
-    """The records of one split of a metrics file, with the images and seconds since its start.
+def read_curve(path: str | Path, split: str) -> list[dict]:
+    """The records of one split of a metrics file, with the images and seconds since the start.
 
-    A run that continues counts its seconds from 0 again and repeats the iterations since its
-    checkpoint: the seconds are summed, and the records of later iterations that the earlier run has
-    written are left out. So is a line that was cut off when a run was killed.
+    Every start of main.py appends to the file and counts its seconds from 0. Of a run that
+    continued, the curve is one history: what was written of iterations after its checkpoint is
+    left out, and its seconds are added to those at the checkpoint. Of a run from scratch, nothing
+    written before belongs to it. Raises `UserError` for a file of something else.
     """
-    points, before, last = {}, 0.0, 0.0
-    for line in Path(name).read_text(errors="replace").splitlines():
+    history, before, last = [], 0.0, None
+    for record in read_records(path):
+        if last and is_new_start(record, last):
+            start = record.get("start", record["iteration"])
+            history = [r for r in history if r["iteration"] <= start and place(r) < place(record)]
+            before = history[-1]["seconds"] if history else 0.0
+        last = record
+        history.append({**record, "seconds": before + record["seconds"]})
+    points = [record for record in history if record["split"] == split]
+    if not points:
+        raise UserError(f"{path} has no {split} records: give a --metrics_file of main.py")
+    return points
+
+
+def place(record: dict) -> tuple[int, bool]:
+    """Ascends within a run, which is evaluated after the iteration."""
+    return record["iteration"], record["split"] == "test"
+
+
+def is_new_start(record: dict, last: dict) -> bool:
+    """Whether another start of main.py than that of the last record wrote this one. (Records of
+    older versions do not have the iteration `start` from which it continued.)"""
+    continued = place(record) > place(last) and record["seconds"] >= last["seconds"]
+    return not continued or record.get("start") != last.get("start")
+
+
+def read_records(path: str | Path) -> Iterator[dict[str, Any]]:
+    """The records of a metrics file, without a line that was cut off when a run was killed."""
+    try:
+        lines = Path(path).read_text(encoding="utf-8").splitlines()
+    except UnicodeDecodeError:
+        raise UserError(f"{path} is not UTF-8 text: give a --metrics_file of main.py") from None
+    for number, line in enumerate(lines, 1):
         try:
             record = json.loads(line)
-        except json.JSONDecodeError:
+        except (ValueError, RecursionError):
             continue
-        if record["seconds"] < last:  # the run was continued
-            before += last
-            points = {i: point for i, point in points.items() if i < record["iteration"]}
-        last = record["seconds"]
-        if record["split"] == split:
-            points[record["iteration"]] = {**record, "seconds": before + last}
-    if not points:
-        raise UserError(f"{name} has no {split} records")
-    return [points[iteration] for iteration in sorted(points)]
+        if not is_record(record):
+            raise UserError(
+                f"{path}, line {number}: {line[:60]} is not a record of main.py: a record has "
+                f"split, train or test, and the numbers {', '.join(NUMBERS)}"
+            )
+        yield record
+
+
+def is_record(record: Any) -> bool:
+    if not isinstance(record, dict) or record.get("split") not in ("train", "test"):
+        return False
+    values = {"start": 0, **record}
+    return all(number.accepts(values.get(name)) for name, number in NUMBERS.items())
 
 
 def plot(curves, args):
     """Two panels: bits/dim against images, and against minutes."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, panels = plt.subplots(1, 2, figsize=(9, 3.6), sharey=True, layout="constrained")
+    figure = new_figure(figsize=(9, 3.6), layout="constrained")
+    panels = figure.subplots(1, 2, sharey=True)
     for name, points in curves.items():
         bits = [point["bits_per_dim"] for point in points]
         panels[0].plot([point["images"] for point in points], bits, label=name)
         panels[1].plot([point["seconds"] / 60 for point in points], bits, label=name)
-    panels[0].set_xlabel("training images seen")
-    panels[1].set_xlabel("minutes")
-    panels[0].set_ylabel(f"{args.split} bits/dim")
+    panels[0].set(xlabel="training images seen", ylabel=f"{args.split} bits/dim")
+    panels[1].set(xlabel="minutes")
     for panel in panels:
         panel.grid(alpha=0.3)
         if args.log:
             panel.set_xscale("log")
     panels[1].legend()
-    figure.savefig(args.plot, dpi=150)
-
-
-def parse_arguments():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("files", nargs="+", metavar="FILE", help="--metrics_file of main.py")
-    parser.add_argument("--split", choices=["train", "test"], default="test")
-    parser.add_argument("--log", action="store_true", help="logarithmic images and minutes")
-    parser.add_argument("--plot", metavar="FILE", help="draw the curves")
-    return parser.parse_args()
+    save_figure(figure, args.plot)
 
 
 if __name__ == "__main__":

@@ -6,24 +6,36 @@ A sample counts if the network gives one digit a probability above 0.8. It is tr
 embedded 10,000 digits; of real test digits about 0.97 count.
 """
 
-import argparse
-import tempfile
-from pathlib import Path
+import os
+from argparse import Namespace
 
-import imageio.v3
 import numpy as np
 import torch
 from torch import nn
 
 import datasets
-import prediction
+from benchmarks.command_line import parse
+from cli.flags import flag
 from cli.process import run
+from cli.sampling_flags import MAX_IMAGES, SAMPLING
+from engine.checkpoint import Checkpoint
+from engine.construction import sampling_memory
+from options import SEED, Number
+from prediction import load_model, sample_images
+from utils import UserError, check_memory, say, select_device
 
 CONFIDENCE = 0.8
+BATCH_SIZE = 64
+CHECKPOINT = {"help": "a checkpoint of 28x28 digits, or a pattern", "type": os.path.expanduser}
+FLAGS = {
+    "n": flag("number of samples", Number(int, 1, MAX_IMAGES), 200),
+    "temperature": SAMPLING["temperature"],
+    "seed": flag("of the samples and of the network's training", SEED, 0),
+}
 
 
-def main() -> None:
-    args = parse_arguments()
+def main(argv: list[str] | None = None) -> None:
+    args = parse(__doc__, FLAGS, argv, checkpoint=CHECKPOINT)
     samples = sample(args)  # first, since a wrong checkpoint is an error
     classifier = train_classifier(args.seed)
     real = datasets.load("mnist-10k", ".", train=False).images
@@ -58,14 +70,21 @@ def train_classifier(seed: int, epochs: int = 12) -> nn.Module:
     return network.eval()
 
 
-def sample(args: argparse.Namespace) -> torch.Tensor:
-    """Unconditional samples (n, 784), uint8, of prediction.py."""
-    with tempfile.TemporaryDirectory() as folder:
-        command = [args.checkpoint, "--recurrent", "--offset", "0", "--index", f"0-{args.n}"]
-        command += ["--temperature", str(args.temperature), "--seed", str(args.seed)]
-        prediction.main([*command, "--save_image", f"{folder}/{{}}.{{}}.png"])
-        files = [Path(folder) / f"pred.{i}.png" for i in range(args.n)]
-        return torch.from_numpy(np.stack([imageio.v3.imread(f) for f in files])).flatten(1)
+def sample(args: Namespace) -> torch.Tensor:
+    """New images (n, 784), uint8. Raises `UserError` unless the checkpoint is of 28x28 digits."""
+    checkpoint, device = Checkpoint.newest(args.checkpoint), select_device("auto")
+    if checkpoint.image_shape != (28, 28) or checkpoint.dataset == "fashion-mnist":
+        raise UserError(
+            f"{checkpoint.path} does not store that it is a model of 28x28 digits: give one that "
+            "main.py trained with --dataset mnist or mnist-10k"
+        )
+    config = checkpoint.config
+    check_memory(sampling_memory(config, min(args.n, BATCH_SIZE)), device)
+    say(f"loaded {checkpoint.path}, iteration {checkpoint.iteration}")
+    backend = "native" if config.has_recurrence else "fast-transformers"
+    model = load_model(checkpoint, device=device, backend=backend)
+    noise = {"seed": args.seed, "temperature": args.temperature}
+    return sample_images(model, args.n, **noise, batch_size=BATCH_SIZE)
 
 
 @torch.no_grad()
@@ -73,15 +92,6 @@ def sure(classifier: nn.Module, images: torch.Tensor) -> float:
     """The fraction of images (n, 784), uint8, with a class probability above CONFIDENCE."""
     confidence = classifier(images / 255).softmax(-1).amax(-1)  # (n,)
     return (confidence > CONFIDENCE).float().mean().item()
-
-
-def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("checkpoint", help="a checkpoint of 28x28 digits, or a pattern")
-    parser.add_argument("--n", type=int, default=200, help="number of samples (200)")
-    parser.add_argument("--temperature", type=float, default=1.0)
-    parser.add_argument("--seed", type=int, default=0)
-    return parser.parse_args()
 
 
 if __name__ == "__main__":

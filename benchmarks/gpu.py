@@ -7,13 +7,11 @@ fails or takes too long says so, what it has measured counts, and the next step 
 `--device cpu` does the same with tiny models, to develop this program without a GPU.
 """
 
-import argparse
-import json
-import multiprocessing
 import os
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Iterator
 from datetime import date
 from functools import partial
 from pathlib import Path
@@ -21,12 +19,17 @@ from pathlib import Path
 import torch
 
 from benchmarks import measure, sampling_speed, training_speed
+from benchmarks.command_line import OUTPUTS, parse, print_table, write_json
+from benchmarks.processes import describe_error, stream_from_process
+from cli.flags import flag
 from cli.process import run
+from engine.checkpoint import NO_CHECKPOINT
+from engine.construction import load_model
 from engine.sampling import EagerDecoder, GraphDecoder, convert_weights
 from engine.training import NegativeLogLikelihood
 from layers.attention import chunk_length, linear_chunked
 from models import ImageTransformer, ModelConfig
-from utils import is_out_of_memory, one_line, select_device
+from utils import say, select_device
 
 ROOT = Path(__file__).parent.parent
 SECONDS = 510  # of all steps
@@ -40,32 +43,37 @@ TRAINING_BATCHES = {
     "cpu": {"mnist": [1, 2]},
 }
 CHUNK_LENGTHS = [16, 32, 64, 128]
+# What distinguishes the measurements.
+CASE = "what", "config", "batch", "mode", "precision"
 COLUMNS = {
-    "what": "", "config": "", "batch": "", "mode": "", "precision": "", "ms": ".3f",
-    "bytes_per_s": ",.0f", "images_per_s": ",.1f", "of_matrix_rate": ".1%", "of_copy_rate": ".1%",
-    "peak_mb": ",.0f",
+    **dict.fromkeys(CASE, ""), "ms": ".3f", "bytes_per_s": ",.0f", "images_per_s": ",.1f",
+    "of_matrix_rate": ".1%", "of_copy_rate": ".1%", "peak_mb": ",.0f",
 }  # fmt: skip
+FLAGS = {
+    "device": flag("cpu: with tiny models", ("cuda", "cpu"), "cuda"),
+    "json": {**OUTPUTS["json"], "default": "gpu.json"},
+}
 
 
-def main():
-    args = parse_arguments()
+def main(argv: list[str] | None = None) -> int:
+    args = parse(__doc__, FLAGS, argv)
     device, end = select_device(args.device), time.monotonic() + SECONDS
     result = {"date": str(date.today()), "rates": {}, "steps": [], "records": []}
     for name, function, arguments, longest in list_steps(device):
         start = time.monotonic()
-        records, error = run_step(function, arguments, max(0, min(longest, end - start)))
+        records, error = stream_from_process(function, arguments, max(0, min(longest, end - start)))
         seconds = time.monotonic() - start
         report(name, seconds, records, error)
         for record in records:
             result["rates"] |= record.get("rates", {})
         result["steps"].append({"name": name, "seconds": seconds, "error": error})
         result["records"] += [{**r, **fractions(r, result["rates"])} for r in records]
-        Path(args.json).write_text(json.dumps(result, indent=1) + "\n")
+        write_json(result, args.json)
     summarise(result, args.json)
     return 1 if failures(result) else 0
 
 
-def list_steps(device):
+def list_steps(device: torch.device) -> list[tuple[str, Callable, tuple, float]]:
     """Names, functions, arguments, and the most seconds that each may take."""
     steps = [
         ("machine", measure_machine, (device,), 60),
@@ -79,56 +87,7 @@ def list_steps(device):
     return [*steps, ("chunk lengths", measure_chunks, (device,), 30)]
 
 
-# A step as a process
-
-
-def run_step(function, arguments, seconds):
-    """What the generator `function(*arguments)` yields in a process of its own, and why it ended
-    early, or None."""
-    if seconds <= 0:
-        return [], "no time was left"
-    context = multiprocessing.get_context("spawn")
-    receiver, sender = context.Pipe(duplex=False)
-    process = context.Process(target=send, args=(sender, function, arguments))
-    process.start()
-    sender.close()  # only the new process has it now: its end is an EOFError here
-    records, deadline = [], time.monotonic() + seconds
-    try:
-        while receiver.poll(max(0, deadline - time.monotonic())):
-            record, error = receiver.recv()
-            if record is None:
-                process.join(10)
-                break
-            records.append(record)
-        else:
-            error = f"stopped after {seconds:.0f} s"
-    except EOFError:
-        process.join()
-        error = f"the process ended with status {process.exitcode}"
-    process.kill()
-    process.join()
-    return records, error
-
-
-def send(connection, function, arguments):
-    """Send (record, None) for each record, and (None, the error or None) at the end."""
-    error = None
-    try:
-        for record in function(*arguments):
-            connection.send((record, None))
-    except Exception as failure:  # of any kind: the next step should start
-        error = describe_error(failure)
-    connection.send((None, error))
-    connection.close()
-
-
-def describe_error(error):
-    if is_out_of_memory(error):
-        return "out of memory"
-    return f"{type(error).__name__}: {one_line(error)}"
-
-
-def attempt(measured, function, *arguments):
+def attempt(measured: dict, function: Callable, *arguments) -> dict:
     """A record of what was measured with the results of `function(*arguments)`, or its error."""
     try:
         return {**measured, **function(*arguments)}
@@ -139,7 +98,7 @@ def attempt(measured, function, *arguments):
 # The steps
 
 
-def measure_machine(device):
+def measure_machine(device: torch.device) -> Iterator[dict]:
     yield {"text": measure.describe_machine(device)}
     rates = {name: measure.matrix_rate(dtype, device) for name, dtype in measure.DTYPES.items()}
     rates["copy"] = measure.memory_rate(2**30 if device.type == "cuda" else 2**26, device)
@@ -147,7 +106,7 @@ def measure_machine(device):
     yield {"rates": rates, "text": f"operations of matrix products, and bytes copied: {text}"}
 
 
-def run_tests(device, seconds):
+def run_tests(device: torch.device, seconds: float) -> Iterator[dict]:
     """pytest's last line; raises RuntimeError, with the failed tests, if there are any."""
     files = sorted(map(str, ROOT.glob("tests/*/test_cuda*.py")))  # the others need more packages
     command = [sys.executable, "-m", "pytest", "-m", "cuda", "-rf", "--tb=line", *files]
@@ -162,11 +121,11 @@ def run_tests(device, seconds):
         raise RuntimeError(f"pytest ended with status {done.returncode}")
 
 
-def measure_sampling(config, compiled, device):
+def measure_sampling(config: str, compiled: bool, device: torch.device) -> Iterator[dict]:
     """A byte of the whole batch, by the plain loop and by a CUDA graph of it."""
     prefix = "compiled " if compiled else ""
     for precision in ("bf16",) if compiled else ("bf16", "fp32"):
-        model = make_model(config, device).eval()
+        model = make_model(config, device)
         convert_weights(model, precision)
         step = torch.compile(model.step) if compiled else None
         decoders = {"loop": EagerDecoder(model, step)}
@@ -174,15 +133,15 @@ def measure_sampling(config, compiled, device):
             decoders["graph"] = GraphDecoder(model, step)
         for batch in SAMPLING_BATCHES[device.type]:
             for mode, decoder in decoders.items():
-                what = describe_case("sampling", config, batch, prefix + mode, precision)
+                what = case("sampling", config, batch, prefix + mode, precision)
                 yield attempt(what, time_sampling, model, decoder, batch, precision, device)
 
 
-def measure_training(config, device):
+def measure_training(config: str, device: torch.device) -> Iterator[dict]:
     """Steps of main.py: uncompiled with several batches, then the fastest batch in other modes."""
     images_per_s = {}
     for batch in TRAINING_BATCHES[device.type][config]:
-        what = describe_case("training", config, batch, "uncompiled", "bf16")
+        what = case("training", config, batch, "uncompiled", "bf16")
         record = attempt(what, time_training, config, batch, "bf16", None, device)
         images_per_s[batch] = record.get("images_per_s", 0)
         yield record
@@ -191,28 +150,27 @@ def measure_training(config, device):
     if device.type == "cuda":  # a CUDA graph of each pass
         others += [("compiled graph", "bf16", {"mode": "reduce-overhead"})]
     for mode, precision, options in others:
-        what = describe_case("training", config, best, mode, precision)
+        what = case("training", config, best, mode, precision)
         yield attempt(what, time_training, config, best, precision, options, device)
 
 
-def measure_library(config, device):
+def measure_library(config: str, device: torch.device) -> Iterator[dict]:
     """pytorch-fast-transformers, where it is installed."""
-    model = measure.make_pair(ModelConfig(**CONFIGS[device.type][config]))[1]
+    model = measure.make_models(ModelConfig(**CONFIGS[device.type][config]), device).get("theirs")
     if model is None:
         yield {"text": "pytorch-fast-transformers is not installed"}
         return
-    model = model.to(device)
     batch = TRAINING_BATCHES[device.type][config][0]
-    what = describe_case("training", config, batch, "library", "fp32")
+    what = case("training", config, batch, "library", "fp32")
     yield attempt(what, step_speed, NegativeLogLikelihood(model), batch, "fp32", device)
     model.eval()
     for batch in SAMPLING_BATCHES[device.type]:
-        what = describe_case("sampling", config, batch, "library", "fp32")
+        what = case("sampling", config, batch, "library", "fp32")
         decoder = EagerDecoder(model)
         yield attempt(what, time_sampling, model, decoder, batch, "fp32", device)
 
 
-def measure_chunks(device):
+def measure_chunks(device: torch.device) -> Iterator[dict]:
     """Linear attention and its gradients with chunks of several lengths, for `chunk_length`."""
     shape = (16, 783, 3, 8, 32) if device.type == "cuda" else (1, 783, 3, 2, 8)
     qkv = torch.randn(shape, device=device, requires_grad=True)
@@ -229,19 +187,23 @@ def measure_chunks(device):
 # Speeds
 
 
-def make_model(config, device):
-    torch.manual_seed(0)
-    return ImageTransformer(ModelConfig(**CONFIGS[device.type][config])).to(device)
+def make_model(config: str, device: torch.device) -> ImageTransformer:
+    sizes = ModelConfig(**CONFIGS[device.type][config])
+    return load_model(NO_CHECKPOINT, sizes, device=device)
 
 
-def describe_case(what, config, batch, mode, precision):
-    return {
-        "what": what, "config": config, "batch": batch, "mode": mode, "precision": precision,
-    }  # fmt: skip
+def case(*values) -> dict:
+    return dict(zip(CASE, values, strict=True))
 
 
 @torch.no_grad()
-def time_sampling(model, decoder, batch, precision, device):
+def time_sampling(
+    model: ImageTransformer,
+    decoder: EagerDecoder,
+    batch: int,
+    precision: str,
+    device: torch.device,
+) -> dict:
     """Milliseconds of a byte of the whole batch, and its least operations and memory traffic."""
     reset_peak(device)
     draw = sampling_speed.loop(model, decoder, batch, precision, device)
@@ -259,7 +221,9 @@ def time_sampling(model, decoder, batch, precision, device):
     }  # fmt: skip
 
 
-def time_training(config, batch, precision, options, device):
+def time_training(
+    config: str, batch: int, precision: str, options: dict | None, device: torch.device
+) -> dict:
     """As `step_speed`, for our model compiled with `options`, None for not at all."""
     torch._dynamo.reset()
     nll = NegativeLogLikelihood(make_model(config, device))
@@ -268,7 +232,9 @@ def time_training(config, batch, precision, options, device):
     return step_speed(nll, batch, precision, device)
 
 
-def step_speed(nll, batch, precision, device):
+def step_speed(
+    nll: NegativeLogLikelihood, batch: int, precision: str, device: torch.device
+) -> dict:
     """Milliseconds and memory of a training step on random images, and its least operations."""
     reset_peak(device)
     images = training_speed.make_images(nll.model, batch, device)
@@ -283,13 +249,13 @@ def step_speed(nll, batch, precision, device):
     }  # fmt: skip
 
 
-def reset_peak(device):
+def reset_peak(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(device)
 
 
-def fractions(record, rates):
+def fractions(record: dict, rates: dict[str, float]) -> dict[str, float]:
     """The fractions of the machine's measured rates that a record reaches."""
     found = {}
     rate, seconds = rates.get(record.get("precision")), record.get("ms", 0) / 1e3
@@ -303,41 +269,33 @@ def fractions(record, rates):
 # Output
 
 
-def report(name, seconds, records, error):
-    print(f"{name} ({seconds:.0f} s)")
+def report(name: str, seconds: float, records: list[dict], error: str | None) -> None:
+    say(f"{name} ({seconds:.0f} s)")
     for record in records:
-        print("   ", record.get("text") or describe(record))
+        say(f"    {record.get('text') or describe(record)}")
     if error:
-        print(f"    FAILED: {error}")
-    sys.stdout.flush()
+        say(f"    FAILED: {error}")
 
 
-def describe(record):
+def describe(record: dict) -> str:
     """One line of a measurement."""
-    words = [str(record[key]) for key in ("what", "config", "batch", "mode", "precision")]
-    return " ".join(words) + ": " + (record.get("error") or f"{record['ms']:.3f} ms")
+    words = " ".join(str(record[key]) for key in CASE)
+    return f"{words}: {record.get('error') or format(record['ms'], '.3f') + ' ms'}"
 
 
-def failures(result):
+def failures(result: dict) -> list[str]:
     """The steps and measurements that failed."""
     steps = [step["name"] for step in result["steps"] if step["error"]]
     return steps + [describe(record) for record in result["records"] if record.get("error")]
 
 
-def summarise(result, path):
+def summarise(result: dict, path: str) -> None:
     """The table of all measurements, and what failed."""
     print()
-    measure.table([record for record in result["records"] if "ms" in record], COLUMNS)
+    print_table([record for record in result["records"] if "ms" in record], COLUMNS)
     print(f"\n{path} has all numbers.")
     for failure in failures(result):
         print(f"FAILED: {failure}")
-
-
-def parse_arguments():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
-    parser.add_argument("--json", metavar="FILE", default="gpu.json", help="results (gpu.json)")
-    return parser.parse_args()
 
 
 if __name__ == "__main__":

@@ -1,22 +1,25 @@
-"""What the benchmarks share: timing, memory, the machine's own limits, tables and files."""
+"""What the benchmarks measure with: models, times, memory and the machine's limits."""
 
-import json
-import multiprocessing
 import platform
 import resource
 import statistics
 import sys
 import time
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
+from argparse import Namespace
+from collections.abc import Callable, Hashable
 from pathlib import Path
+from typing import Any
 
 import torch
-from tqdm import tqdm
 
-from cpu.ops import CompiledOps
-from models import ImageTransformer
-from utils import UserError
+from benchmarks.command_line import OUTPUTS, parse
+from cli.flags import flag
+from engine.checkpoint import NO_CHECKPOINT
+from engine.construction import load_model
+from layers.ops import PlainOps
+from models import ImageTransformer, ModelConfig
+from options import COUNT
+from utils import UserError, warn
 
 # The models of the paper.
 CONFIGS = {
@@ -26,46 +29,50 @@ CONFIGS = {
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
-def add_arguments(parser, batches):
-    """The flags that both benchmarks share."""
-    parser.add_argument("--configs", nargs="+", choices=CONFIGS, default=list(CONFIGS))
-    parser.add_argument("--batches", nargs="+", type=int, default=batches, metavar="N")
-    parser.add_argument("--precisions", nargs="+", choices=DTYPES, default=list(DTYPES))
-    parser.add_argument("--rounds", type=int, default=5, metavar="N", help="repetitions (5)")
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--json", metavar="FILE", help="write the records")
-    parser.add_argument("--plot", metavar="FILE", help="write a bar chart")
+def parse_arguments(
+    description: str, batches: list[int] | None, argv: list[str] | None
+) -> Namespace:
+    """The flags of the comparisons with the library, with these batches by default."""
+    flags = {
+        "configs": flag("models of the paper", tuple(CONFIGS), list(CONFIGS), nargs="+"),
+        "batches": flag("images at a time", COUNT, batches, nargs="+"),
+        "precisions": flag("of our model", tuple(DTYPES), list(DTYPES), nargs="+"),
+        "rounds": flag("repetitions, of which the median counts", COUNT, 5),
+        "device": flag("auto (a GPU if there is one), cpu, cuda or cuda:N", default="cpu"),
+    }
+    return parse(description, {**flags, **OUTPUTS}, argv)
 
 
-def make_pair(config, ops=None):
-    """Our model and the library's with the same weights, or None if it is not installed."""
-    torch.manual_seed(0)
-    ours = ImageTransformer(config, ops)
+def print_machine(precisions: list[str], device: torch.device) -> dict[str, float]:
+    """Print the machine and its rate of matrix products in each precision; returns the rates,
+    floating-point operations per second."""
+    print(describe_machine(device))
+    rates = {name: matrix_rate(DTYPES[name], device) for name in precisions}
+    for name, rate in rates.items():
+        print(f"matrix products in {name}: {rate / 1e9:.0f} GFLOP/s")
+    return rates
+
+
+def make_models(
+    config: ModelConfig, device: torch.device, ops: PlainOps | None = None
+) -> dict[str, ImageTransformer]:
+    """ "ours" and, if it is installed, the library's, "theirs", with the same random weights."""
+    models = {"ours": load_model(NO_CHECKPOINT, config, device=device, ops=ops)}
+    library = {"device": device, "backend": "fast-transformers"}
     try:
-        from reference.model import ReferenceTransformer
+        models["theirs"] = load_model(NO_CHECKPOINT, config, **library)
     except UserError as error:
-        tqdm.write(f"{error}; measuring without it", file=sys.stderr)
-        return ours, None
-    theirs = ReferenceTransformer(config)
-    theirs.load_state_dict(ours.state_dict())
-    return ours, theirs
+        warn(f"{error}; measuring without it")
+    return models
 
 
-def compiled_ops(config):
-    """The compiled operations, or None, with a message, if they cannot be built."""
-    try:
-        return CompiledOps(config)
-    except UserError as error:
-        print(f"{error}; measuring without them", file=sys.stderr)
-
-
-def count_weights(model):
+def count_weights(model: ImageTransformer) -> int:
     """Those of matrices, which every byte is multiplied by."""
     matrices = [p.numel() for p in model.transformer.parameters() if p.dim() == 2]
     return sum(matrices) + model.predictor.weight.numel()
 
 
-def state_bytes(states):
+def state_bytes(states: Any) -> int:
     """The size of all tensors in `states`, which nest them in lists and objects."""
     if torch.is_tensor(states):
         return states.nbytes
@@ -74,10 +81,10 @@ def state_bytes(states):
     return state_bytes(list(vars(states).values())) if hasattr(states, "__dict__") else 0
 
 
-def timed(run, device):
+def timed(run: Callable, device: torch.device) -> float:
     """Seconds of one call, including the device's work; a GPU measures them by its own clock."""
-    synchronize(device)
     if device.type == "cuda":
+        torch.cuda.synchronize(device)
         first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         first.record()
         run()
@@ -89,12 +96,9 @@ def timed(run, device):
     return time.perf_counter() - start
 
 
-def synchronize(device):
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
-def interleaved(candidates, rounds, device):
+def interleaved(
+    candidates: dict[Hashable, Callable], rounds: int, device: torch.device
+) -> dict[Hashable, float]:
     """Median seconds of each of `candidates`, {name: function}, called alternately after a
     warm-up, so that a slow phase of the machine affects all of them."""
     for run in candidates.values():
@@ -106,7 +110,7 @@ def interleaved(candidates, rounds, device):
     return {name: statistics.median(seconds) for name, seconds in times.items()}
 
 
-def median_seconds(run, seconds, device, calls=5):
+def median_seconds(run: Callable, seconds: float, device: torch.device, calls: int = 5) -> float:
     """Median seconds of `run`, which has been called before: of as many calls as fit into
     `seconds`, at least two and at most `calls`. Of two calls the faster one counts: what else the
     machine does can only slow a call down."""
@@ -116,21 +120,10 @@ def median_seconds(run, seconds, device, calls=5):
     return statistics.median_low(times)
 
 
-def in_new_process(function, *arguments):
-    """The result of a function of a module, called in a process of its own, so that its peak of
-    memory and its speed do not depend on what ran before. Raises MemoryError if it was killed."""
-    # It is forked from a process that has only imported torch, with what an optimiser imports at
-    # its first step: 150 MB that would count as memory of the step.
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([__name__, "torch._dynamo"])
-    try:
-        with ProcessPoolExecutor(1, mp_context=context) as pool:
-            return pool.submit(function, *arguments).result()
-    except BrokenProcessPool:
-        raise MemoryError("the process was killed, probably because memory ran out") from None
+# Memory and the machine
 
 
-def current_mb(device):
+def current_mb(device: torch.device) -> float:
     """The memory, MB, of this process, or of its tensors on a GPU. (Where there is no /proc, the
     peak so far.)"""
     if device.type == "cuda":
@@ -138,7 +131,7 @@ def current_mb(device):
     return resident_kb("VmRSS") / 1e3
 
 
-def peak_mb(device):
+def peak_mb(device: torch.device) -> float:
     """The peak so far of what `current_mb` returns."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e6
@@ -156,7 +149,7 @@ def resident_kb(name):
     return int(line.split()[1]) * 1.024
 
 
-def matrix_rate(dtype, device):
+def matrix_rate(dtype: torch.dtype, device: torch.device) -> float:
     """Floating-point operations per second of a large matrix product, the best of ten."""
     n = 8192 if device.type == "cuda" else 2048
     a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
@@ -164,7 +157,7 @@ def matrix_rate(dtype, device):
     return 2 * n**3 / min(timed(lambda: torch.mm(a, b), device) for _ in range(10))
 
 
-def memory_rate(size, device):
+def memory_rate(size: int, device: torch.device) -> float:
     """Bytes per second, read plus written, when `size` bytes are changed in place; for sizes that
     fit into a cache, the rate of the cache."""
     x = torch.zeros(max(1, size // 4), device=device)
@@ -172,7 +165,7 @@ def memory_rate(size, device):
     return 2 * size / min(timed(lambda: x.add_(1), device) for _ in range(10))
 
 
-def describe_machine(device):
+def describe_machine(device: torch.device) -> str:
     """One line: CPU or GPU, threads, torch."""
     name = platform.processor() or platform.machine()
     if device.type == "cuda":
@@ -182,34 +175,3 @@ def describe_machine(device):
         models = [line.partition(": ")[2] for line in lines if line.startswith("model name")]
         name = f"{models[0]}, {len(models)} cores" if models else name
     return f"{name}, {torch.get_num_threads()} threads, torch {torch.__version__}"
-
-
-def table(rows, columns):
-    """Print `rows`, dictionaries, under `columns`, {key: format}."""
-    cells = [list(columns)]
-    for row in rows:
-        values = [(row.get(key), form) for key, form in columns.items()]
-        cells.append(["-" if value is None else format(value, form) for value, form in values])
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    for line in cells:
-        print("  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)))
-
-
-def write(records, args, label, value, title):
-    """--json, and --plot: a bar of `value` for each record that has one."""
-    if args.json:
-        Path(args.json).write_text(json.dumps(records, indent=1) + "\n")
-    if args.plot:
-        import matplotlib
-
-        matplotlib.use("Agg")
-        import matplotlib.pyplot as plt
-
-        bars = [record for record in records if record.get(value)]
-        figure, axes = plt.subplots(figsize=(8, 0.3 * len(bars) + 1), layout="constrained")
-        drawn = axes.barh([label(record) for record in bars], [record[value] for record in bars])
-        axes.bar_label(drawn, fmt="%.1f", padding=2)
-        axes.axvline(1, color="black", linewidth=1)
-        axes.invert_yaxis()
-        axes.set_xlabel(title)
-        figure.savefig(args.plot)

@@ -3,52 +3,35 @@
 python -m benchmarks.sampling_speed --json sampling.json --plot sampling.png
 """
 
-import argparse
 import os
 import tempfile
+from argparse import Namespace
+from collections.abc import Callable, Hashable
 from functools import partial
 
 import torch
 
 from benchmarks import measure
-from cli.process import keep_freed_memory
-from cpu.build import find_compiler
-from cpu.sampler import CompiledDecoder
+from benchmarks.command_line import print_table, write_comparison
+from cli.process import run
+from engine.checkpoint import NO_CHECKPOINT
+from engine.construction import choose_ops, load_model, sampling_memory
 from engine.sampling import (
     Batch,
     EagerDecoder,
+    choose_decoder,
+    convert_weights,
     image_noise,
     plain_decoder,
     sample_recomputing,
 )
 from models import ImageTransformer, ModelConfig
-from utils import autocast
+from utils import autocast, check_memory, select_device
 
 # Seconds of one measurement, which determine its number of bytes (at least two).
 SECONDS = 0.3
-# The batched sampler recomputes the prefix: the cost of the last byte of an image.
-BATCHED_IMAGES = 4
-
-
-def main():
-    args = parse_arguments()
-    keep_freed_memory()
-    os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp()  # so that compilation is measured
-    device = torch.device(args.device)
-    print(measure.describe_machine(device))
-    rates = {name: measure.matrix_rate(measure.DTYPES[name], device) for name in args.precisions}
-    for name, rate in rates.items():
-        print(f"matrix products in {name}: {rate / 1e9:.0f} GFLOP/s")
-    print(f"memory, beyond the caches: {measure.memory_rate(2**28, device) / 1e9:.0f} GB/s")
-    records = []
-    with torch.inference_mode():
-        for config in args.configs:
-            records += measure_config(config, args, rates, device)
-        print("\nmilliseconds per byte of the whole batch")
-        measure.table(records, COLUMNS)
-    measure.write(records, args, label, "ratio", "times as fast as the library")
-
-
+# The sampler that recomputes the prefix: the cost of the last byte of an image.
+RECOMPUTED_IMAGES = 4
 COLUMNS = {
     "config": "", "batch": "", "precision": "", "sampler": "", "ours_ms_per_byte": ".3f",
     "theirs_ms_per_byte": ".3f", "ratio": ".1f", "images_per_second": ".2f",
@@ -56,45 +39,75 @@ COLUMNS = {
 }  # fmt: skip
 
 
-def label(record):
+def main(argv: list[str] | None = None) -> None:
+    args = measure.parse_arguments(__doc__, [1, 10, 64, 256], argv)
+    device = select_device(args.device)
+    configs = {name: ModelConfig(**measure.CONFIGS[name]) for name in args.configs}
+    for config in configs.values():
+        check_memory(sampling_memory(config, max(args.batches)), device)
+    rates = measure.print_machine(args.precisions, device)
+    print(f"memory, beyond the caches: {measure.memory_rate(2**28, device) / 1e9:.0f} GB/s")
+    records = []
+    with tempfile.TemporaryDirectory() as cache, torch.inference_mode():
+        os.environ["XDG_CACHE_HOME"] = cache  # so that compilation is measured
+        for name, config in configs.items():
+            records += measure_config(name, config, args, rates, device)
+    write_comparison(records, args, label, "times as fast as the library")
+    print("\nmilliseconds per byte of the whole batch")
+    print_table(records, COLUMNS)
+
+
+def label(record: dict) -> str:
     return f"{record['config']} {record['batch']} {record['precision']} {record['sampler']}"
 
 
-def measure_config(config, args, rates, device):
+def measure_config(
+    name: str, config: ModelConfig, args: Namespace, rates: dict, device: torch.device
+) -> list[dict]:
     """Records of one model: every sampler at every batch size and precision."""
-    pair = measure.make_pair(ModelConfig(**measure.CONFIGS[config]))
-    ours, theirs = (model and model.to(device).eval() for model in pair)
-    compiled = {}
-    if device.type == "cpu" and find_compiler():
-        compiled = {precision: CompiledDecoder(ours, precision) for precision in args.precisions}
+    models = measure.make_models(config, device)
+    ours, theirs = models["ours"], models.get("theirs")
+    decoders = make_decoders(config, args.precisions, device)
     records = []
     for batch in args.batches:
         runs = {}
         if theirs:
             runs["theirs", "fp32"] = loop(theirs, EagerDecoder(theirs), batch, "fp32", device)
-        for precision in args.precisions:
-            if compiled:
-                decoder = compiled[precision]
-                runs["recurrent", precision] = loop(ours, decoder, batch, precision, device)
-            decoder = plain_decoder(ours)
-            runs["uncompiled", precision] = loop(ours, decoder, batch, precision, device)
+        for (sampler, precision), (model, decoder) in decoders.items():
+            runs[sampler, precision] = loop(model, decoder, batch, precision, device)
         ms = milliseconds_per_byte(runs, args.rounds, device)
         their_ms = ms.pop(("theirs", "fp32"), None)
         for (sampler, precision), our_ms in ms.items():
             limit = 1e3 * least_seconds(ours, batch, rates[precision], precision, device)
-            is_compiled = sampler == "recurrent"
+            _, decoder = decoders[sampler, precision]
             records.append({
-                "config": config, "batch": batch, "precision": precision, "sampler": sampler,
+                "config": name, "batch": batch, "precision": precision, "sampler": sampler,
                 "ours_ms_per_byte": our_ms, "theirs_ms_per_byte": their_ms,
                 "ratio": their_ms and their_ms / our_ms,
-                "images_per_second": batch / ours.config.length / our_ms * 1e3,
+                "images_per_second": batch / config.length / our_ms * 1e3,
                 "limit_fraction": limit / our_ms,
-                "compile_s": compiled[precision].compile_seconds if is_compiled else None,
+                "compile_s": getattr(decoder, "compile_seconds", None),
             })  # fmt: skip
-    return [*records, measure_batched(config, ours, theirs, args.rounds, device)]
+    return [*records, measure_recomputing(name, models, args.rounds, device)]
 
 
-def milliseconds_per_byte(runs, rounds, device):
+def make_decoders(config: ModelConfig, precisions: list[str], device: torch.device) -> dict:
+    """{(sampler, precision): (model, decoder)}: those of prediction.py, on a CPU "recurrent" is the
+    compiled one, and "uncompiled" the fastest in PyTorch."""
+    decoders = {}
+    for precision in precisions:
+        model = load_model(NO_CHECKPOINT, config, device=device)
+        decoder = choose_decoder(model, precision)
+        convert_weights(model, precision)
+        if not isinstance(decoder, EagerDecoder):
+            decoders["recurrent", precision] = model, decoder
+        decoders["uncompiled", precision] = model, plain_decoder(model)
+    return decoders
+
+
+def milliseconds_per_byte(
+    runs: dict[Hashable, Callable], rounds: int, device: torch.device
+) -> dict[Hashable, float]:
     """Median times of `runs`, {name: function that draws a given number of bytes}."""
     counts = {name: choose_count(run, device) for name, run in runs.items()}
     runs = {name: partial(run, counts[name]) for name, run in runs.items()}
@@ -102,7 +115,7 @@ def milliseconds_per_byte(runs, rounds, device):
     return {name: 1e3 * seconds[name] / counts[name] for name in runs}
 
 
-def new_batch(model, n, device):
+def new_batch(model: ImageTransformer, n: int, device: torch.device) -> Batch:
     """A `Batch` of n images at their first byte."""
     images, noise = new_images(n, model.config.length, device)
     position = torch.zeros(1, dtype=torch.int64, device=device)
@@ -110,13 +123,15 @@ def new_batch(model, n, device):
     return Batch(images, noise, 1.0, position, model.empty_states(n), finite)
 
 
-def new_images(n, length, device):
+def new_images(n: int, length: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
     """Black images (n, length), int64, and noise (n, length, 2) to draw them with."""
     images = torch.zeros(n, length, dtype=torch.int64, device=device)
     return images, image_noise(0, [0], length).expand(n, -1, -1).contiguous().to(device)
 
 
-def loop(model, decoder, n, precision, device):
+def loop(
+    model: ImageTransformer, decoder: Callable, n: int, precision: str, device: torch.device
+) -> Callable[[int], None]:
     """A function that draws a given number of bytes of n images from the first one on."""
     batch = new_batch(model, n, device)
 
@@ -128,13 +143,15 @@ def loop(model, decoder, n, precision, device):
     return run
 
 
-def choose_count(run, device):
+def choose_count(run: Callable[[int], None], device: torch.device) -> int:
     """How many bytes take about SECONDS."""
     run(2)
     return max(2, min(700, int(SECONDS / (measure.timed(partial(run, 4), device) / 4))))
 
 
-def least_seconds(model, batch, rate, precision, device):
+def least_seconds(
+    model: ImageTransformer, batch: int, rate: float, precision: str, device: torch.device
+) -> float:
     """A lower bound of a byte's time: its operations at the measured rate, or its memory traffic
     (weights read, states read and written), whichever takes longer."""
     weights = measure.count_weights(model)
@@ -144,35 +161,25 @@ def least_seconds(model, batch, rate, precision, device):
     return max(2 * weights * batch / rate, (weight_bytes + 2 * states) / memory)
 
 
-def measure_batched(config, ours, theirs, rounds, device):
-    """The batched sampler's last byte of an image, which recomputes all bytes before it."""
-    length = ours.config.length
-    if device.type == "cpu":
-        weights = ours.state_dict()
-        ours = ImageTransformer(ours.config, measure.compiled_ops(ours.config)).eval()
-        ours.load_state_dict(weights)
+def measure_recomputing(name: str, models: dict, rounds: int, device: torch.device) -> dict:
+    """The last byte of an image by the sampler that recomputes all bytes before it."""
+    config = models["ours"].config
+    length, ops = config.length, choose_ops(config, device, None, "sampling")
+    models = {**models, "ours": load_model(NO_CHECKPOINT, config, device=device, ops=ops)}
 
     def run(model):
-        images, noise = new_images(BATCHED_IMAGES, length, device)
+        images, noise = new_images(RECOMPUTED_IMAGES, length, device)
         sample_recomputing(model, images, length - 1, noise)
 
-    models = {"ours": ours} | ({"theirs": theirs} if theirs else {})
-    runs = {name: partial(run, model) for name, model in models.items()}
+    runs = {who: partial(run, model) for who, model in models.items()}
     seconds = measure.interleaved(runs, rounds, device)
-    ms = {name: 1e3 * seconds[name] for name in runs}
+    ours, theirs = 1e3 * seconds["ours"], seconds.get("theirs") and 1e3 * seconds["theirs"]
     return {
-        "config": config, "batch": BATCHED_IMAGES, "precision": "fp32",
-        "sampler": "batched, last byte", "ours_ms_per_byte": ms["ours"],
-        "theirs_ms_per_byte": ms.get("theirs"),
-        "ratio": ms["theirs"] / ms["ours"] if theirs else None, "limit_fraction": None,
+        "config": name, "batch": RECOMPUTED_IMAGES, "precision": "fp32",
+        "sampler": "recomputing, last byte", "ours_ms_per_byte": ours,
+        "theirs_ms_per_byte": theirs, "ratio": theirs and theirs / ours,
     }  # fmt: skip
 
 
-def parse_arguments():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    measure.add_arguments(parser, batches=[1, 10, 64, 256])
-    return parser.parse_args()
-
-
 if __name__ == "__main__":
-    main()
+    run(main)

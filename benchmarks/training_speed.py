@@ -3,19 +3,23 @@
 python -m benchmarks.training_speed --json training.json --plot training.png
 """
 
-import argparse
+from argparse import Namespace
+from collections.abc import Callable
 from functools import cache, partial
 from itertools import count
 
 import torch
 
 from benchmarks import measure
-from cli.process import keep_freed_memory
+from benchmarks.command_line import print_table, write_comparison
+from benchmarks.processes import in_new_process
+from cli.process import keep_freed_memory, run
+from engine.construction import choose_ops, training_memory
 from engine.optimizers import make_optimizer
 from engine.recipes import Settings
 from engine.training import NegativeLogLikelihood, train_step
-from models import ModelConfig
-from utils import autocast
+from models import ImageTransformer, ModelConfig
+from utils import autocast, check_memory, select_device
 
 # On random images, which take as long as real ones.
 CASES = {"mnist": [4, 16], "cifar10": [4]}
@@ -27,40 +31,43 @@ COLUMNS = {
 }  # fmt: skip
 
 
-def main():
-    args = parse_arguments()
-    keep_freed_memory()
-    device = torch.device(args.device)
-    print(measure.describe_machine(device))
-    rates = {name: measure.matrix_rate(measure.DTYPES[name], device) for name in args.precisions}
-    for name, rate in rates.items():
-        print(f"matrix products in {name}: {rate / 1e9:.0f} GFLOP/s")
-    records = []
-    for config in args.configs:
-        for batch in args.batches or CASES[config]:
-            for dropout in DROPOUTS:
-                records += measure_case(config, batch, dropout, args, rates, device)
-    measure.table(records, COLUMNS)
-    measure.write(records, args, label, "ratio", "times as fast as the library in float32")
+def main(argv: list[str] | None = None) -> None:
+    args = measure.parse_arguments(__doc__, None, argv)
+    device = select_device(args.device)
+    cases = [
+        (config, batch, dropout)
+        for config in args.configs
+        for batch in args.batches or CASES[config]
+        for dropout in DROPOUTS
+    ]
+    for config, batch, _ in cases:
+        sizes = ModelConfig(**measure.CONFIGS[config])
+        check_memory(training_memory(sizes, batch, 1, device, args.precisions[0]), device)
+    rates = measure.print_machine(args.precisions, device)
+    records = [record for case in cases for record in measure_case(*case, args, rates, device)]
+    write_comparison(records, args, label, "times as fast as the library in float32")
+    print_table(records, COLUMNS)
 
 
-def label(record):
+def label(record: dict) -> str:
     words = (record[key] for key in ("config", "batch", "precision", "mode"))
     return " ".join(map(str, words)) + f" dropout {record['dropout']}"
 
 
-def measure_case(config, batch, dropout, args, rates, device):
+def measure_case(
+    config: str, batch: int, dropout: float, args: Namespace, rates: dict, device: torch.device
+) -> list[dict]:
     """Records of training and, without dropout, of evaluation at each precision."""
     model_config = ModelConfig(**measure.CONFIGS[config], dropout=dropout)
-    runs, models = {}, make_models(model_config, device)
-    images = make_images(models["ours"].model, batch, device)
-    for who, nll in models.items():
+    runs, losses = {}, make_losses(model_config, device)
+    images = make_images(losses["ours"].model, batch, device)
+    for who, nll in losses.items():
         for precision in args.precisions if who == "ours" else ["fp32"]:
             runs[who, "train", precision] = trainer(nll, images, precision)
             if not dropout:
                 runs[who, "evaluate", precision] = partial(evaluate, nll, images, precision, device)
     seconds = measure.interleaved(runs, args.rounds, device)
-    weights = measure.count_weights(models["ours"].model)
+    weights = measure.count_weights(losses["ours"].model)
     records = []
     for who, mode, precision in runs:
         if who == "theirs":
@@ -80,23 +87,23 @@ def measure_case(config, batch, dropout, args, rates, device):
     return records
 
 
-def make_models(config, device):
+def make_losses(config: ModelConfig, device: torch.device) -> dict[str, NegativeLogLikelihood]:
     """{"ours": our loss, compiled where possible, "theirs": the library's if it is installed}."""
-    ops = measure.compiled_ops(config) if device.type == "cpu" else None
-    pair = measure.make_pair(config, ops)
-    losses = [model and NegativeLogLikelihood(model.to(device)) for model in pair]
+    models = measure.make_models(config, device, choose_ops(config, device, None, "training"))
+    losses = {who: NegativeLogLikelihood(model) for who, model in models.items()}
     if device.type != "cpu":
-        losses[0].compile()
-    return {who: nll for who, nll in zip(("ours", "theirs"), losses, strict=True) if nll}
+        losses["ours"].compile()
+    return losses
 
 
-def make_images(model, batch, device):
+def make_images(model: ImageTransformer, batch: int, device: torch.device) -> torch.Tensor:
+    """Random images (batch, L), uint8."""
     generator = torch.Generator().manual_seed(0)
     shape = batch, model.config.length
     return torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator).to(device)
 
 
-def trainer(nll, images, precision):
+def trainer(nll: NegativeLogLikelihood, images: torch.Tensor, precision: str) -> Callable:
     """A function that does one training step of main.py."""
     optimizer = make_optimizer(nll.model, Settings())
     options = {"seed": 0, "accumulate": 1, "precision": precision, "clip_norm": 1.0}
@@ -110,22 +117,24 @@ def trainer(nll, images, precision):
 
 
 @torch.no_grad()
-def evaluate(nll, images, precision, device):
+def evaluate(
+    nll: NegativeLogLikelihood, images: torch.Tensor, precision: str, device: torch.device
+) -> None:
     nll.eval()
     with autocast(device, precision):
         nll(images)
 
 
 @cache
-def added_mb(*case):
+def added_mb(*case) -> float:
     """MB that a case adds to the memory of a process that runs it twice and does nothing else."""
-    return measure.in_new_process(use_memory, case)
+    return in_new_process(use_memory, case)
 
 
-def use_memory(case):
+def use_memory(case: tuple) -> float:
     """MB that the case adds to this process, or on a GPU to its tensors, at the peak."""
     who, precision, config, batch, mode, device = case
-    nll = make_models(config, device)[who]
+    nll = make_losses(config, device)[who]
     images = make_images(nll.model, batch, device)
     run = partial(evaluate, nll, images, precision, device)
     run = trainer(nll, images, precision) if mode == "train" else run
@@ -136,11 +145,5 @@ def use_memory(case):
     return measure.peak_mb(device) - before
 
 
-def parse_arguments():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    measure.add_arguments(parser, batches=None)
-    return parser.parse_args()
-
-
 if __name__ == "__main__":
-    main()
+    run(main)

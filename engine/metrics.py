@@ -9,11 +9,16 @@ from utils import UserError, is_first_process, warn
 
 
 class Metrics:
-    """Writes records to a file of JSON lines and to TensorBoard; both are optional."""
+    """Writes records to a file of JSON lines and to TensorBoard; both are optional.
+
+    The run continues after the iteration `start`, which the records of the file hold, so that its
+    readers can leave out what was written of later iterations before.
+    """
 
     def __init__(self, path: str | None = None, log_dir: str | None = None, start: int = 0):
         if not is_first_process():
             path = log_dir = None
+        self.start = start
         self.path, self.board = path, open_tensorboard(log_dir, start) if log_dir else None
         if path:
             Path(path).parent.mkdir(parents=True, exist_ok=True)
@@ -22,7 +27,8 @@ class Metrics:
         """Write one record; a failure is a warning."""
         try:
             if self.path:
-                append_line(self.path, {"iteration": iteration, "split": split, **values})
+                place = {"iteration": iteration, "split": split, "start": self.start}
+                append_line(self.path, {**place, **values})
             self.write_to_board(split, iteration, values)
         except OSError as error:
             warn(f"the metrics of iteration {iteration} cannot be written ({error.strerror})")

@@ -6,23 +6,28 @@ python -m benchmarks.comparison --learning --json learning.json --plot learning.
 python -m benchmarks.comparison --results comparison.json --plot comparison.png
 """
 
-import argparse
 import datetime
 import json
 import time
+from argparse import Namespace
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from tqdm import tqdm
 
 from benchmarks import measure
+from benchmarks.command_line import OUTPUTS, parse, write_json
 from benchmarks.comparison import cases, learning
 from benchmarks.comparison.methods import available_methods, trained_methods
 from benchmarks.comparison.plots import draw
 from benchmarks.comparison.report import report
+from benchmarks.processes import in_new_process
+from cli.flags import flag, switch
 from cli.process import run
 from engine.progress import progress_bar
-from files import check_writable
+from options import Number
 from utils import UserError, is_out_of_memory, say, select_device
 
 
@@ -45,32 +50,49 @@ QUICK = Plan(
 SECONDS_BAR = "{percentage:3.0f}%|{bar}| {elapsed}<{remaining}"
 
 
-def main(argv=None):
-    args = parse_arguments(argv)
-    results = read(args.results) if args.results else measure_all(args)
+FLAGS = {
+    "learning": switch("compare bits/dim instead of speed"),
+    "quick": switch("tiny models, to try this program"),
+    "batch": flag("batch size, beside single images", Number(int, 2, 2**31), 10),
+    "device": flag(
+        "where to measure", ("cpu", "cuda"), "cuda" if torch.cuda.is_available() else "cpu"
+    ),
+    "results": flag("measure nothing: read what --json wrote", "FILE"),
+    **OUTPUTS,
+}
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse(__doc__, FLAGS, argv)
+    if args.results:
+        return show_stored(args)
+    results = measure_all(args)
     if args.json:
-        Path(args.json).parent.mkdir(parents=True, exist_ok=True)
-        Path(args.json).write_text(json.dumps(results, indent=1) + "\n")
+        write_json(results, args.json)
+    show(results, args.plot)
+
+
+def show(results: dict, figure: str | None) -> None:
+    """Print the report and draw the figure, if a file is given for it."""
     print("", *report(results), sep="\n")
-    if args.plot:
-        Path(args.plot).parent.mkdir(parents=True, exist_ok=True)
-        draw(results, args.plot)
+    if figure:
+        draw(results, figure)
 
 
-def read(name):
-    """The results in a file that --json wrote."""
+def show_stored(args: Namespace) -> None:
+    """As `show`, of the results in a file that --json wrote; a copy is written to --json."""
     try:
-        results = json.loads(Path(name).read_text())
-    except FileNotFoundError:
-        raise UserError(f"--results {name} does not exist") from None
-    except ValueError:
-        results = None
-    if not (isinstance(results, dict) and {"machine", "date", "quick"} <= set(results)):
-        raise UserError(f"--results {name} is not a file that --json has written")
-    return results
+        results = json.loads(Path(args.results).read_text(encoding="utf-8"))
+        show(results, args.plot)
+    except (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError):
+        raise UserError(
+            f"--results {args.results} is not a file that --json has written: give one"
+        ) from None
+    if args.json:
+        write_json(results, args.json)
 
 
-def measure_all(args):
+def measure_all(args: Namespace) -> dict:
     """The results, as they are written to --json."""
     device, plan = select_device(args.device), QUICK if args.quick else FULL
     start, methods = time.perf_counter(), available_methods(device)
@@ -85,7 +107,7 @@ def measure_all(args):
     return about | results
 
 
-def measure_speed(methods, plan, batch_size, device):
+def measure_speed(methods: list[str], plan: Plan, batch_size: int, device: torch.device) -> dict:
     """The records of training steps, of sampling, and of the cost of a byte."""
     layers, seconds = plan.configs["mnist"], plan.seconds
     sizes = [{**layers, "length": length} for length in plan.lengths]
@@ -106,7 +128,7 @@ def measure_speed(methods, plan, batch_size, device):
     }  # fmt: skip
 
 
-def run_cases(arguments):
+def run_cases(arguments: dict[Callable, list[tuple]]) -> list[list[dict]]:
     """A list of records for each of `arguments`, {function of cases.py: its lists of arguments}."""
     with progress_bar(total=sum(map(len, arguments.values())), unit="case") as bar:
         return [
@@ -115,12 +137,12 @@ def run_cases(arguments):
         ]
 
 
-def run_case(case, values, bar):
+def run_case(case: Callable, values: tuple, bar: tqdm) -> dict | None:
     """The record of one case, or None if there is not enough memory for it."""
     start, record = time.perf_counter(), None
     try:
-        record = measure.in_new_process(case, *values)
-    except (MemoryError, RuntimeError) as error:
+        record = in_new_process(case, *values)
+    except RuntimeError as error:
         if not is_out_of_memory(error):
             raise
     seconds = f"{time.perf_counter() - start:.1f} s"
@@ -129,13 +151,13 @@ def run_case(case, values, bar):
     return record
 
 
-def describe(case, values):
+def describe(case: Callable, values: tuple) -> str:
     """A case in words; its last two arguments are the same for all."""
     words = [f"{v['length']} bytes" if isinstance(v, dict) else str(v) for v in values[:-2]]
     return ", ".join([case.__name__.replace("_", " "), *words])
 
 
-def learn_all(methods, plan, device):
+def learn_all(methods: list[str], plan: Plan, device: torch.device) -> list[dict]:
     """The records of the learning runs, the methods interleaved."""
     runs = [(name, seed) for seed in learning.SEEDS for name in learning.METHODS if name in methods]
     records = []
@@ -148,25 +170,6 @@ def learn_all(methods, plan, device):
                 f"{last['images']} images, {last['seconds']:.0f} s")  # fmt: skip
             records.append(record)
     return records
-
-
-def parse_arguments(argv):
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n\n")[0])
-    parser.add_argument("--learning", action="store_true", help="compare bits/dim instead of speed")
-    parser.add_argument("--quick", action="store_true", help="tiny models, to try this program")
-    parser.add_argument("--batch", type=int, default=10, metavar="N", help="batch size (10)")
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    parser.add_argument("--device", choices=["cpu", "cuda"], default=device)
-    parser.add_argument("--results", metavar="FILE", help="measure nothing: read what --json wrote")
-    parser.add_argument("--json", metavar="FILE", help="write the results")
-    parser.add_argument("--plot", metavar="FILE", help="draw the results")
-    args = parser.parse_args(argv)
-    if args.batch < 2:
-        parser.error("--batch must be at least 2: single images are measured in any case")
-    for flag in ("json", "plot"):
-        if getattr(args, flag):
-            check_writable(getattr(args, flag), f"--{flag}")
-    return args
 
 
 if __name__ == "__main__":

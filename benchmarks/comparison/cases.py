@@ -3,7 +3,10 @@
 Each case is a function that a process of its own calls once; it returns a record.
 """
 
+from collections.abc import Callable
 from functools import partial
+
+import torch
 
 from benchmarks import measure
 from benchmarks.comparison.methods import make_model, make_sampler
@@ -14,13 +17,13 @@ from engine.training import NegativeLogLikelihood
 # Where in an image bytes are drawn to extrapolate to all of it, and their weights in the mean:
 # Simpson's rule, exact if the time is a polynomial of the position of up to third degree.
 PLACES = {0.0: 1 / 6, 0.5: 4 / 6, 1.0: 1 / 6}
-# An image that takes longer than so many times the seconds of a measurement is extrapolated.
+# An image that takes longer than this many times the seconds of a measurement is extrapolated.
 LONGEST_IMAGE = 4
 # Repetitions of the two lengths in `byte_cost`.
 ROUNDS = 5
 
 
-def training_step(name, fields, seconds, device):
+def training_step(name: str, fields: dict, seconds: float, device: torch.device) -> dict:
     """Time and peak memory of a step (forward, backward, RAdam) on one image, without dropout."""
     nll = NegativeLogLikelihood(make_model(name, fields, device))
     step = trainer(nll, make_images(nll.model, 1, device), "fp32")
@@ -35,7 +38,9 @@ def training_step(name, fields, seconds, device):
     }  # fmt: skip
 
 
-def sampling(name, config, fields, batch_size, seconds, device):
+def sampling(
+    name: str, config: str, fields: dict, batch_size: int, seconds: float, device: torch.device
+) -> dict:
     """Time and state of sampling whole images, from their second byte on.
 
     Images that take too long are extrapolated, and marked so, from bytes at their beginning,
@@ -59,8 +64,10 @@ def sampling(name, config, fields, batch_size, seconds, device):
     }  # fmt: skip
 
 
-def time_at(draw, place, drawn, seconds, device):
-    """Seconds per byte at a `place` between 0 and 1 of an image with so many bytes to draw."""
+def time_at(
+    draw: Callable, place: float, drawn: int, seconds: float, device: torch.device
+) -> float:
+    """Seconds per byte at a `place` between 0 and 1 of an image with `drawn` bytes to draw."""
     once = measure.timed(partial(draw, 1 + int(place * (drawn - 1)), 1), device)  # and a warm-up
     count = max(1, min(drawn // 8, int(seconds / 20 / once)))
     run = partial(draw, 1 + int(place * (drawn - count)), count)
@@ -69,7 +76,7 @@ def time_at(draw, place, drawn, seconds, device):
     return measure.median_seconds(run, seconds / 4, device) / count
 
 
-def byte_cost(fields, short, long, device):
+def byte_cost(fields: dict, short: int, long: int, device: torch.device) -> dict:
     """Microseconds per byte of linear attention at two lengths, measured alternately: of training
     steps on nearly equally many bytes, and of drawing an image."""
     keep_freed_memory()

@@ -5,7 +5,9 @@ One run answers both questions, since its rate is constant: its evaluations afte
 images compare the methods by images, its last one by minutes.
 """
 
-import torch._dynamo  # noqa: F401  An optimiser would import it during its first, timed step.
+from collections.abc import Callable
+
+import torch._dynamo  # An optimiser would import it during its first, timed step.
 
 import datasets
 from benchmarks import measure
@@ -21,12 +23,14 @@ MODEL = {"length": 784, "n_layers": 3, "n_heads": 3}
 BATCH_SIZE = 16
 # Ten times the paper's rate, for runs of minutes.
 SETTINGS = Settings(lr=1e-3)
-# The first evaluation comes after so many images, each next one after twice as many.
+# The first evaluation comes after this many images, each next one after twice as many.
 FIRST_EVALUATION = 256
 
 
-def learn(name, seed, seconds, test_images, device, advance):
-    """Train for so many seconds, not counting evaluations on the first `test_images` test images;
+def learn(
+    name: str, seed: int, seconds: float, test_images: int, device: torch.device, advance: Callable
+) -> dict:
+    """Train for the given seconds, not counting evaluations on the first `test_images` test images;
     `advance(seconds)` is called after each step. Returns a record with the evaluations."""
     data, test = (datasets.load("mnist-10k", ".", train=train) for train in (True, False))
     model, test = make_model(name, MODEL, device, seed=seed), test.images[:test_images]
@@ -46,7 +50,14 @@ def learn(name, seed, seconds, test_images, device, advance):
     return {"method": name, "seed": seed, "points": points}
 
 
-def training_step(nll, optimizer, data, iteration, seed, device):
+def training_step(
+    nll: NegativeLogLikelihood,
+    optimizer: torch.optim.Optimizer,
+    data: datasets.ImageDataset,
+    iteration: int,
+    seed: int,
+    device: torch.device,
+) -> Callable:
     """A function that does the step of an iteration, counted from 0."""
 
     def step():
@@ -58,7 +69,7 @@ def training_step(nll, optimizer, data, iteration, seed, device):
     return step
 
 
-def runs_by_method(runs):
+def runs_by_method(runs: list[dict]) -> dict[str, list]:
     """{method: the evaluations of each seed}."""
     methods = {}
     for run in runs:
@@ -66,11 +77,11 @@ def runs_by_method(runs):
     return methods
 
 
-def after_images(runs, images):
-    """The evaluation after so many images of each of the runs, lists of evaluations."""
+def after_images(runs: list[list[dict]], images: int) -> list[dict]:
+    """The evaluation after this number of images of each of the runs, lists of evaluations."""
     return [point for points in runs for point in points if point["images"] == images]
 
 
-def common_images(runs):
+def common_images(runs: list[list[dict]]) -> list[int]:
     """The numbers of images after which all runs were evaluated, ascending."""
     return sorted(set.intersection(*({point["images"] for point in points} for points in runs)))

@@ -13,7 +13,7 @@ from engine.construction import load_model
 from engine.sampling import choose_decoder, sample_recomputing
 from layers.attention import KVCache
 from layers.ops import PlainOps
-from models import ModelConfig
+from models import ImageTransformer, ModelConfig
 from utils import UserError, say
 
 
@@ -35,7 +35,7 @@ METHODS = {
 }
 
 
-def available_methods(device):
+def available_methods(device: torch.device) -> list[str]:
     """The names of the methods that can run here: pytorch-fast-transformers may be missing."""
     names = list(METHODS)
     for name, method in METHODS.items():
@@ -48,19 +48,21 @@ def available_methods(device):
     return names
 
 
-def trained_methods(names):
+def trained_methods(names: list[str]) -> list[str]:
     """Those of the names that train differently: a KV cache is for sampling only."""
     return [name for name in names if name != "softmax, KV cache"]
 
 
-def make_config(name, fields):
+def make_config(name: str, fields: dict) -> ModelConfig:
     """The ModelConfig of a method, with `fields` of the size, without any dropout: with attention
     dropout torch's CPU kernel of softmax attention stores all pairs of positions."""
     attention_type = METHODS[name].attention_type
     return ModelConfig(**fields, attention_type=attention_type, dropout=0.0, attention_dropout=0.0)
 
 
-def make_model(name, fields, device, ops=None, seed=0):
+def make_model(
+    name: str, fields: dict, device: torch.device, ops: PlainOps | None = None, seed: int = 0
+) -> ImageTransformer:
     """A model of the method with random weights, with compiled operations where main.py and
     prediction.py use them, or with `ops`."""
     config, method = make_config(name, fields), METHODS[name]
@@ -85,7 +87,7 @@ class Sampler:
     states: list
 
 
-def make_sampler(name, fields, batch_size, device):
+def make_sampler(name: str, fields: dict, batch_size: int, device: torch.device) -> Sampler:
     """The `Sampler` of a method, with random weights."""
     if METHODS[name].recurrent:
         model = make_model(name, fields, device, PlainOps()).eval()

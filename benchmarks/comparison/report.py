@@ -4,6 +4,7 @@
 """
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from statistics import mean
 
@@ -40,7 +41,7 @@ QUANTITIES = [
 ]
 
 
-def report(results):
+def report(results: dict) -> list[str]:
     """The lines of the report."""
     minutes = f"measured in {results['minutes']:.1f} minutes"
     lines = [f"{results['machine']}, {results['date']}, {minutes}"]
@@ -68,7 +69,7 @@ class Point:
         return number(self.value) + "*" * self.extrapolated
 
 
-def curves_of(results, quantity):
+def curves_of(results: dict, quantity: Quantity) -> dict[str, dict[int, Point]]:
     """{method: {length: Point}} for one image at a time, with the layers of the MNIST model."""
     curves = {}
     for record in results[quantity.kind]:
@@ -80,18 +81,18 @@ def curves_of(results, quantity):
     return curves
 
 
-def number(value, digits=3):
-    """A number with so many significant digits, without an exponent."""
+def number(value: float, digits: int = 3) -> str:
+    """A number with `digits` significant digits, without an exponent."""
     return f"{float(f'{value:.{digits}g}'):,.12g}"
 
 
-def markdown(header, rows):
+def markdown(header: list[str], rows: list[list[str]]) -> list[str]:
     """The lines of a table."""
     lines = [header, ["---"] * len(header), *rows]
     return ["| " + " | ".join(line) + " |" for line in lines]
 
 
-def length_table(curves, quantity):
+def length_table(curves: dict, quantity: Quantity) -> list[str]:
     """One row for each length, one column for each method."""
     lengths = sorted({length for points in curves.values() for length in points})
     rows = [
@@ -101,7 +102,7 @@ def length_table(curves, quantity):
     return markdown([f"{quantity.title}; bytes per image", *curves], rows)
 
 
-def crossovers(curves, quantity):
+def crossovers(curves: dict, quantity: Quantity) -> Iterator[str]:
     """One sentence for each method that linear attention is compared with."""
     linear = curves["linear"]
     for name, points in curves.items():
@@ -114,7 +115,7 @@ def crossovers(curves, quantity):
                 yield f"linear {quantity.better} {name} {where(lengths, ratios)}"
 
 
-def where(lengths, ratios):
+def where(lengths: list[int], ratios: list[float]) -> str:
     """From which length on all ratios are above 1, in words."""
     start, last = crossover(lengths, ratios), f"{lengths[-1]:,}"
     if start is None:
@@ -125,7 +126,7 @@ def where(lengths, ratios):
     return f"{words} (by a factor of {number(ratios[-1])} at {last})"
 
 
-def crossover(lengths, ratios):
+def crossover(lengths: list[int], ratios: list[float]) -> float | None:
     """The length from which all ratios are above 1, interpolated between measured lengths on
     logarithmic axes; None if the last one is not."""
     below = [i for i, ratio in enumerate(ratios) if ratio <= 1]
@@ -138,7 +139,7 @@ def crossover(lengths, ratios):
     return math.exp(x - y * (x_next - x) / (y_next - y))
 
 
-def image_table(results, config):
+def image_table(results: dict, config: str) -> list[str]:
     """The paper's table: images per second, and how many times as many as softmax attention
     without a cache."""
     measured = rates_of(results, config)
@@ -154,7 +155,7 @@ def image_table(results, config):
     return markdown([f"{config}, images per second", *columns], rows)
 
 
-def rates_of(results, config):
+def rates_of(results: dict, config: str) -> dict[int, dict[str, Point]]:
     """Images per second of a model of the paper: {batch size: {method: Point}}."""
     rates = {}
     for r in results["sampling"]:
@@ -164,19 +165,19 @@ def rates_of(results, config):
     return rates
 
 
-def paper_column(config, column):
+def paper_column(config: str, column: int) -> dict[str, Point]:
     rates = {name: values[column] for name, values in PAPER[config].items()}
     return {name: Point(rate, False) for name, rate in rates.items() if rate}
 
 
-def rate(point, softmax):
+def rate(point: Point | None, softmax: Point | None) -> str:
     """Images per second, and the ratio to softmax attention."""
     if not (point and softmax):
         return str(point or "-")
     return f"{point} ({number(point.value / softmax.value)}x)"
 
 
-def byte_cost_lines(results):
+def byte_cost_lines(results: dict) -> Iterator[str]:
     """The cost of a byte of the long images, relative to that of the short ones."""
     for cost in results["byte_cost"]:
         short, long = cost["lengths"]
@@ -190,11 +191,11 @@ def byte_cost_lines(results):
             )
 
 
-def is_linear(record, length):
+def is_linear(record: dict, length: int) -> bool:
     return record["method"] == "linear" and record["length"] == length
 
 
-def learning_lines(runs):
+def learning_lines(runs: list[dict]) -> list[str]:
     """Bits/dim of each method after equally many images and after equal times."""
     methods = runs_by_method(runs)
     images = max(
@@ -210,7 +211,7 @@ def learning_lines(runs):
     return ["", *markdown([*header, "images seen by then"], rows)]
 
 
-def spread(points):
+def spread(points: list[dict]) -> str:
     """The mean and the range of the bits/dim of several seeds."""
     bits = [point["bits_per_dim"] for point in points]
     return f"{mean(bits):.3f} ({min(bits):.3f} to {max(bits):.3f})" if bits else "-"

@@ -12,7 +12,7 @@ from benchmarks.ablation import PARTS, metrics_file
 def test_the_table_of_all_variants_and_a_run_that_was_missing(tmp_path):
     """The finished runs are not repeated; the missing one is trained."""
     args, names = SimpleNamespace(folder=tmp_path), []
-    for part in ("nothing", *PARTS):
+    for part in ("unchanged", *PARTS):
         names += [f"{part} alone", f"no {part}"]
     for number, name in enumerate(names):
         for seed in (3, 4):

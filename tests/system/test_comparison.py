@@ -1,12 +1,15 @@
 """python -m benchmarks.comparison, with tiny models; its numbers are not looked at."""
 
 import json
+import os
+import signal
+import sys
 from importlib.util import find_spec
 
 import imageio.v3
 import pytest
 import torch
-from helpers import finish, require_library, start_module
+from helpers import ROOT, finish, require_library, start_command, start_module
 
 from benchmarks.comparison import learning
 from benchmarks.comparison.__main__ import main
@@ -63,8 +66,21 @@ def test_results_that_are_none(tmp_path):
     (tmp_path / "r.json").write_text("[]")
     with pytest.raises(UserError, match="is not a file that --json has written"):
         main(["--results", "r.json"])
-    with pytest.raises(UserError, match="other does not exist"):
-        main(["--results", "other"])
+    (tmp_path / "half.json").write_text('{"machine": "m", "date": "d", "minutes": 1, "quick": 0}')
+    with pytest.raises(UserError, match="is not a file that --json has written"):
+        main(["--results", "half.json"])
+
+
+def test_ctrl_c_ends_all_processes_in_one_line():
+    """Regression: a traceback of each process."""
+    command = [sys.executable, "-m", "benchmarks.comparison", "--quick", "--device", "cpu"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    process = start_command(command, env=environment, start_new_session=True)
+    while not process.stdout.readline().startswith("training step"):
+        assert process.poll() is None
+    os.killpg(process.pid, signal.SIGINT)
+    _, err = finish(process, status=130)
+    assert err == "__main__.py: interrupted\n"
 
 
 @pytest.mark.parametrize("name", METHODS)

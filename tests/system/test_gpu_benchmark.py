@@ -2,13 +2,13 @@
 
 import json
 import os
-import sys
 import time
 
 import pytest
 import torch
 
 from benchmarks import gpu
+from cli import process
 from utils import UserError
 
 CASE = {"what": "training", "config": "mnist", "batch": 4, "mode": "compiled", "precision": "fp32"}
@@ -43,8 +43,9 @@ def test_every_step_is_tried(monkeypatch, capsys, tmp_path):
     steps = [("one", fails, (), 300), ("two", hangs, (), 1), ("three", crashes, (), 300)]
     steps += [("four", works, (), 300), ("five", works, (), 300)]
     monkeypatch.setattr(gpu, "list_steps", lambda device: steps)
-    monkeypatch.setattr(sys, "argv", ["gpu", "--device", "cpu", "--json", "results.json"])
-    assert gpu.main() == 1
+    with pytest.raises(SystemExit) as exit:
+        process.run(lambda: gpu.main(["--device", "cpu", "--json", "results.json"]))
+    assert exit.value.code == 1
     result = json.loads((tmp_path / "results.json").read_text())
     errors = ["ValueError: two lines", "stopped after 1 s", "the process ended with status 7"]
     assert [step["error"] for step in result["steps"]] == [*errors, None, None]
@@ -59,8 +60,7 @@ def test_every_step_is_tried(monkeypatch, capsys, tmp_path):
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
-def test_without_a_gpu_nothing_starts(monkeypatch, tmp_path):
-    monkeypatch.setattr(sys, "argv", ["gpu"])
+def test_without_a_gpu_nothing_starts(tmp_path):
     with pytest.raises(UserError, match="finds 0 CUDA devices"):
-        gpu.main()
+        gpu.main([])
     assert not list(tmp_path.iterdir())
