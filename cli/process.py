@@ -12,15 +12,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from files import BAD_PATHS
-from utils import (
-    LOG,
-    UserError,
-    is_first_process,
-    is_out_of_memory,
-    print_error,
-    printable,
-    warn,
-)
+from utils import LOG, UserError, is_first_process, is_out_of_memory, print_error, printable, warn
 
 # Exit statuses, documented in docs/checkpoints.md.
 INVALID = 2

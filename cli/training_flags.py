@@ -74,7 +74,7 @@ def parse(argv=None):
     """The arguments of main.py, checked as far as the command line alone allows."""
     parser = ArgumentParser(
         description="Train a transformer on the bytes of images. The same command starts a run "
-        "and, with --continue_from, continues it. Ctrl-C saves and exits.",
+        "and, with --continue_from, continues it. Ctrl-C saves and exits."
     )
     add_flags(parser, {**DATA, **EVALUATED}, "data")
     add_model_flags(parser)

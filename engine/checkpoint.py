@@ -72,9 +72,7 @@ class Checkpoint:
         matches only such files or none; with `missing_ok`, no match gives `NO_CHECKPOINT`.
         """
         name = str(pattern)
-        found = [Path(name)]
-        if is_pattern(name) and not found[0].exists():
-            found = [path for _, path in find(name)]
+        found = find_files(name)
         if not found and not missing_ok:
             raise UserError(f"no file matches {name}: give a checkpoint or a pattern")
         for path, older in zip_longest(found, found[1:]):
@@ -434,6 +432,13 @@ def format_path(pattern: str, iteration: int) -> Path:
             "weights.{}.pth or run/{}/weights.pth"
         )
     return Path(path)
+
+
+def find_files(name: str) -> list[Path]:
+    """The file itself or, for a pattern, those that match it, highest iteration first."""
+    if is_pattern(name) and not Path(name).exists():
+        return [path for _, path in find(name)]
+    return [Path(name)]
 
 
 def find(pattern: str) -> list[tuple[int, Path]]:

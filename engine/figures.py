@@ -105,8 +105,8 @@ def show(axis, image):
 def surprisal_figure(
     images: np.ndarray, bits: np.ndarray, labels: list[str], caption: str
 ) -> Figure:
-    """Images (N, H, W) or (N, H, W, 3), each beside a heat map of the `bits` of its pixels, from
-    an array of the same shape; one colour bar is the scale of all maps.
+    """Images (N, H, W) or (N, H, W, 3), each beside a heat map of the bits of its pixels, from
+    the `bits` (N, L) of its bytes; one colour bar is the scale of all maps.
 
     The titles are the labels and the bits/dim, the mean over all bytes but the first.
     """
@@ -124,7 +124,7 @@ def surprisal_figure(
         show(left, image)
         left.set_title(label, fontsize=7)
         heat_map = right.imshow(heat, cmap="magma", vmin=0, vmax=pixels.max())
-        right.set_title(f"{values.flat[1:].mean():.3f} bits/dim", fontsize=7)
+        right.set_title(f"{values[1:].mean():.3f} bits/dim", fontsize=7)
     bar = figure.colorbar(heat_map, ax=axes, aspect=30)
     bar.set_label("bits per pixel", fontsize=7)
     bar.ax.tick_params(labelsize=7)

@@ -34,8 +34,8 @@ class TrainingLog:
     once a second, because reading one waits for the device.
     """
 
-    def __init__(self, metrics, start, iterations, *, images_per_iteration, frequency):
-        self.metrics, self.iteration, self.iterations = metrics, start, iterations
+    def __init__(self, metrics, start, iterations, images_per_iteration, frequency):
+        self.metrics, self.iterations = metrics, iterations
         self.images_per_iteration, self.frequency = images_per_iteration, frequency
         self.losses = []
         self.start = self.shown = self.window = time.perf_counter()
@@ -46,10 +46,6 @@ class TrainingLog:
 
     def __exit__(self, *exception):
         self.bar.close()
-
-    @property
-    def seconds(self):
-        return time.perf_counter() - self.start
 
     @contextmanager
     def paused(self):
@@ -87,9 +83,13 @@ class TrainingLog:
             say(f"iteration {self.iteration} of {self.iterations}: {text}, {left} left")
         else:
             self.bar.set_postfix_str(text)
-        images = self.iteration * self.images_per_iteration
-        self.metrics.write("train", self.iteration, images=images, **values, seconds=self.seconds)
+        self.record("train", self.iteration, values)
         self.losses, self.window = [], time.perf_counter()
+
+    def record(self, split, iteration, values):
+        """Write values to the metrics, with the images trained on and the seconds so far."""
+        images, seconds = iteration * self.images_per_iteration, time.perf_counter() - self.start
+        self.metrics.write(split, iteration, images=images, **values, seconds=seconds)
 
 
 class SamplingProgress:

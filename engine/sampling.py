@@ -102,11 +102,7 @@ def make_sampler(
 
 
 def choose_decoder(
-    model: ImageTransformer,
-    precision: str,
-    *,
-    compile: bool | None = None,
-    steps: float = math.inf,
+    model: ImageTransformer, precision: str, *, compile: bool | None = None, steps: float = math.inf
 ) -> "EagerDecoder | cpu_sampler.CompiledDecoder":
     """The fastest decoder of a model on its device. On a CPU, with neither --compile nor
     --no-compile, it is compiled if that is worth the seconds for so many `steps`."""
