@@ -17,7 +17,7 @@ from layers.convolution import ShortConvolution, convolution_offsets
 from layers.dropout import Dropout, DropoutNoise, draw_keys
 from layers.neighbours import Neighbours
 from layers.ops import PlainOps
-from options import COUNT, POSITIVE, PROBABILITY, option
+from options import COUNT, POSITIVE, PROBABILITY, changeable, option
 
 # How many positions go through the layers at once when no gradient is needed: this bounds the
 # memory of long prefixes and keeps every tensor small enough for its memory to be reused.
@@ -43,13 +43,9 @@ class ModelConfig:
     n_heads: int = option(6, COUNT, "attention heads")
     d_query: int = option(32, COUNT, "size of a head's queries, keys and values")
     mixtures: int = option(10, COUNT, "components of the mixture of logistics that predicts a byte")
-    dropout: float = option(0.1, PROBABILITY, "dropout in the layers", may_change=True)
-    attention_dropout: float = option(
-        0.1,
-        PROBABILITY,
-        "dropout of softmax's attention weights",
-        only_with=SOFTMAX,
-        may_change=True,
+    dropout: float = changeable(0.1, PROBABILITY, "dropout in the layers")
+    attention_dropout: float = changeable(
+        0.1, PROBABILITY, "dropout of softmax's attention weights", only_with=SOFTMAX
     )
     softmax_temp: float | None = option(
         None,

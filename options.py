@@ -9,6 +9,7 @@ import math
 import sys
 from argparse import ArgumentTypeError
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from utils import UserError
@@ -79,6 +80,10 @@ def option(default: Any, kind: Any, help: str, **rules: Any) -> Any:
     return dataclasses.field(default=default, metadata={"kind": kind, "help": help, **rules})
 
 
+# An option that may change when a run continues.
+changeable = partial(option, may_change=True)
+
+
 def options(cls: type) -> dict[str, Option]:
     """The options among the fields of a dataclass, by name."""
     fields = [field for field in dataclasses.fields(cls) if field.metadata]
@@ -98,7 +103,7 @@ def choose(name: str, given: dict, stored: dict, *others: dict, may_change: bool
 
     A value that contradicts the stored one is a `UserError`, unless the run `may_change` it.
     """
-    if name in given and name in stored and given[name] != stored[name] and not may_change:
+    if not may_change and name in given and given[name] != stored.get(name, given[name]):
         raise UserError(
             f"{typed(name, given[name])} contradicts the checkpoint, whose {name} is "
             f"{stored[name]}: leave the flag out, or start another run"

@@ -7,11 +7,12 @@ import argparse
 import difflib
 import os
 import shutil
+from functools import partial
 from typing import Any
 
 import options
 from datasets import NAMES
-from engine.recipes import FAST
+from engine.recipes import RECIPES
 from models import NATIVE_ATTENTIONS, ModelConfig
 from options import Number, Option, choose_all
 from utils import UserError
@@ -25,7 +26,9 @@ class ArgumentParser(argparse.ArgumentParser):
     """
 
     def __init__(self, **kwargs):
-        super().__init__(allow_abbrev=False, formatter_class=HelpFormatter, **kwargs)
+        width = min(100, shutil.get_terminal_size()[0])
+        formatter = partial(argparse.HelpFormatter, max_help_position=34, width=width)
+        super().__init__(allow_abbrev=False, formatter_class=formatter, **kwargs)
 
     def parse_args(self, argv=None):
         args, unknown = self.parse_known_args(argv)
@@ -44,20 +47,6 @@ class ArgumentParser(argparse.ArgumentParser):
         raise UserError(f"{message} (see --help)")
 
 
-class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
-    """A wide column for the flags; shows the default of a flag if it has one."""
-
-    def __init__(self, prog):
-        super().__init__(prog, max_help_position=34, width=min(100, shutil.get_terminal_size()[0]))
-
-    def _get_help_string(self, action):
-        # Compared with `is`: 0 is a default, but equals False.
-        without = any(action.default is x for x in (None, False, argparse.SUPPRESS))
-        if without or not action.option_strings or "(default" in action.help:
-            return action.help
-        return super()._get_help_string(action)
-
-
 def add_flags(parser, flags, title=None, description=None):
     """Add a table of flags, as a group of its own if it has a title."""
     group = parser.add_argument_group(title, description) if title else parser
@@ -74,7 +63,10 @@ def refuse_given(args, flags, reason):
 
 def flag(help: str, kind: Any = None, default: Any = None, **more: Any) -> dict:
     """The arguments of argparse's add_argument for a flag. Its `kind` is a `Number`, a tuple of
-    choices, bool (for --x and --no-x), or a text that stands for the value in the help."""
+    choices, bool (for --x and --no-x), or a text that stands for the value in the help. The help
+    shows the default if there is one."""
+    if default is not None and "(default" not in help:
+        help += f" (default: {default})"
     known = {"help": help, "default": default, **more}
     if isinstance(kind, Number):
         return {"type": kind, "metavar": "N" if kind.type is int else "X", **known}
@@ -93,11 +85,8 @@ def switch(help: str) -> dict:
 def option_flags(cls: type) -> dict[str, dict]:
     """The flags of the options of a dataclass. Their defaults are None: what is not given comes
     from a checkpoint, a recipe, or the dataclass."""
-    known = options.options(cls)
-    return {
-        name: flag(option.help + default_text(option), option.kind)
-        for name, option in known.items()
-    }
+    known = options.options(cls).values()
+    return {option.name: flag(option.help + default_text(option), option.kind) for option in known}
 
 
 def default_text(option: Option) -> str:
@@ -105,7 +94,7 @@ def default_text(option: Option) -> str:
     if option.default is None or option.default is False:  # 0 is a default, but equals False
         return ""
     text = f" (default: {option.default}"
-    fast = FAST.values.get(option.name, option.default)
+    fast = RECIPES["fast"].get(option.name, option.default)
     return text + ("" if fast == option.default else f", fast: {fast}") + ")"
 
 
@@ -123,12 +112,22 @@ DATA = {
         os.getenv("DATASET_DIRECTORY", "./data"),
     ),
 }
-
-
-def add_model_flags(parser: argparse.ArgumentParser, more: dict | None = None) -> None:
-    """The architecture, and `more` flags."""
-    description = "For a new model or a checkpoint of the original; other checkpoints store these."
-    add_flags(parser, {**option_flags(ModelConfig), **(more or {})}, "model", description)
+MODEL = option_flags(ModelConfig)
+MODEL_TEXT = "For a new model or a checkpoint of the original; other checkpoints store these."
+MACHINE = {
+    "device": flag("auto (a GPU if there is one), cpu, cuda, cuda:N or mps", default="auto"),
+    "precision": flag(
+        "of the matrix products; attention sums and the loss remain fp32; auto: bf16 if the device "
+        "has bfloat16 instructions, without which it is slow",
+        ("fp32", "bf16", "auto"),
+        "fp32",
+    ),
+    "backend": flag(
+        "this program's layers, or those of pytorch-fast-transformers (make reference)",
+        ("native", "fast-transformers"),
+        "native",
+    ),
+}
 
 
 def given_options(args: argparse.Namespace, cls: type) -> dict[str, Any]:
@@ -153,26 +152,3 @@ def choose_model(
             "it must be a multiple of 4, since half of it holds sines and cosines"
         )
     return values
-
-
-MACHINE = {
-    "device": flag("auto (a GPU if there is one), cpu, cuda, cuda:N or mps", default="auto"),
-    "precision": flag(
-        "of the matrix products; attention sums and the loss remain fp32; auto: bf16 if the device "
-        "has bfloat16 instructions, without which it is slow",
-        ("fp32", "bf16", "auto"),
-        "fp32",
-    ),
-    "backend": flag(
-        "this program's layers, or those of pytorch-fast-transformers (make reference)",
-        ("native", "fast-transformers"),
-        "native",
-    ),
-}
-
-
-def add_machine_flags(
-    parser: argparse.ArgumentParser, compile_help: str, more: dict | None = None
-) -> None:
-    """Where and how to compute."""
-    add_flags(parser, {**MACHINE, "compile": flag(compile_help, bool), **(more or {})}, "machine")

@@ -6,10 +6,11 @@ from argparse import ArgumentTypeError
 
 from cli.flags import (
     DATA,
+    MACHINE,
+    MODEL,
+    MODEL_TEXT,
     ArgumentParser,
     add_flags,
-    add_machine_flags,
-    add_model_flags,
     flag,
     refuse_given,
     switch,
@@ -19,7 +20,6 @@ from utils import UserError
 
 # An index expression may not ask for more images than this.
 MAX_IMAGES = 10**6
-GIF_SECONDS = 6
 DEFAULT_OFFSET = 300
 
 
@@ -72,7 +72,6 @@ SAMPLING = {
     "seed": flag("random seed of the samples", SEED, 0),
     "batch_size": flag("images at a time; changes speed only", COUNT, 64),
 }
-TRAINING_SET = switch("complete training images instead of test images")
 OUTPUT = {
     "save_image": flag(
         "write image files: the first {} becomes pred or real, the second a number", "PATTERN"
@@ -83,7 +82,7 @@ OUTPUT = {
         "PATTERN",
     ),
     # A frame of a GIF lasts 655 seconds at most.
-    "gif_seconds": flag("seconds that an animation lasts", Number(float, 0.1, 600), GIF_SECONDS),
+    "gif_seconds": flag("seconds that an animation lasts", Number(float, 0.1, 600), 6),
     "save_grid": flag("write a figure: given part, completions, real image", "FILE"),
     "plot": switch("show that figure in a window"),
     "save_surprisal": flag(
@@ -95,6 +94,9 @@ OUTPUT = {
         "reshape the images (default: as in the data set)", "H,W[,3]", type=shape_list
     ),
 }
+COMPILE = flag(
+    "compile first, which takes seconds; changes speed only (default: if that is faster)", bool
+)
 LOAD_PYTORCH = switch("the checkpoint has the original's older layout (self_attn.in_proj_weight)")
 FORCE_CPU = switch("the same as --device cpu")
 
@@ -105,20 +107,14 @@ def parse(argv=None):
         description="Sample images from a trained model: the first --offset bytes of real images "
         "are given, the model draws the rest. The same seed gives the same images."
     )
-    parser.add_argument(
-        "model",
-        type=os.path.expanduser,
-        help="a checkpoint, a pattern such as weights.{}.pth for the newest, or - for "
-        "random weights",
-    )
+    model = "a checkpoint, a pattern such as weights.{}.pth for the newest, or - for random weights"
+    parser.add_argument("model", type=os.path.expanduser, help=model)
     add_flags(parser, SAMPLING, "sampling")
-    add_flags(parser, {**DATA, "training_set": TRAINING_SET}, "data")
+    training_set = switch("complete training images instead of test images")
+    add_flags(parser, {**DATA, "training_set": training_set}, "data")
     add_flags(parser, OUTPUT, "output", "Without any of these: --save_grid samples.png")
-    add_model_flags(parser, {"load_pytorch": LOAD_PYTORCH})
-    compile_help = (
-        "compile first, which takes seconds; changes speed only (default: if that is faster)"
-    )
-    add_machine_flags(parser, compile_help, {"force_cpu": FORCE_CPU})
+    add_flags(parser, {**MODEL, "load_pytorch": LOAD_PYTORCH}, "model", MODEL_TEXT)
+    add_flags(parser, {**MACHINE, "compile": COMPILE, "force_cpu": FORCE_CPU}, "machine")
     args = parser.parse_args(argv)
     check(args)
     args.device = "cpu" if args.force_cpu else args.device

@@ -4,10 +4,11 @@ from pathlib import Path
 
 from cli.flags import (
     DATA,
+    MACHINE,
+    MODEL,
+    MODEL_TEXT,
     ArgumentParser,
     add_flags,
-    add_machine_flags,
-    add_model_flags,
     flag,
     option_flags,
     refuse_given,
@@ -20,9 +21,7 @@ from files import check_writable
 from options import COUNT, SEED, options
 from utils import UserError
 
-EVALUATED = {
-    "evaluate_images": flag("evaluate on the first N test images only (default: all)", COUNT)
-}
+EVALUATE_IMAGES = flag("evaluate on the first N test images only (default: all)", COUNT)
 OPTIMISATION = {
     "batch_size": flag("images per batch, split over the processes of torchrun", COUNT, 4),
     "accumulate": flag(
@@ -68,6 +67,11 @@ LOGGING = {
     "metrics_file": flag("append records as JSON lines", "FILE"),
     "log_dir": flag("write TensorBoard events", "FOLDER"),
 }
+COMPILE = flag(
+    "compile first; changes speed only (default on CPUs, where it takes seconds; on GPUs it takes "
+    "minutes and is off)",
+    bool,
+)
 
 
 def parse(argv=None):
@@ -76,8 +80,8 @@ def parse(argv=None):
         description="Train a transformer on the bytes of images. The same command starts a run "
         "and, with --continue_from, continues it. Ctrl-C saves and exits."
     )
-    add_flags(parser, {**DATA, **EVALUATED}, "data")
-    add_model_flags(parser)
+    add_flags(parser, {**DATA, "evaluate_images": EVALUATE_IMAGES}, "data")
+    add_flags(parser, MODEL, "model", MODEL_TEXT)
     description = (
         "A checkpoint stores --seed and the flags from --recipe to --clip_norm. A run continues "
         "with them; all but --seed, --recipe and --optimizer may be changed."
@@ -85,11 +89,7 @@ def parse(argv=None):
     add_flags(parser, {**option_flags(Settings), **OPTIMISATION}, "optimisation", description)
     add_flags(parser, SAVING, "checkpoints and evaluation")
     add_flags(parser, LOGGING, "logging")
-    add_machine_flags(
-        parser,
-        "compile first; changes speed only (default on CPUs, where it takes seconds; on GPUs it "
-        "takes minutes and is off)",
-    )
+    add_flags(parser, {**MACHINE, "compile": COMPILE}, "machine")
     args = parser.parse_args(argv)
     check(args)
     return args
