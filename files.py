@@ -138,20 +138,14 @@ def check_writable(path: str | Path, flag: str) -> None:
 
     Its folder may be missing: then the nearest existing parent must be writable.
     """
+    cause = ""
     try:
         target = output_file(path)
         if target.exists() and not os.access(target, os.W_OK):
             raise PermissionError(errno.EACCES, "it is write-protected")
         folder = next(parent for parent in target.absolute().parents if parent.exists())
+        cause = f" because {folder} is not writable"
+        tempfile.TemporaryFile(dir=folder).close()
     except OSError as error:
-        raise UserError(
-            f"{flag} {path} cannot be written ({error.strerror}): choose another path"
-        ) from None
-    try:
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-    except OSError as error:
-        raise UserError(
-            f"{flag} {path} cannot be written because {folder} is not writable "
-            f"({error.strerror}): choose another path"
-        ) from None
+        reason = f"cannot be written{cause} ({error.strerror})"
+        raise UserError(f"{flag} {path} {reason}: choose another path") from None

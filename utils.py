@@ -21,6 +21,12 @@ class UserError(Exception):
     """An error the user can fix: one line that names the value, the reason and the way out."""
 
 
+def is_out_of_memory(error):
+    """Whether Python, torch or CUDA ran out of memory; torch has no class for CPU memory."""
+    text = str(error)
+    return isinstance(error, MemoryError) or "out of memory" in text or "allocate memory" in text
+
+
 # Messages
 
 
@@ -50,20 +56,6 @@ def one_line(error, longest=200):
     """The message of an exception on one line, without colours, or the name of its class."""
     text = re.sub(r"\x1b\[[0-9;]*m", "", str(error))
     return " ".join(text.split())[:longest] or type(error).__name__
-
-
-# Errors of torch that only their message identifies
-
-
-def is_out_of_memory(error):
-    """Whether Python, torch or CUDA ran out of memory; torch has no class for CPU memory."""
-    text = str(error)
-    return isinstance(error, MemoryError) or "out of memory" in text or "allocate memory" in text
-
-
-def is_lost_process(error):
-    """Whether a collective operation failed because another process has ended."""
-    return isinstance(error, torch.distributed.DistError) or "gloo" in str(error)
 
 
 # Device and precision

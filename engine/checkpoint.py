@@ -57,11 +57,6 @@ class Checkpoint:
     def __bool__(self) -> bool:
         return bool(self.model_state)
 
-    @property
-    def is_original(self) -> bool:
-        """Whether the original's scripts wrote it, which store no configuration."""
-        return bool(self) and self.config is None
-
     # Reading
 
     @classmethod
@@ -128,9 +123,7 @@ class Checkpoint:
         try:
             outputs = len(state["predictor.bias"])
             (d_model,) = state["transformer.norm.weight"].shape
-            layers = {
-                name.split(".")[2] for name in state if name.startswith("transformer.layers.")
-            }
+            layers = {key.split(".")[2] for key in state if key.startswith("transformer.layers.")}
             sizes = {"n_layers": len(layers), "d_model": d_model, "mixtures": outputs // 3}
             if "pos_embedding.pe" in state:
                 sizes["length"] = state["pos_embedding.pe"].shape[1] + 1
@@ -138,16 +131,16 @@ class Checkpoint:
             raise UserError(f"{self.path} is not a checkpoint of an image transformer") from None
         return sizes
 
-    def model_options(
-        self, n_heads: int | None = None, d_query: int | None = None
-    ) -> dict[str, Any]:
+    def model_options(self, n_heads: int | None = None, d_query: int | None = None) -> dict:
         """The options of ModelConfig that the checkpoint determines.
 
         One of the original does not determine the number of heads, since 8 heads of 32 and 4 of 64
         have equal shapes: `n_heads` or `d_query` must be given.
         """
-        if not self.is_original:
-            return {name: getattr(self.config, name) for name in options(ModelConfig) if self}
+        if not self:
+            return {}
+        if self.config:
+            return {name: getattr(self.config, name) for name in options(ModelConfig)}
         sizes = self.sizes()
         d_model = sizes["d_model"]
         if not (n_heads or d_query):
@@ -173,9 +166,8 @@ class Checkpoint:
         The position table is left out: the original, too, replaced it by the model's own.
         """
         if not any("self_attn." in name for name in self.model_state):
-            raise UserError(
-                f"--load_pytorch: {self.path} has no self_attn weights: leave the flag out"
-            )
+            problem = f"{self.path} has no self_attn weights"
+            raise UserError(f"--load_pytorch: {problem}: leave the flag out")
         upgraded = {}
         for name, tensor in self.model_state.items():
             prefix, found, rest = name.partition("self_attn.")
@@ -323,14 +315,12 @@ def not_valid(path: Path, reason: str) -> UserError:
 def check_checksums(file: Any) -> None:
     """Raise ValueError if the file is a zip archive, as torch writes, whose checksums do not
     match: torch does not verify them. torch never compresses, so a compressed one is refused."""
-    if not zipfile.is_zipfile(file):
-        file.seek(0)
-        return  # written by a torch before 1.6, or by another program
-    with zipfile.ZipFile(file) as content:
-        if any(info.compress_type != zipfile.ZIP_STORED for info in content.infolist()):
-            raise ValueError("compressed")
-        if bad := content.testzip():
-            raise ValueError(f"the checksum of {bad} does not match")
+    if zipfile.is_zipfile(file):  # else written by a torch before 1.6, or by another program
+        with zipfile.ZipFile(file) as content:
+            if any(info.compress_type != zipfile.ZIP_STORED for info in content.infolist()):
+                raise ValueError("compressed")
+            if bad := content.testzip():
+                raise ValueError(f"the checksum of {bad} does not match")
     file.seek(0)
 
 
@@ -359,9 +349,9 @@ def is_weight(x: Any) -> bool:
 
 
 def is_model_state(x: Any) -> bool:
-    if not isinstance(x, dict):
-        return False
-    return all(isinstance(name, str) and is_weight(tensor) for name, tensor in x.items())
+    return isinstance(x, dict) and all(
+        isinstance(name, str) and is_weight(tensor) for name, tensor in x.items()
+    )
 
 
 def is_optimizer_state(x: Any) -> bool:

@@ -31,8 +31,7 @@ def load_model(
     """
     checkpoint = source if isinstance(source, Checkpoint) else Checkpoint.newest(source)
     if config is None:
-        shape = checkpoint.image_shape
-        config = ModelConfig.for_images(shape, **checkpoint.model_options())
+        config = ModelConfig.for_images(checkpoint.image_shape, **checkpoint.model_options())
     torch.manual_seed(seed)
     if backend == "native":
         model = ImageTransformer(config, ops)

@@ -43,8 +43,7 @@ def first_bytes(
     histogram of first bytes in the training set."""
     images = torch.zeros(n, model.config.length, dtype=torch.uint8)
     noise = image_noise(seed, range(n), 1)[:, 0, 0]
-    counts = model.first_byte_counts.cpu()
-    images[:, 0] = sample_first_byte(counts, noise, temperature)
+    images[:, 0] = sample_first_byte(model.first_byte_counts.cpu(), noise, temperature)
     return images
 
 
@@ -69,7 +68,12 @@ def complete_images(
     N, L = images.shape
     device = model.first_byte_counts.device
     steps = math.ceil(N / batch_size) * (L - offset)
-    draw = make_sampler(model, precision, recompute=recompute, compile=compile, steps=steps)
+    if model.config.has_recurrence and not recompute:
+        decoder = choose_decoder(model, precision, compile, steps)
+        draw = partial(sample_recurrent, model, decoder=decoder)
+    else:
+        draw = partial(sample_recomputing, model)
+    convert_weights(model, precision)
     own = torch.arange(N)[distributed.shard(N)]
     completed = [images[:0]]
     with SamplingProgress(len(own), L - offset) as progress:
@@ -82,27 +86,8 @@ def complete_images(
     return distributed.gather(torch.cat(completed))
 
 
-def make_sampler(
-    model: ImageTransformer,
-    precision: str,
-    *,
-    recompute: bool = False,
-    compile: bool | None = None,
-    steps: float = math.inf,
-) -> Callable:
-    """`sample_recurrent` with the fastest decoder if the model has a recurrence, else, or with
-    `recompute`, `sample_recomputing`; converts the model's weights to the precision."""
-    if recompute or not model.config.has_recurrence:
-        draw = partial(sample_recomputing, model)
-    else:
-        decoder = choose_decoder(model, precision, compile=compile, steps=steps)
-        draw = partial(sample_recurrent, model, decoder=decoder)
-    convert_weights(model, precision)
-    return draw
-
-
 def choose_decoder(
-    model: ImageTransformer, precision: str, *, compile: bool | None = None, steps: float = math.inf
+    model: ImageTransformer, precision: str, compile: bool | None = None, steps: float = math.inf
 ) -> "EagerDecoder | cpu_sampler.CompiledDecoder":
     """The fastest decoder of a model on its device. On a CPU, with neither --compile nor
     --no-compile, it is compiled if that is worth the seconds for so many `steps`."""

@@ -158,7 +158,7 @@ def evaluate(
             if stop:
                 break
     nll.train(training)
-    total, stopped = distributed.total(total, float(bool(stop)))
+    total, stopped = distributed.total(total, bool(stop))
     if stopped:
         return None
     n, length = images.shape

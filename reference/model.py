@@ -8,6 +8,7 @@ said about the library refers to 0.4.0, its last version.
 import torch
 
 from models import ImageTransformer, ModelConfig
+from options import typed
 from utils import UserError
 
 try:
@@ -21,32 +22,21 @@ except ImportError as error:  # not installed, or built against another torch
     ) from None
 
 
-def softmax_options(config: ModelConfig) -> dict:
-    return {"softmax_temp": config.softmax_temp, "attention_dropout": config.attention_dropout}
-
-
-def reformer_options(config: ModelConfig) -> dict:
-    return {
-        **softmax_options(config),
-        "bits": config.bits,
-        "rounds": config.rounds,
-        "chunk_size": chunk_size(config),
-        # "masked" hides a query from itself, unless it can see nothing else.
-        "masked": not config.unmasked_reformer,
-    }
+def attention_options(config: ModelConfig) -> dict:
+    """The library's arguments of an attention."""
+    if config.attention_type == "causal-linear":
+        return {}
+    softmax = {"softmax_temp": config.softmax_temp, "attention_dropout": config.attention_dropout}
+    if config.attention_type == "full":
+        return softmax
+    hashing = {"bits": config.bits, "rounds": config.rounds, "chunk_size": chunk_size(config)}
+    # "masked" hides a query from itself, unless it can see nothing else.
+    return {**softmax, **hashing, "masked": not config.unmasked_reformer}
 
 
 def chunk_size(config: ModelConfig) -> int:
     """--chunk_size, or the length of a sequence: a longer chunk would hold only padding."""
     return min(config.chunk_size, config.length - 1)
-
-
-# The attentions of the original's scripts, and the arguments that the library gives each.
-ATTENTION_TYPES = {
-    "causal-linear": lambda config: {},
-    "full": softmax_options,
-    "reformer": reformer_options,
-}
 
 
 def check(config: ModelConfig, device: torch.device, precision: str, compiled: bool | None) -> None:
@@ -58,8 +48,8 @@ def check(config: ModelConfig, device: torch.device, precision: str, compiled: b
         )
     if compiled is not None:
         raise UserError(
-            f"--{'compile' if compiled else 'no-compile'} is for --backend native: leave it out, "
-            "or change the backend"
+            f"{typed('compile', compiled)} is for --backend native: leave it out, or change the "
+            "backend"
         )
     if config.attention_type != "causal-linear":
         return
@@ -86,7 +76,7 @@ def build(builder, config):
         value_dimensions=config.d_query,
         feed_forward_dimensions=4 * config.d_model,
         dropout=config.dropout,
-        **ATTENTION_TYPES[config.attention_type](config),
+        **attention_options(config),
     ).get()
 
 
