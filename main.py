@@ -27,16 +27,7 @@ from engine.recipes import Settings, choose_recipe
 from engine.training import NegativeLogLikelihood, evaluate, non_finite_parameter, train_step
 from models import ModelConfig
 from options import choose, choose_all
-from utils import (
-    UserError,
-    check_memory,
-    is_first_process,
-    say,
-    select_device,
-    select_precision,
-    to_device,
-    warn,
-)
+from utils import UserError, say, select_device, select_precision, warn
 
 
 def main(argv=None):
@@ -64,9 +55,7 @@ def load_checkpoint(args):
         return NO_CHECKPOINT
     missing_ok = not (args.evaluate_only or args.export)
     checkpoint = Checkpoint.newest(args.continue_from, missing_ok)
-    if checkpoint:
-        say(f"loaded {checkpoint.path}, iteration {checkpoint.iteration}")
-    else:
+    if not checkpoint:
         say(f"no file matches {args.continue_from}: starting from scratch")
     return checkpoint
 
@@ -142,7 +131,7 @@ class Trainer:
         return train_step(
             self.nll,
             self.optimizer,
-            to_device(images, self.device),
+            images,
             seed=self.seed,
             iteration=iteration,
             accumulate=self.args.accumulate,
@@ -175,11 +164,10 @@ class Trainer:
         self.log.record("test", iteration, record)
 
     def save(self, iteration, last):
-        """Save a checkpoint if --save_to was given. A failure is a warning, or an error if this is
-        the `last` save."""
+        """Save a checkpoint for --save_to. A failure is a warning, or for the `last` an error."""
         if name := non_finite_parameter(self.model):
             raise UserError(f"iteration {iteration}: the parameter {name} is not finite: not saved")
-        if not self.args.save_to or not is_first_process():
+        if not self.args.save_to or distributed.rank() > 0:
             return
         with self.log.paused():
             try:
@@ -236,8 +224,7 @@ def check_batch_size(args):
 
 
 def check_other_run(args, checkpoint):
-    """Raise a `UserError` if --save_to has checkpoints of another run, which this one would replace
-    or be taken for."""
+    """Raise a `UserError` if --save_to has checkpoints of a run that is not continued."""
     if not args.save_to:
         return
     found = [path for path in find_files(args.save_to) if path.exists()]
@@ -275,7 +262,7 @@ def build_model(config, args, precision, device, seed, checkpoint):
         needed = construction.training_memory(
             config, args.batch_size, args.accumulate, device, precision
         )
-    check_memory(needed, device)
+    construction.check_memory(needed, device)
     construction.check_backend(args.backend, config, device, precision, args.compile)
     ops = None
     if args.backend == "native":

@@ -70,12 +70,10 @@ class ModelConfig:
 
     @classmethod
     def for_images(cls, image_shape: tuple[int, ...], **values: Any) -> "ModelConfig":
-        """The configuration with these `values` of its options for images of a shape, (H, W) or
-        (H, W, 3)."""
-        length = math.prod(image_shape)
-        if not values.get("neighbours"):
-            return cls(length, **values)
-        return cls(length, **values, width=image_shape[1], channels=math.prod(image_shape[2:]))
+        """The configuration for images of a shape, (H, W) or (H, W, 3), with these options."""
+        if values.get("neighbours"):
+            values |= {"width": image_shape[1], "channels": math.prod(image_shape[2:])}
+        return cls(math.prod(image_shape), **values)
 
     @property
     def d_model(self) -> int:
@@ -108,8 +106,8 @@ class LayerState:
 
 
 class PositionalEncoding(nn.Module):
-    """Concatenates fixed sinusoids of the position to the embedded bytes ("Attention is all you
-    need", section 3.5, adds them instead)."""
+    """Concatenates fixed sinusoids of the position to the embedded bytes, to which "Attention is
+    all you need" (section 3.5) adds them."""
 
     def __init__(self, size, length):
         super().__init__()
@@ -209,8 +207,7 @@ class ImageTransformer(nn.Module):
     def __init__(self, config: ModelConfig, ops: PlainOps | None = None):
         super().__init__()
         self.config, self.ops = config, ops or PlainOps()
-        # How often each byte is the first of a training image. Not a weight: the original's
-        # checkpoints do not have it.
+        # How often each byte starts a training image. Not in the checkpoints of the original.
         counts = torch.zeros(256, dtype=torch.int64)
         self.register_buffer("first_byte_counts", counts, persistent=False)
         half = config.d_model // 2
@@ -276,8 +273,7 @@ class ImageTransformer(nn.Module):
         return -mixture.first_byte_log_probs(counts)[images[:, 0].long()]
 
     def nll_per_byte(self, images: torch.Tensor, keys: torch.Tensor | None = None) -> torch.Tensor:
-        """-log p(byte | the bytes before it), (N, length - 1), in nats, of the bytes of whole
-        images (N, length) after their first."""
+        """-log p(byte | those before it), (N, length - 1), in nats, of whole images (N, length)."""
         return -mixture.log_prob(self(images[:, :-1], keys), images[:, 1:])
 
     def predict_next(self, prefix: torch.Tensor) -> torch.Tensor:

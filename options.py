@@ -112,26 +112,17 @@ def choose(name: str, given: dict, stored: dict, *others: dict, may_change: bool
 
 
 def choose_all(cls: type, given: dict, stored: dict, recipe: dict) -> dict[str, Any]:
-    """The value of every option of a dataclass by `choose`: what is not given and not stored is
-    the recipe's, or else the default."""
-    known = options(cls)
-    defaults = {name: o.default for name, o in known.items()}
-    chosen = {
-        name: choose(name, given, stored, recipe, defaults, may_change=o.may_change)
-        for name, o in known.items()
-    }
+    """The value of every option of a dataclass by `choose`, at last its default. Raises a
+    `UserError` for one that is given and has no effect beside the others."""
+    known, chosen = options(cls), {}
+    for name, o in known.items():
+        defaults = {name: o.default}
+        chosen[name] = choose(name, given, stored, recipe, defaults, may_change=o.may_change)
     for name in given.keys() & known.keys():
-        check_effect(known[name], chosen)
+        other, values = known[name].only_with or (name, [given[name]])
+        if chosen[other] not in values:
+            raise UserError(
+                f"--{name} has no effect with --{other} {chosen[other]}: leave it out, or use "
+                f"--{other} {values[0]}"
+            )
     return chosen
-
-
-def check_effect(option: Option, chosen: dict) -> None:
-    """Raise a `UserError` if an option that was given has no effect beside the `chosen` ones."""
-    if not option.only_with:
-        return
-    other, values = option.only_with
-    if chosen[other] not in values:
-        raise UserError(
-            f"--{option.name} has no effect with --{other} {chosen[other]}: leave it out, or use "
-            f"--{other} {values[0]}"
-        )

@@ -25,7 +25,7 @@ from engine.sampling import complete_images, sample_images
 from engine.surprisal import surprisal
 from models import ModelConfig
 from options import typed
-from utils import UserError, check_memory, say, select_device, select_precision
+from utils import UserError, say, select_device, select_precision
 
 __all__ = ["complete_images", "load_model", "sample_images", "surprisal"]
 
@@ -58,8 +58,7 @@ def complete(args, device):
 
 
 def draw_samples(args, model, real, offset, precision):
-    """The images, completed from byte `offset` on; those of the first process are all images,
-    those of the others None."""
+    """The images, completed from byte `offset` on; None in all processes but the first."""
     options = {"seed": args.seed, "temperature": args.temperature, "precision": precision}
     options |= {name: getattr(args, name) for name in ("batch_size", "recompute", "compile")}
     if real is None:
@@ -73,7 +72,6 @@ def load_checkpoint(args):
         say("random weights: the samples will be noise")
         return NO_CHECKPOINT
     checkpoint = Checkpoint.newest(args.model)
-    say(f"loaded {checkpoint.path}, iteration {checkpoint.iteration}")
     return checkpoint.upgraded() if args.load_pytorch else checkpoint
 
 
@@ -144,7 +142,7 @@ def check(args, config, precision, device):
             "leave it out"
         )
     n_states = min(args.batch_size, len(args.index)) if recurrent else 0
-    check_memory(construction.sampling_memory(config, n_states), device)
+    construction.check_memory(construction.sampling_memory(config, n_states), device)
 
 
 def build_model(args, config, checkpoint, device):

@@ -128,13 +128,3 @@ def device_memory(device):
     with suppress(OSError, TypeError):  # on Linux
         return 1024 * int(re.search(r"MemAvailable: +(\d+) kB", MEMORY.read_text())[1])
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-
-
-def check_memory(needed, device):
-    """Raise a `UserError` if `needed` bytes, a lower bound, exceed the memory of the device."""
-    available = device_memory(device)
-    if needed > available:
-        raise UserError(
-            f"this model and --batch_size need at least {needed / 1e9:.1f} GB of memory, "
-            f"and the {device.type} device has {available / 1e9:.1f}: reduce one of them"
-        )

@@ -1,6 +1,6 @@
 """The flags that both scripts share, and a parser with one-line errors.
 
-Flags are tables {name: arguments of argparse's add_argument}, added with `add_flags`.
+Flags are tables {name: arguments of argparse's add_argument}, added with `Parser.add_flags`.
 """
 
 import argparse
@@ -12,13 +12,13 @@ from typing import Any
 
 import options
 from datasets import NAMES
-from engine.recipes import RECIPES
+from engine.recipes import RECIPES, Settings
 from models import NATIVE_ATTENTIONS, ModelConfig
 from options import Number, Option, choose_all
 from utils import UserError
 
 
-class ArgumentParser(argparse.ArgumentParser):
+class Parser(argparse.ArgumentParser):
     """argparse with one-line errors that suggest the flag that was meant.
 
     The parsed arguments have one more attribute, `given`: the names of the flags on the
@@ -43,15 +43,14 @@ class ArgumentParser(argparse.ArgumentParser):
         args.given = {name for name, value in vars(given).items() if value is not None}
         return args
 
+    def add_flags(self, title, flags, description=None):
+        """Add a group of flags from a table."""
+        group = self.add_argument_group(title, description)
+        for name, flag in flags.items():
+            group.add_argument(f"--{name}", **flag)
+
     def error(self, message):
         raise UserError(f"{message} (see --help)")
-
-
-def add_flags(parser, flags, title=None, description=None):
-    """Add a table of flags, as a group of its own if it has a title."""
-    group = parser.add_argument_group(title, description) if title else parser
-    for name, flag in flags.items():
-        group.add_argument(f"--{name}", **flag)
 
 
 def refuse_given(args, flags, reason):
@@ -112,7 +111,7 @@ DATA = {
         os.getenv("DATASET_DIRECTORY", "./data"),
     ),
 }
-MODEL = option_flags(ModelConfig)
+MODEL, SETTINGS = option_flags(ModelConfig), option_flags(Settings)
 MODEL_TEXT = "For a new model or a checkpoint of the original; other checkpoints store these."
 MACHINE = {
     "device": flag("auto (a GPU if there is one), cpu, cuda, cuda:N or mps", default="auto"),

@@ -17,8 +17,7 @@ MAX_FIGURE_ROWS, MAX_FIGURE_IMAGES = 200, 1000
 
 
 def check_outputs(args: Namespace) -> None:
-    """Raise a `UserError`, before minutes of sampling, if an output could not be written or shown
-    after it."""
+    """Raise a `UserError` if an output could not be written or shown after minutes of sampling."""
     if args.save_image:
         needs = "needs 2 fields, {} for pred or real and {} or {:06d} for the number"
         check_fields("--save_image", args.save_image, ("pred", 0), 2, needs)
@@ -43,8 +42,7 @@ def check_outputs(args: Namespace) -> None:
 
 
 def check_fields(flag, pattern, values, least, needs):
-    """Raise a `UserError` if a pattern does not have one {} for each of these values, or at least
-    for `least` of them."""
+    """Raise a `UserError` unless a pattern has one {} for each of `least` to all of the values."""
     try:
         valid = least <= count_fields(pattern) <= len(values) and pattern.format(*values)
     except ValueError:
@@ -66,8 +64,7 @@ def image_pattern(pattern):
 
 
 def check_paths(args):
-    """Raise a `UserError` if the first or last file of an output could not be written, or is also
-    another output's."""
+    """Raise a `UserError` if an output could not be written, or is also another flag's."""
     paths = [(f"--{name}", getattr(args, name)) for name in ("save_grid", "save_surprisal")]
     for n in {0, len(args.index) - 1}:
         paths += [(flag, path) for flag, _, path in image_files(args, n)]
@@ -146,9 +143,8 @@ def write_outputs(
         say(f"wrote {written[0]}" + (f" to {written[-1]}" if len(written) > 1 else ""))
     if args.save_grid or args.plot:
         with keep_error(errors):
-            rows = figures.rows_of(args.index, completions, originals)
             caption = describe_samples(args, completed, real, offset, bits_of)
-            write_samples(args, rows, offset, caption, errors)
+            write_samples(args, completions, originals, offset, caption, errors)
     if args.save_surprisal:
         with keep_error(errors):
             write_surprisal(args, originals, bits_of(real))
@@ -174,12 +170,12 @@ def describe_samples(args, completed, real, offset, bits_of):
     return text if real is None else f"{text}, real images {bits_of(real)[:, 1:].mean():.3f}"
 
 
-def write_samples(args, rows, offset, caption, errors):
+def write_samples(args, completions, originals, offset, caption, errors):
     """Write --save_grid and show --plot."""
     if args.plot:
         import matplotlib.pyplot as plt
     figure = plt.figure() if args.plot else figures.new_figure()
-    figures.draw_samples(figure, rows, offset, caption)
+    figures.draw_samples(figure, args.index, completions, originals, offset, caption)
     if args.save_grid:
         with keep_error(errors):  # a window may show what no file can hold
             figures.save_figure(figure, args.save_grid)
@@ -189,8 +185,7 @@ def write_samples(args, rows, offset, caption, errors):
 
 
 def write_surprisal(args, images, bits):
-    """Write --save_surprisal for images (N, H, W) or (N, H, W, 3) and the bits (N, L) of their
-    bytes."""
+    """Write --save_surprisal of images (N, H, W) or (N, H, W, 3), bits (N, L) of their bytes."""
     different = {i: n for n, i in enumerate(args.index)}  # an image is shown once
     numbers = list(different.values())
     images, bits = images[numbers], bits[numbers].numpy()

@@ -4,17 +4,7 @@ import os
 import re
 from argparse import ArgumentTypeError
 
-from cli.flags import (
-    DATA,
-    MACHINE,
-    MODEL,
-    MODEL_TEXT,
-    ArgumentParser,
-    add_flags,
-    flag,
-    refuse_given,
-    switch,
-)
+from cli.flags import DATA, MACHINE, MODEL, MODEL_TEXT, Parser, flag, refuse_given, switch
 from options import COUNT, SEED, Number
 from utils import UserError
 
@@ -103,18 +93,18 @@ FORCE_CPU = switch("the same as --device cpu")
 
 def parse(argv=None):
     """The arguments of prediction.py, checked as far as the command line alone allows."""
-    parser = ArgumentParser(
+    parser = Parser(
         description="Sample images from a trained model: the first --offset bytes of real images "
         "are given, the model draws the rest. The same seed gives the same images."
     )
     model = "a checkpoint, a pattern such as weights.{}.pth for the newest, or - for random weights"
     parser.add_argument("model", type=os.path.expanduser, help=model)
-    add_flags(parser, SAMPLING, "sampling")
+    parser.add_flags("sampling", SAMPLING)
     training_set = switch("complete training images instead of test images")
-    add_flags(parser, {**DATA, "training_set": training_set}, "data")
-    add_flags(parser, OUTPUT, "output", "Without any of these: --save_grid samples.png")
-    add_flags(parser, {**MODEL, "load_pytorch": LOAD_PYTORCH}, "model", MODEL_TEXT)
-    add_flags(parser, {**MACHINE, "compile": COMPILE, "force_cpu": FORCE_CPU}, "machine")
+    parser.add_flags("data", {**DATA, "training_set": training_set})
+    parser.add_flags("output", OUTPUT, "Without any of these: --save_grid samples.png")
+    parser.add_flags("model", {**MODEL, "load_pytorch": LOAD_PYTORCH}, MODEL_TEXT)
+    parser.add_flags("machine", {**MACHINE, "compile": COMPILE, "force_cpu": FORCE_CPU})
     args = parser.parse_args(argv)
     check(args)
     args.device = "cpu" if args.force_cpu else args.device

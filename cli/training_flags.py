@@ -2,18 +2,7 @@
 
 from pathlib import Path
 
-from cli.flags import (
-    DATA,
-    MACHINE,
-    MODEL,
-    MODEL_TEXT,
-    ArgumentParser,
-    add_flags,
-    flag,
-    option_flags,
-    refuse_given,
-    switch,
-)
+from cli.flags import DATA, MACHINE, MODEL, MODEL_TEXT, SETTINGS, Parser, flag, refuse_given, switch
 from cli.process import YIELDED
 from engine.checkpoint import format_path, is_pattern
 from engine.recipes import Settings
@@ -76,20 +65,20 @@ COMPILE = flag(
 
 def parse(argv=None):
     """The arguments of main.py, checked as far as the command line alone allows."""
-    parser = ArgumentParser(
+    parser = Parser(
         description="Train a transformer on the bytes of images. The same command starts a run "
         "and, with --continue_from, continues it. Ctrl-C saves and exits."
     )
-    add_flags(parser, {**DATA, "evaluate_images": EVALUATE_IMAGES}, "data")
-    add_flags(parser, MODEL, "model", MODEL_TEXT)
+    parser.add_flags("data", {**DATA, "evaluate_images": EVALUATE_IMAGES})
+    parser.add_flags("model", MODEL, MODEL_TEXT)
     description = (
         "A checkpoint stores --seed and the flags from --recipe to --clip_norm. A run continues "
         "with them; all but --seed, --recipe and --optimizer may be changed."
     )
-    add_flags(parser, {**option_flags(Settings), **OPTIMISATION}, "optimisation", description)
-    add_flags(parser, SAVING, "checkpoints and evaluation")
-    add_flags(parser, LOGGING, "logging")
-    add_flags(parser, {**MACHINE, "compile": COMPILE}, "machine")
+    parser.add_flags("optimisation", {**SETTINGS, **OPTIMISATION}, description)
+    parser.add_flags("checkpoints and evaluation", SAVING)
+    parser.add_flags("logging", LOGGING)
+    parser.add_flags("machine", {**MACHINE, "compile": COMPILE})
     args = parser.parse_args(argv)
     check(args)
     return args

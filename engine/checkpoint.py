@@ -72,7 +72,9 @@ class Checkpoint:
             raise UserError(f"no file matches {name}: give a checkpoint or a pattern")
         for path, older in zip_longest(found, found[1:]):
             try:
-                return cls.read(path)
+                checkpoint = cls.read(path)
+                say(f"loaded {path}, iteration {checkpoint.iteration}")
+                return checkpoint
             except UserError as error:
                 if not older:
                     raise
@@ -117,8 +119,7 @@ class Checkpoint:
         return checkpoint
 
     def sizes(self) -> dict[str, int]:
-        """What the shapes of the weights determine: n_layers, d_model, mixtures and, if there is a
-        table of positions, length."""
+        """n_layers, d_model, mixtures and, with a table of positions, length, from the weights."""
         state = self.model_state
         try:
             outputs = len(state["predictor.bias"])
@@ -163,24 +164,22 @@ class Checkpoint:
         renamed. There a layer's attention is torch's own: in_proj stacks the query, key and value
         projections.
 
-        The position table is left out: the original, too, replaced it by the model's own.
+        The position table is left out: the original, too, replaced it by the model's own. So are
+        the temperatures that were once stored beside the weights.
         """
         if not any("self_attn." in name for name in self.model_state):
             problem = f"{self.path} has no self_attn weights"
             raise UserError(f"--load_pytorch: {problem}: leave the flag out")
         upgraded = {}
         for name, tensor in self.model_state.items():
-            prefix, found, rest = name.partition("self_attn.")
-            kind = rest.rpartition("in_proj_")[2]  # weight or bias
-            if found and rest.startswith("in_proj_"):
+            if name == "pos_embedding.pe" or name.endswith("self_attn.softmax_temp"):
+                continue
+            name = name.replace("self_attn.", "attention.").replace("out_proj.", "out_projection.")
+            prefix, stacked, kind = name.partition("in_proj_")  # kind: weight or bias
+            if stacked:
                 for part, piece in zip(("query", "key", "value"), tensor.chunk(3), strict=True):
-                    upgraded[f"{prefix}attention.{part}_projection.{kind}"] = piece
-            elif found:
-                # Temperatures, once stored beside the weights, are left out too.
-                if rest != "softmax_temp":
-                    rest = rest.replace("out_proj.", "out_projection.")
-                    upgraded[f"{prefix}attention.{rest}"] = tensor
-            elif name != "pos_embedding.pe":
+                    upgraded[f"{prefix}{part}_projection.{kind}"] = piece
+            else:
                 upgraded[name] = tensor
         return replace(self, model_state=upgraded)
 
@@ -204,8 +203,8 @@ class Checkpoint:
                 raise UserError(f"{self.path}: {name} is not finite: give an earlier checkpoint")
 
     def restore_optimizer(self, optimizer: Any) -> None:
-        """Give the moments to an optimiser; without any they start at zero, with a message. Raises
-        `UserError` for those of another model."""
+        """Give the moments, if there are any, to an optimiser. Raises `UserError` for those of
+        another model."""
         if not (self.optimizer_state and self.optimizer_state["state"]):
             if self:
                 say("the checkpoint has no moments of the optimiser: they start at zero")
@@ -356,12 +355,10 @@ def is_model_state(x: Any) -> bool:
 
 def is_optimizer_state(x: Any) -> bool:
     """Whether it has the structure that `import_state` reads."""
-    if not (isinstance(x, dict) and isinstance(x.get("state"), dict)):
-        return False
-    groups = x.get("param_groups")
-    return isinstance(groups, list) and all(
-        isinstance(group, dict) and isinstance(group.get("params"), list) for group in groups
-    )
+    match x:
+        case {"state": dict(), "param_groups": list(groups)}:
+            return all(isinstance(g, dict) and isinstance(g.get("params"), list) for g in groups)
+    return False
 
 
 def has_options(cls: type, *others: str) -> Callable[[Any], bool]:
@@ -377,12 +374,10 @@ def has_options(cls: type, *others: str) -> Callable[[Any], bool]:
 
 
 def is_dataset(x: Any) -> bool:
-    if not (isinstance(x, dict) and isinstance(x.get("name"), str)):
-        return False
-    shape = x.get("image_shape")
-    if not (isinstance(shape, list) and all(COUNT.accepts(n) for n in shape)):
-        return False
-    return len(shape) == 2 or (len(shape) == 3 and shape[2] == 3)
+    match x:
+        case {"name": str(), "image_shape": [_, _, *channels] as shape}:
+            return channels in ([], [3]) and all(map(COUNT.accepts, shape))
+    return False
 
 
 def is_histogram(x: Any) -> bool:

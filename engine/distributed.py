@@ -79,8 +79,7 @@ def gather(tensor):
 
 
 def check_agreement(what, value):
-    """Raise a `UserError` if processes have different values, for example because their
-    folders are not shared."""
+    """Raise a `UserError` if processes have different values, as with folders of their own."""
     values = [value] * world_size()
     if len(values) > 1:
         dist.all_gather_object(values, value)

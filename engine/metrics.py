@@ -23,15 +23,12 @@ class Metrics:
         try:
             if self.path:
                 append_line(self.path, {"iteration": iteration, "split": split, **values})
-            self.write_to_board(split, iteration, values)
+            if self.board:
+                for name, value in values.items():
+                    self.board.add_scalar(f"{split}/{name}", value, iteration)
+                self.board.flush()
         except OSError as error:
             warn(f"the metrics of iteration {iteration} cannot be written ({error.strerror})")
-
-    def write_to_board(self, split, iteration, values):
-        if self.board:
-            for name, value in values.items():
-                self.board.add_scalar(f"{split}/{name}", value, iteration)
-            self.board.flush()
 
 
 def append_line(path, record):

@@ -26,8 +26,7 @@ FINISHED = 1 / 4
 
 
 def save_image(path: Path, image: np.ndarray) -> None:
-    """Write an image (H, W) or (H, W, 3), uint8, to a file with one of the extensions of FORMATS.
-    Raises OSError."""
+    """Write an image (H, W) or (H, W, 3), uint8, in one of the FORMATS. Raises OSError."""
     save(path, Image.fromarray(image))
 
 
@@ -42,8 +41,7 @@ def save_gif(path: Path, image: np.ndarray, offset: int, seconds: float) -> None
 
 
 def save(path: Path, image: Image.Image, **options) -> None:
-    """Write what Pillow encodes in memory: when it writes to a file, a full disk is an "encoder
-    error"."""
+    """Write an image that is encoded in memory: Pillow calls a full disk an "encoder error"."""
     content = io.BytesIO()
     image.save(content, FORMATS[path.suffix.lower()], **options)
     write_atomically(path, lambda file: file.write(content.getbuffer()))

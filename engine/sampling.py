@@ -24,14 +24,12 @@ from utils import UserError, autocast
 STEPS_WORTH_COMPILING = 200
 # Bytes drawn before a CUDA graph is captured, since libraries initialise lazily.
 WARM_UP_BYTES = 3
-# Bytes of each image between two checks and progress reports of `EagerDecoder`; a GPU is
-# synchronised once per block.
+# Bytes of each image between two checks and reports, which synchronise a GPU.
 BLOCK = 32
 
 
 def sample_images(model: ImageTransformer, n: int, **options) -> torch.Tensor | None:
-    """New images (n, L), uint8, from a model in evaluation mode; `options` are those of
-    `complete_images`."""
+    """New images (n, L), uint8; the model and `options` are those of `complete_images`."""
     noise = {name: options[name] for name in ("seed", "temperature") if name in options}
     return complete_images(model, first_bytes(model, n, **noise), 1, **options)
 
@@ -61,9 +59,9 @@ def complete_images(
 ) -> torch.Tensor | None:
     """Images (N, L), uint8, with all bytes from `offset`, at least 1, on drawn by the model.
 
-    `recompute` recomputes the prefix for every byte instead of keeping a state. `compile` is
-    --compile. With "bf16" the weights of the model are rounded. Of several processes each draws
-    its shard; the first one gets all images, the others None.
+    The model is in evaluation mode. `recompute` recomputes the prefix for every byte instead of
+    keeping a state. `compile` is --compile. With "bf16" the weights of the model are rounded. Of
+    several processes each draws its shard; the first one gets all images, the others None.
     """
     N, L = images.shape
     device = model.first_byte_counts.device

@@ -44,22 +44,24 @@ def train_step(
     a restart nor another split of the batch changes it. Raises `UserError`, and changes no weight,
     if the loss or the gradient is not finite.
     """
-    keys = to_device(seed_iteration(seed, iteration, len(images)), images.device)
+    device = next(nll.parameters()).device
+    images = to_device(images, device)
+    keys = to_device(seed_iteration(seed, iteration, len(images)), device)
     values = images[:, 1:].numel()
-    loss = torch.zeros((), device=images.device)
+    loss = torch.zeros((), device=device)
     optimizer.zero_grad()
     parts = list(zip(images.chunk(accumulate), keys.chunk(accumulate), strict=True))
     for n, (part, part_keys) in enumerate(parts, 1):
         own = distributed.shard(len(part))
         with distributed.no_sync(nll, n < len(parts)):
-            with autocast(images.device, precision):
+            with autocast(device, precision):
                 part_loss = nll(part[own], part_keys[own]).sum() / values
             # DistributedDataParallel averages the gradients over the processes.
             (part_loss * distributed.world_size()).backward()
         loss += part_loss.detach()
     distributed.all_reduce(loss)
     if not clip(nll.parameters(), clip_norm, loss):
-        with autocast(images.device, precision):
+        with autocast(device, precision):
             name = first_non_finite(unwrap(nll).model, images, keys)
         flags = " and ".join(f"--{flag} (now {rate:g})" for flag, rate in rates(optimizer).items())
         clipping = "lower --clip_norm" if clip_norm else "clip with --clip_norm 1"
@@ -100,8 +102,7 @@ def clip(parameters, max_norm, loss):
 
 @torch.no_grad()
 def first_non_finite(model, images, keys):
-    """The first thing that was not finite in a step on these images, in words: a parameter, the
-    output of a module, or a gradient."""
+    """The first parameter, output of a module or gradient that was not finite, in words."""
     if name := non_finite_parameter(model):
         return f"the parameter {name}"
     plain = type(model)(model.config).to(images.device)  # plain PyTorch: hooks see every module
