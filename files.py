@@ -19,12 +19,9 @@ from utils import UserError
 # errno values of an invalid path.
 BAD_PATHS = {errno.ENAMETOOLONG, errno.EACCES, errno.EPERM, errno.ENOENT, errno.ENOTDIR,
              errno.EISDIR, errno.ELOOP, errno.EINVAL}  # fmt: skip
-# A field of a pattern of file names.
-FIELD = re.compile(r"\{(:0\d{1,2}d)?\}", re.ASCII)
-# In the names of temporary files.
-MACHINE = re.sub(r"\W", "_", os.uname().nodename)
-# Seconds after which a temporary file that is not written to is abandoned.
-ABANDONED = 3600
+FIELD = re.compile(r"\{(:0\d{1,2}d)?\}", re.ASCII)  # a field of a pattern of file names
+MACHINE = re.sub(r"\W", "_", os.uname().nodename)  # in the names of temporary files
+ABANDONED = 3600  # seconds after which a temporary file without a change is abandoned
 
 
 def count_fields(pattern: str) -> int:

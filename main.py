@@ -143,22 +143,15 @@ class Trainer:
         """Report the test bits/dim, unless a signal interrupts the evaluation."""
         self.test.check_file()
         with self.log.paused():
-            bits = evaluate(
-                self.nll,
-                self.test.images[: self.args.evaluate_images],
-                batch_size=self.args.batch_size,
-                precision=self.precision,
-                device=self.device,
-                stop=stop,
-            )
+            images = self.test.images[: self.args.evaluate_images]
+            options = {"batch_size": self.args.batch_size, "precision": self.precision}
+            bits = evaluate(self.nll, images, **options, stop=stop)
         if not bits:
             return
         paper, all_bytes = bits
         if not math.isfinite(paper):
-            raise UserError(
-                f"iteration {iteration}: test bits/dim is {paper}: the weights are too large "
-                "(the training diverged): give an earlier checkpoint"
-            )
+            problem = f"iteration {iteration}: test bits/dim is {paper}: the training diverged"
+            raise UserError(f"{problem}: give an earlier checkpoint")
         say(f"iteration {iteration}: test {paper:.4f} bits/dim ({all_bytes:.4f} over all bytes)")
         record = {"bits_per_dim": paper, "bits_per_dim_all_bytes": all_bytes}
         self.log.record("test", iteration, record)
@@ -217,10 +210,8 @@ class Trainer:
 def check_batch_size(args):
     processes = distributed.world_size()
     if args.batch_size % processes:
-        raise UserError(
-            f"--batch_size {args.batch_size} is shared by {processes} processes: "
-            f"give a multiple of {processes}"
-        )
+        problem = f"--batch_size {args.batch_size} is shared by {processes} processes"
+        raise UserError(f"{problem}: give a multiple of {processes}")
 
 
 def check_other_run(args, checkpoint):
@@ -259,9 +250,8 @@ def build_model(config, args, precision, device, seed, checkpoint):
     """The model to train, with the checkpoint's weights if there is one."""
     needed = construction.evaluation_memory(config, args.batch_size)
     if not args.evaluate_only:
-        needed = construction.training_memory(
-            config, args.batch_size, args.accumulate, device, precision
-        )
+        batches = args.batch_size, args.accumulate
+        needed = construction.training_memory(config, *batches, device, precision)
     construction.check_memory(needed, device)
     construction.check_backend(args.backend, config, device, precision, args.compile)
     ops = None

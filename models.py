@@ -24,8 +24,7 @@ from options import COUNT, POSITIVE, PROBABILITY, changeable, option
 POSITIONS_AT_ONCE = 2**12
 NATIVE_ATTENTIONS = ("causal-linear", "full")
 ATTENTIONS = (*NATIVE_ATTENTIONS, "reformer")  # which needs pytorch-fast-transformers (reference/)
-# Some options have an effect with some attentions only.
-SOFTMAX = "attention_type", ("full", "reformer")
+SOFTMAX = "attention_type", ("full", "reformer")  # with which an option has an effect
 REFORMER = "attention_type", ("reformer",)
 
 
@@ -111,9 +110,9 @@ class PositionalEncoding(nn.Module):
 
     def __init__(self, size, length):
         super().__init__()
-        position = torch.arange(length, dtype=torch.float64)[:, None]
-        frequency = 10000 ** (-torch.arange(0, size, 2, dtype=torch.float64) / size)
-        angles = position * frequency  # (L, size / 2)
+        positions = torch.arange(length, dtype=torch.float64)
+        frequencies = 10000 ** (-torch.arange(0, size, 2, dtype=torch.float64) / size)
+        angles = torch.outer(positions, frequencies)  # (L, size / 2)
         # Sine on the even channels, cosine on the odd ones.
         table = torch.stack([angles.sin(), angles.cos()], dim=-1).view(length, size)
         self.register_buffer("pe", table.float()[None])
@@ -239,9 +238,8 @@ class ImageTransformer(nn.Module):
         """Parameters (N, P, 3K) of the distribution of the byte after each of the consecutive
         `positions` (P,) of images (N, L); with `last_only`, of the byte after the last (N, 1, 3K).
 
-        With `states`, a list with one state per layer, the positions continue where the states
-        ended, and the states are updated in place. `keys` (N,), int64, determine the dropout
-        masks of each image; by default they come from torch's generator.
+        The positions continue after the `states`, one per layer, which are updated in place.
+        `keys` (N,), int64, determine each image's dropout; by default torch's generator does.
         """
         if self.training:
             self.noise.start(draw_keys(len(images), images.device) if keys is None else keys)

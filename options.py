@@ -80,8 +80,7 @@ def option(default: Any, kind: Any, help: str, **rules: Any) -> Any:
     return dataclasses.field(default=default, metadata={"kind": kind, "help": help, **rules})
 
 
-# An option that may change when a run continues.
-changeable = partial(option, may_change=True)
+changeable = partial(option, may_change=True)  # an option that may change when a run continues
 
 
 def options(cls: type) -> dict[str, Option]:
@@ -104,10 +103,8 @@ def choose(name: str, given: dict, stored: dict, *others: dict, may_change: bool
     A value that contradicts the stored one is a `UserError`, unless the run `may_change` it.
     """
     if not may_change and name in given and given[name] != stored.get(name, given[name]):
-        raise UserError(
-            f"{typed(name, given[name])} contradicts the checkpoint, whose {name} is "
-            f"{stored[name]}: leave the flag out, or start another run"
-        )
+        problem = f"{typed(name, given[name])} contradicts the checkpoint, whose {name} is "
+        raise UserError(f"{problem}{stored[name]}: leave the flag out, or start another run")
     return next(values[name] for values in (given, stored, *others) if name in values)
 
 
@@ -121,8 +118,6 @@ def choose_all(cls: type, given: dict, stored: dict, recipe: dict) -> dict[str, 
     for name in given.keys() & known.keys():
         other, values = known[name].only_with or (name, [given[name]])
         if chosen[other] not in values:
-            raise UserError(
-                f"--{name} has no effect with --{other} {chosen[other]}: leave it out, or use "
-                f"--{other} {values[0]}"
-            )
+            problem = f"--{name} has no effect with --{other} {chosen[other]}"
+            raise UserError(f"{problem}: leave it out, or use --{other} {values[0]}")
     return chosen

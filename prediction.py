@@ -91,17 +91,12 @@ def open_images(args, checkpoint):
     else:
         data = load_data(args, checkpoint, train=args.training_set)
         if max(args.index) >= len(data):
-            raise UserError(
-                f"--index {max(args.index)} is beyond the {len(data)} images of {data.name}: "
-                f"the last is {len(data) - 1}"
-            )
+            problem = f"--index {max(args.index)} is beyond the {len(data)} images of {data.name}"
+            raise UserError(f"{problem}: the last is {len(data) - 1}")
         real, shape = data.images[args.index], data.image_shape
     if args.image_shape and math.prod(args.image_shape) != math.prod(shape):
-        raise UserError(
-            f"--image_shape {datasets.describe(args.image_shape)} has "
-            f"{math.prod(args.image_shape)} bytes and the images have {math.prod(shape)}: "
-            f"leave it out for {datasets.describe(shape)}"
-        )
+        given, own = map(datasets.describe, (args.image_shape, shape))
+        raise UserError(f"--image_shape {given} does not fit images of {own}: leave it out")
     return real, shape, counts
 
 
@@ -118,9 +113,7 @@ def choose_offset(args, length):
     if args.offset is None:
         return min(sampling_flags.DEFAULT_OFFSET, length // 2)
     if args.offset > length:
-        raise UserError(
-            f"--offset {args.offset} is beyond the {length} bytes of an image: give less"
-        )
+        raise UserError(f"--offset {args.offset} exceeds the {length} bytes of an image: give less")
     return args.offset
 
 
@@ -137,9 +130,8 @@ def check(args, config, precision, device):
         compiles = config.attention_type == "causal-linear" or not recurrent
     if args.compile is not None and not compiles:
         raise UserError(
-            f"{typed('compile', args.compile)} has no effect with these flags, only on a CPU with "
-            "--attention_type causal-linear or --recompute, and on a GPU without --recompute: "
-            "leave it out"
+            f"{typed('compile', args.compile)} has an effect only on a CPU with --attention_type "
+            "causal-linear or --recompute, and on a GPU without --recompute: leave it out"
         )
     n_states = min(args.batch_size, len(args.index)) if recurrent else 0
     construction.check_memory(construction.sampling_memory(config, n_states), device)

@@ -141,13 +141,10 @@ def choose_model(
     recipe's or the default. Raises a `UserError` for flags that do not fit together."""
     values = choose_all(ModelConfig, given_options(args, ModelConfig), stored, recipe or {})
     if values["attention_type"] not in NATIVE_ATTENTIONS and args.backend == "native":
-        raise UserError(
-            f"--attention_type {values['attention_type']} needs --backend fast-transformers: "
-            "give that, or use causal-linear or full"
-        )
+        problem = f"--attention_type {values['attention_type']} needs --backend fast-transformers"
+        raise UserError(f"{problem}: give that, or use causal-linear or full")
     if (d_model := values["n_heads"] * values["d_query"]) % 4:
-        raise UserError(
-            f"--n_heads {values['n_heads']} times --d_query {values['d_query']} is {d_model}: "
-            "it must be a multiple of 4, since half of it holds sines and cosines"
-        )
+        product = f"--n_heads {values['n_heads']} times --d_query {values['d_query']} is {d_model}"
+        reason = "it must be a multiple of 4, since half of it holds sines and cosines"
+        raise UserError(f"{product}: {reason}")
     return values

@@ -108,9 +108,8 @@ def check_display():
     except (ImportError, ValueError) as error:
         reason, found = one_line(error), False
     if not found:
-        raise UserError(
-            f"--plot finds no display ({reason}): use --save_grid FILE, or a desktop session"
-        )
+        way_out = "use --save_grid FILE, or a desktop session"
+        raise UserError(f"--plot finds no display ({reason}): {way_out}")
 
 
 def write_outputs(

@@ -17,8 +17,7 @@ from utils import LOG, UserError, is_first_process, is_out_of_memory, print_erro
 # Exit statuses, documented in docs/checkpoints.md.
 INVALID = 2
 YIELDED = 75  # "temporary failure, try again" in sysexits.h
-# From glibc's malloc.h.
-M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # from glibc's malloc.h
 
 
 def run(main: Callable[[], int | None]) -> None:

@@ -8,8 +8,7 @@ from cli.flags import DATA, MACHINE, MODEL, MODEL_TEXT, Parser, flag, refuse_giv
 from options import COUNT, SEED, Number
 from utils import UserError
 
-# An index expression may not ask for more images than this.
-MAX_IMAGES = 10**6
+MAX_IMAGES = 10**6  # in an index expression
 DEFAULT_OFFSET = 300
 
 
@@ -134,6 +133,5 @@ def check(args):
         without_effect = ["offset", "recurrent", "recompute", "temperature"]
         refuse_given(args, without_effect, "with --save_surprisal alone, which samples nothing")
     if args.save_surprisal and args.offset == 0:
-        raise UserError(
-            "--save_surprisal shows real images, and --offset 0 uses none: give another offset"
-        )
+        reason = "--save_surprisal shows real images, and --offset 0 uses none"
+        raise UserError(f"{reason}: give another offset")

@@ -101,10 +101,8 @@ def check(args):
     else:
         refuse_given(args, ["save_frequency"], "without --save_to")
         if "yield_frequency" in args.given:
-            raise UserError(
-                "--yield_frequency needs --save_to, or each start would begin at iteration 0: "
-                "give --save_to and --continue_from"
-            )
+            reason = "or each start would begin at iteration 0: give --save_to and --continue_from"
+            raise UserError(f"--yield_frequency needs --save_to, {reason}")
     if args.keep_checkpoints and not is_pattern(args.save_to or ""):
         raise UserError("--keep_checkpoints needs a --save_to with {}, as in weights.{}.pth")
     if args.metrics_file:

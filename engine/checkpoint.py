@@ -28,10 +28,8 @@ from models import ImageTransformer, ModelConfig
 from options import COUNT, SEED, Number, options
 from utils import UserError, one_line, say, warn
 
-# The original's entries.
-ORIGINAL = "model_state", "optimizer_state", "iteration"
-# Version 1 also had the optimiser's name as an entry of its own.
-FORMAT_VERSION = 2
+ORIGINAL = "model_state", "optimizer_state", "iteration"  # the original's entries
+FORMAT_VERSION = 2  # Version 1 also had the optimiser's name as an entry of its own
 
 
 @dataclass(frozen=True)
@@ -145,17 +143,13 @@ class Checkpoint:
         sizes = self.sizes()
         d_model = sizes["d_model"]
         if not (n_heads or d_query):
-            raise UserError(
-                f"{self.path} does not determine how many heads its {d_model} channels have: "
-                "give --n_heads or --d_query"
-            )
+            problem = f"{self.path} does not determine how many heads its {d_model} channels have"
+            raise UserError(f"{problem}: give --n_heads or --d_query")
         n_heads = n_heads or d_model // d_query
         d_query = d_query or d_model // n_heads
         if n_heads * d_query != d_model:
-            raise UserError(
-                f"{self.path} has {d_model} channels: --n_heads {n_heads} times --d_query "
-                f"{d_query} is {n_heads * d_query}"
-            )
+            product = f"--n_heads {n_heads} times --d_query {d_query} is {n_heads * d_query}"
+            raise UserError(f"{self.path} has {d_model} channels: {product}")
         determined = {name: sizes[name] for name in ("n_layers", "mixtures")}
         return {**determined, "n_heads": n_heads, "d_query": d_query, "neighbours": False}
 
@@ -212,9 +206,8 @@ class Checkpoint:
         try:
             import_state(optimizer, self.optimizer_state)
         except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
-            raise UserError(
-                f"the optimiser's state in {self.path} does not belong to this model: {error}"
-            ) from None
+            problem = f"the optimiser's state in {self.path} does not belong to this model"
+            raise UserError(f"{problem}: {error}") from None
 
     def warn_about_threads(self, device: torch.device) -> None:
         """Warn if the number of threads changes: sums in another order are rounded differently."""
@@ -258,12 +251,10 @@ class Checkpoint:
         if self.optimizer_state:
             entries["optimizer_state"] = self.optimizer_state
         if self.config:
+            name = os.fsencode(self.dataset).decode("utf-8", "surrogateescape")
             entries |= {
                 "config": vars(self.config),
-                "dataset": {
-                    "name": os.fsencode(self.dataset).decode("utf-8", "surrogateescape"),
-                    "image_shape": list(self.image_shape),
-                },
+                "dataset": {"name": name, "image_shape": list(self.image_shape)},
                 "first_byte_counts": self.first_byte_counts,
                 "seed": self.seed,
                 "settings": self.settings,
@@ -342,9 +333,9 @@ def describe(x: Any) -> str:
 
 def is_weight(x: Any) -> bool:
     """Whether it is a plain CPU tensor with as many elements in memory as in its shape."""
-    plain = isinstance(x, torch.Tensor) and x.layout == torch.strided and x.device.type == "cpu"
-    plain = plain and x.is_floating_point()
-    return plain and x.numel() * x.element_size() <= x.untyped_storage().nbytes()
+    if not (isinstance(x, torch.Tensor) and x.layout == torch.strided and x.is_floating_point()):
+        return False
+    return x.device.type == "cpu" and x.nbytes <= x.untyped_storage().nbytes()
 
 
 def is_model_state(x: Any) -> bool:

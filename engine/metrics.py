@@ -44,7 +44,6 @@ def open_tensorboard(log_dir: str, start: int) -> Any:
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
-        raise UserError(
-            "--log_dir needs TensorBoard: pip install tensorboard, or use --metrics_file"
-        ) from None
+        way_out = "pip install tensorboard, or use --metrics_file"
+        raise UserError(f"--log_dir needs TensorBoard: {way_out}") from None
     return SummaryWriter(log_dir, purge_step=start + 1)

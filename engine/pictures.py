@@ -21,8 +21,7 @@ NOT_YET = np.array([40, 20, 60], np.uint8)
 GIF_SIDE = 128
 # Seconds per frame of a GIF: smooth, and above 0.02, the shortest that browsers respect.
 FRAME_SECONDS = 0.04
-# The fraction of an animation that shows the finished image.
-FINISHED = 1 / 4
+FINISHED = 1 / 4  # the fraction of an animation that shows the finished image
 
 
 def save_image(path: Path, image: np.ndarray) -> None:

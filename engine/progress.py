@@ -11,8 +11,7 @@ from engine import distributed
 from layers.mixture import NATS_PER_BIT
 from utils import is_first_process, say
 
-# Between lines of progress when there is no terminal.
-SECONDS_PER_LINE = 10
+SECONDS_PER_LINE = 10  # between lines of progress without a terminal
 
 
 def progress_bar(**kwargs):
@@ -93,16 +92,15 @@ class TrainingLog:
 
 
 class SamplingProgress:
-    """Bytes and images per second of this process, on a bar or in plain lines, and a summary of
-    all processes at the end."""
+    """The speed of this process, on a bar or in plain lines, and at the end that of all."""
 
     def __init__(self, n_images, bytes_per_image):
         self.n_images, self.bytes_per_image = n_images, bytes_per_image
         self.total, self.count = n_images * bytes_per_image, 0
-
-    def __enter__(self):
         self.start = self.shown = time.perf_counter()
         self.bar = progress_bar(total=self.total, unit=" bytes", unit_scale=True)
+
+    def __enter__(self):
         return self
 
     def __exit__(self, failure, *details):
@@ -117,11 +115,11 @@ class SamplingProgress:
     def advance(self, n):
         self.count += n
         self.bar.update(n)
-        if time.perf_counter() - self.shown > SECONDS_PER_LINE and self.bar.disable:
+        if not self.bar.disable:
+            self.bar.set_postfix_str(self.speed().rpartition(", ")[2], refresh=False)
+        elif time.perf_counter() - self.shown > SECONDS_PER_LINE:
             self.shown = time.perf_counter()
             say(f"{self.count} of {self.total} bytes, {self.speed()}")
-        elif not self.bar.disable:
-            self.bar.set_postfix_str(self.speed().rpartition(", ")[2], refresh=False)
 
     def speed(self):
         seconds = time.perf_counter() - self.start

@@ -7,8 +7,7 @@ from typing import Any
 from engine.optimizers import MEAN_RATE, MUON_WEIGHT_DECAY
 from options import NOT_NEGATIVE, POSITIVE, Number, changeable, choose, option
 
-# What each recipe changes of the defaults of `Settings` and `ModelConfig`. The rates are those for
-# 1,600 iterations.
+# How each recipe differs from the defaults of `Settings` and `ModelConfig`.
 RECIPES = {
     "paper": {},
     "fast": {
@@ -22,7 +21,7 @@ RECIPES = {
         "neighbours": True,
     },
 }
-RATES = {"lr", "muon_lr"}
+RATES = {"lr", "muon_lr"}  # in recipes, those for 1,600 iterations
 
 
 @dataclass(frozen=True)

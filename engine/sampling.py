@@ -22,10 +22,8 @@ from utils import UserError, autocast
 
 # Compiling takes two seconds, once, and saves some milliseconds per step of a batch.
 STEPS_WORTH_COMPILING = 200
-# Bytes drawn before a CUDA graph is captured, since libraries initialise lazily.
-WARM_UP_BYTES = 3
-# Bytes of each image between two checks and reports, which synchronise a GPU.
-BLOCK = 32
+WARM_UP_BYTES = 3  # bytes drawn before a CUDA graph is captured, since libraries initialise lazily
+BLOCK = 32  # bytes of each image between two checks and reports, which synchronise a GPU
 
 
 def sample_images(model: ImageTransformer, n: int, **options) -> torch.Tensor | None:
@@ -149,10 +147,8 @@ class Batch:
 
     def check_finite(self):
         if not self.finite:
-            raise UserError(
-                "the model's distribution of a byte is not finite because the weights are too "
-                "large (the training diverged): give an earlier checkpoint"
-            )
+            problem = "the model's distribution of a byte is not finite: the training diverged"
+            raise UserError(f"{problem}: give an earlier checkpoint")
 
 
 class EagerDecoder:

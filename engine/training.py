@@ -65,10 +65,8 @@ def train_step(
             name = first_non_finite(unwrap(nll).model, images, keys)
         flags = " and ".join(f"--{flag} (now {rate:g})" for flag, rate in rates(optimizer).items())
         clipping = "lower --clip_norm" if clip_norm else "clip with --clip_norm 1"
-        raise UserError(
-            f"iteration {iteration}: {name} is not finite: lower {flags}, or {clipping}; "
-            "the last checkpoint is intact"
-        )
+        way_out = f"lower {flags}, or {clipping}; the last checkpoint is intact"
+        raise UserError(f"iteration {iteration}: {name} is not finite: {way_out}")
     optimizer.step()
     return loss
 
@@ -137,7 +135,6 @@ def evaluate(
     *,
     batch_size: int,
     precision: str,
-    device: torch.device,
     stop: Any = False,
 ) -> tuple[float, float] | None:
     """Bits/dim of images (n, L): the mean over the L - 1 bytes after the first (the paper's
@@ -147,6 +144,7 @@ def evaluate(
     true, a `StopSignals` for example.
     """
     nll = unwrap(nll)
+    device = next(nll.parameters()).device
     training = nll.training
     nll.eval()
     total = 0.0

@@ -16,10 +16,8 @@ try:
     from fast_transformers.causal_product import CausalDotProduct
     from fast_transformers.masking import TriangularCausalMask
 except ImportError as error:  # not installed, or built against another torch
-    raise UserError(
-        f"--backend fast-transformers cannot import its library ({error}): "
-        "`make reference` installs it"
-    ) from None
+    problem = f"--backend fast-transformers cannot import its library ({error})"
+    raise UserError(f"{problem}: `make reference` installs it") from None
 
 
 def attention_options(config: ModelConfig) -> dict:
@@ -42,28 +40,20 @@ def chunk_size(config: ModelConfig) -> int:
 def check(config: ModelConfig, device: torch.device, precision: str, compiled: bool | None) -> None:
     """Raise a `UserError` for flags with which the library cannot run this model."""
     if config.neighbours:
-        raise UserError(
-            "--neighbours: the layers of pytorch-fast-transformers have no short convolutions: "
-            "give --no-neighbours"
-        )
+        problem = "the layers of pytorch-fast-transformers have no short convolutions"
+        raise UserError(f"--neighbours: {problem}: give --no-neighbours")
     if compiled is not None:
-        raise UserError(
-            f"{typed('compile', compiled)} is for --backend native: leave it out, or change the "
-            "backend"
-        )
+        way_out = "leave it out, or change the backend"
+        raise UserError(f"{typed('compile', compiled)} is for --backend native: {way_out}")
     if config.attention_type != "causal-linear":
         return
     # Its kernels are float32 only, built for the CPU and perhaps for CUDA.
     if not CausalDotProduct.dot.get(device.type):
-        raise UserError(
-            f"--device {device}: the installed pytorch-fast-transformers has no kernels of "
-            "causal-linear for it: use --device cpu"
-        )
+        problem = "the installed pytorch-fast-transformers has no kernels of causal-linear for it"
+        raise UserError(f"--device {device}: {problem}: use --device cpu")
     if precision != "fp32":
-        raise UserError(
-            f"--precision {precision}: the kernels of pytorch-fast-transformers for "
-            "causal-linear are fp32 only: leave it out"
-        )
+        problem = "the kernels of pytorch-fast-transformers for causal-linear are fp32 only"
+        raise UserError(f"--precision {precision}: {problem}: leave it out")
 
 
 def build(builder, config):
