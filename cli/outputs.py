@@ -33,9 +33,10 @@ def check_outputs(args: Namespace) -> None:
             raise UserError(f"--save_gif {args.save_gif} does not end in .gif")
     if args.save_grid or args.plot or args.save_surprisal:
         check_figure_size(args)
-    for name in ("save_grid", "save_surprisal"):
-        if path := getattr(args, name):
-            figures.check_extension(path, f"--{name}")
+    if args.save_grid:
+        figures.check_extension(args.save_grid, "--save_grid")
+    if args.save_surprisal:
+        figures.check_extension(args.save_surprisal, "--save_surprisal")
     check_paths(args)
     if args.plot:
         check_display()
@@ -65,7 +66,7 @@ def image_pattern(pattern):
 
 def check_paths(args):
     """Raise a `UserError` if an output could not be written, or is also another flag's."""
-    paths = [(f"--{name}", getattr(args, name)) for name in ("save_grid", "save_surprisal")]
+    paths = [("--save_grid", args.save_grid), ("--save_surprisal", args.save_surprisal)]
     for n in {0, len(args.index) - 1}:
         paths += [(flag, path) for flag, _, path in image_files(args, n)]
     flags = {}

@@ -91,8 +91,10 @@ class Checkpoint:
         if missing := [name for name in ENTRIES if name in required and name not in entries]:
             raise UserError(f"{path} is not a checkpoint: it has no {' and no '.join(missing)}")
         for name, is_valid in ENTRIES.items():
-            if name in entries and not is_valid(entries[name]):
-                raise not_valid(path, f"its {name} is {describe(entries[name])}")
+            if name in entries and not is_valid(value := entries[name]):
+                short = isinstance(value, (int, float, str)) and len(repr(value)) < 40
+                shown = repr(value) if short else f"a {type(value).__name__}"
+                raise not_valid(path, f"its {name} is {shown}, which is not valid")
         return cls.from_entries(entries, path)
 
     @classmethod
@@ -199,10 +201,10 @@ class Checkpoint:
     def restore_optimizer(self, optimizer: Any) -> None:
         """Give the moments, if there are any, to an optimiser. Raises `UserError` for those of
         another model."""
-        if not (self.optimizer_state and self.optimizer_state["state"]):
-            if self:
-                say("the checkpoint has no moments of the optimiser: they start at zero")
+        if not self:
             return
+        if not (self.optimizer_state and self.optimizer_state["state"]):
+            return say("the checkpoint has no moments of the optimiser: they start at zero")
         try:
             import_state(optimizer, self.optimizer_state)
         except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
@@ -292,10 +294,9 @@ def read_entries(path: Path) -> dict:
 
 def unsafe_types(path: Path) -> list[str]:
     """The names of what torch does not load with weights_only, in a file that is intact."""
-    try:
+    with suppress(Exception):
         return sorted(torch.serialization.get_unsafe_globals_in_checkpoint(path))[:3]
-    except Exception:
-        return []
+    return []
 
 
 def not_valid(path: Path, reason: str) -> UserError:
@@ -322,13 +323,6 @@ def torch_save(entries: dict, file: Any) -> None:
         if isinstance(error.__context__, OSError):
             raise error.__context__ from None
         raise OSError(one_line(error)) from None
-
-
-def describe(x: Any) -> str:
-    """A value in a message: itself if it is short, else its type."""
-    if isinstance(x, (int, float, str)) and len(repr(x)) < 40:
-        return f"{x!r}, which is not valid"
-    return f"a {type(x).__name__} that is not valid"
 
 
 def is_weight(x: Any) -> bool:

@@ -49,10 +49,8 @@ def load_model(
 def choose_ops(
     config: ModelConfig, device: torch.device, compile: bool | None, purpose: str
 ) -> PlainOps:
-    """The operations of a native model: compiled on a CPU if possible, else plain.
-
-    `compile` is --compile, None for "if possible"; messages name the `purpose`, "training".
-    """
+    """The operations of a native model: compiled on a CPU if --compile (None: if possible), else
+    plain. Messages name the `purpose`, "training"."""
     if device.type != "cpu":
         return PlainOps()
     return try_compile(partial(CompiledOps, config), compile, purpose) or PlainOps()

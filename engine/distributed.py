@@ -17,8 +17,7 @@ from utils import UserError, is_first_process, one_line
 
 @contextmanager
 def process_group(device):
-    """Connect the processes that torchrun started, and disconnect them at the end. Raises
-    ConnectionError if one of them is lost."""
+    """Connect the processes of torchrun until the end. A lost one is a ConnectionError."""
     if int(os.environ.get("WORLD_SIZE", 1)) == 1:
         yield
         return

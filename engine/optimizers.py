@@ -86,17 +86,13 @@ class SlowMeans(torch.optim.AdamW):
 def set_rates(optimizer, settings, factor):
     """Set the learning rates to `factor` times those of `Settings`; returns them by name."""
     for group in optimizer.param_groups:
-        group["lr"] = factor * getattr(settings, rate_name(group))
+        group["lr"] = factor * (settings.muon_lr if is_muon(group) else settings.lr)
     return rates(optimizer)
 
 
 def rates(optimizer):
     """The current learning rates, {name of the flag: rate}."""
-    return {rate_name(group): group["lr"] for group in optimizer.param_groups}
-
-
-def rate_name(group):
-    return "muon_lr" if is_muon(group) else "lr"
+    return {"muon_lr" if is_muon(g) else "lr": g["lr"] for g in optimizer.param_groups}
 
 
 def is_muon(group):
@@ -164,12 +160,11 @@ def import_moments(moments: dict | None, parameter: torch.Tensor, group: dict) -
     """The saved moments of a parameter of a group, checked; {} if it was never trained."""
     if not moments:
         return {}
-    keys = MUON_MOMENTS if is_muon(group) else ADAM_MOMENTS
-    for key in keys:
+    for key in MUON_MOMENTS if is_muon(group) else ADAM_MOMENTS:
         if moments[key].shape != parameter.shape:
             raise ValueError(f"a parameter has the shape {list(moments[key].shape)}")
         if not moments[key].isfinite().all():
             raise ValueError("a moment is not finite")
-    if keys is ADAM_MOMENTS:
-        return {**moments, "step": torch.as_tensor(moments["step"], dtype=torch.float32)}
-    return dict(moments)
+    if is_muon(group):
+        return dict(moments)
+    return {**moments, "step": torch.as_tensor(moments["step"], dtype=torch.float32)}

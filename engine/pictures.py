@@ -33,7 +33,9 @@ def save_gif(path: Path, image: np.ndarray, offset: int, seconds: float) -> None
     """Write an animation of an image appearing from byte `offset` on, with the given part tinted.
     It lasts `seconds`; the last quarter shows the finished image. Raises OSError."""
     counts = frame_counts(offset, image.size, seconds)
-    first, *others = (Image.fromarray(enlarged(partial_image(image, offset, n))) for n in counts)
+    factor = max(1, GIF_SIDE // max(image.shape[:2]))
+    frames = (partial_image(image, offset, n).repeat(factor, 0).repeat(factor, 1) for n in counts)
+    first, *others = map(Image.fromarray, frames)
     ends = np.linspace(0, (1 - FINISHED) * seconds, len(counts))  # of all frames but the last
     durations = 10 * np.diff([*(100 * ends).round(), 100 * seconds])  # ms; GIFs count 1/100 s
     save(path, first, save_all=True, append_images=others, duration=durations.tolist(), loop=0)
@@ -51,12 +53,6 @@ def frame_counts(offset: int, length: int, seconds: float) -> np.ndarray:
     most = max(2, round((1 - FINISHED) * seconds / FRAME_SECONDS))
     counts = np.linspace(offset, length, min(most, length - offset + 1))
     return np.unique(counts.round()).astype(int)
-
-
-def enlarged(frame: np.ndarray) -> np.ndarray:
-    """Repeat the pixels of a small image (H, W, 3)."""
-    factor = max(1, GIF_SIDE // max(frame.shape[:2]))
-    return frame.repeat(factor, 0).repeat(factor, 1)
 
 
 def partial_image(image: np.ndarray, offset: int, count: int) -> np.ndarray:

@@ -2,7 +2,7 @@
 
 import sys
 import time
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 
 import torch
 from tqdm import tqdm
@@ -26,7 +26,7 @@ def clock(seconds):
     return f"{seconds // 3600}:{seconds // 60 % 60:02}:{seconds % 60:02}"
 
 
-class TrainingLog:
+class TrainingLog(AbstractContextManager):
     """The progress bar or plain lines of training, and the training records of the metrics.
 
     Losses stay on the device until they are shown, every `frequency` iterations and on a bar
@@ -39,9 +39,6 @@ class TrainingLog:
         self.losses = []
         self.start = self.shown = self.window = time.perf_counter()
         self.bar = progress_bar(total=iterations, initial=start, unit="it")
-
-    def __enter__(self):
-        return self
 
     def __exit__(self, *exception):
         self.bar.close()
@@ -91,7 +88,7 @@ class TrainingLog:
         self.metrics.write(split, iteration, images=images, **values, seconds=seconds)
 
 
-class SamplingProgress:
+class SamplingProgress(AbstractContextManager):
     """The speed of this process, on a bar or in plain lines, and at the end that of all."""
 
     def __init__(self, n_images, bytes_per_image):
@@ -99,9 +96,6 @@ class SamplingProgress:
         self.total, self.count = n_images * bytes_per_image, 0
         self.start = self.shown = time.perf_counter()
         self.bar = progress_bar(total=self.total, unit=" bytes", unit_scale=True)
-
-    def __enter__(self):
-        return self
 
     def __exit__(self, failure, *details):
         self.bar.close()

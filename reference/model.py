@@ -97,12 +97,16 @@ class ReferenceTransformer(ImageTransformer):
 
     def encode(self, x, positions, states):
         """(N, L, D) -> (N, L, D), as the native model: by the parallel encoder or, with `states`,
-        by the recurrent one, position after position. The library draws its dropout from torch's
-        generator, not from the images' keys."""
-        if states is not None:
-            return self.recur(x, states)
-        reformer = self.config.attention_type == "reformer"
-        return self.encode_hashed(x) if reformer else self.encode_all(x)
+        by the recurrent one, position after position, updating them in place. The library draws
+        its dropout from torch's generator, not from the images' keys."""
+        if states is None:
+            reformer = self.config.attention_type == "reformer"
+            return self.encode_hashed(x) if reformer else self.encode_all(x)
+        (recurrence,), outputs = self.recurrence, []
+        for row in x.unbind(1):  # (N, D)
+            output, states[:] = recurrence(row, states)
+            outputs.append(output)
+        return torch.stack(outputs, dim=1)
 
     def encode_all(self, x):
         """(N, L, D) -> (N, L, D), every position from itself and those before it."""
@@ -125,15 +129,6 @@ class ReferenceTransformer(ImageTransformer):
             if not self.training:
                 torch.manual_seed(0)
             return self.encode_all(torch.cat([x, filling], dim=1))[:, :L]
-
-    def recur(self, x, states):
-        """(N, L, D) -> (N, L, D), continuing from `states`, which are updated in place."""
-        (recurrence,) = self.recurrence
-        outputs = []
-        for row in x.unbind(1):  # (N, D)
-            output, states[:] = recurrence(row, states)
-            outputs.append(output)
-        return torch.stack(outputs, dim=1)
 
     @property
     def has_constant_state(self):
