@@ -97,8 +97,7 @@ class Trainer:
         check_batch_size(args)
         checkpoint = load_checkpoint(args)
         self.settings, recipe = choose_settings(args, checkpoint)
-        stored = checkpoint.model_options(args.n_heads, args.d_query)
-        model_options = choose_model(args, stored, recipe)
+        model_options = choose_model(args, checkpoint, recipe)
         self.seed = choose_seed(args, checkpoint)
         self.start = checkpoint.iteration
         check_other_run(args, checkpoint)

@@ -47,10 +47,7 @@ class ModelConfig:
         0.1, PROBABILITY, "dropout of softmax's attention weights", only_with=SOFTMAX
     )
     softmax_temp: float | None = option(
-        None,
-        POSITIVE,
-        "scale of q.k before the softmax (default: 1/sqrt(d_query))",
-        only_with=SOFTMAX,
+        None, POSITIVE, "scale of q.k before softmax (default: 1/sqrt(d_query))", only_with=SOFTMAX
     )
     bits: int = option(32, COUNT, "hash bits (reformer only)", only_with=REFORMER)
     rounds: int = option(4, COUNT, "hashing rounds (reformer only)", only_with=REFORMER)

@@ -42,12 +42,12 @@ def complete(args, device):
     precision = select_precision(args.precision, device)
     outputs.check_outputs(args)
     checkpoint = load_checkpoint(args)
-    model_options = choose_model(args, checkpoint.model_options(args.n_heads, args.d_query))
+    model_options = choose_model(args, checkpoint, recipe={})
     with distributed.first_process_first():
         real, shape, counts = open_images(args, checkpoint)
     config = ModelConfig.for_images(shape, **model_options)
     offset = choose_offset(args, config.length)
-    check(args, config, precision, device)
+    check_flags(args, config, precision, device)
     model = build_model(args, config, checkpoint, device)
     if counts is not None:
         model.first_byte_counts.copy_(counts)
@@ -117,7 +117,7 @@ def choose_offset(args, length):
     return args.offset
 
 
-def check(args, config, precision, device):
+def check_flags(args, config, precision, device):
     """Raise a `UserError` for flags that this model cannot follow, or too little memory."""
     if args.recurrent and not config.has_recurrence:
         raise UserError(

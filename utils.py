@@ -27,9 +27,6 @@ def is_out_of_memory(error):
     return isinstance(error, MemoryError) or "out of memory" in text or "allocate memory" in text
 
 
-# Messages
-
-
 def is_first_process():
     """Whether this is the first of the processes that torchrun started, or the only process."""
     return int(os.environ.get("WORLD_SIZE", 1)) == 1 or os.environ.get("RANK", "0") == "0"
@@ -56,9 +53,6 @@ def one_line(error, longest=200):
     """The message of an exception on one line, without colours, or the name of its class."""
     text = re.sub(r"\x1b\[[0-9;]*m", "", str(error))
     return " ".join(text.split())[:longest] or type(error).__name__
-
-
-# Device and precision
 
 
 def select_device(name):

@@ -12,6 +12,7 @@ from typing import Any
 
 import options
 from datasets import NAMES
+from engine.checkpoint import Checkpoint
 from engine.recipes import RECIPES, Settings
 from models import NATIVE_ATTENTIONS, ModelConfig
 from options import Number, Option, choose_all
@@ -134,12 +135,11 @@ def given_options(args: argparse.Namespace, cls: type) -> dict[str, Any]:
     return {name: getattr(args, name) for name in options.options(cls) if name in args.given}
 
 
-def choose_model(
-    args: argparse.Namespace, stored: dict, recipe: dict | None = None
-) -> dict[str, Any]:
-    """The options of ModelConfig: each as given, else as `stored` in a checkpoint, else the
+def choose_model(args: argparse.Namespace, checkpoint: Checkpoint, recipe: dict) -> dict[str, Any]:
+    """The options of ModelConfig: each as given, else as stored in the checkpoint, else the
     recipe's or the default. Raises a `UserError` for flags that do not fit together."""
-    values = choose_all(ModelConfig, given_options(args, ModelConfig), stored, recipe or {})
+    stored = checkpoint.model_options(args.n_heads, args.d_query)
+    values = choose_all(ModelConfig, given_options(args, ModelConfig), stored, recipe)
     if values["attention_type"] not in NATIVE_ATTENTIONS and args.backend == "native":
         problem = f"--attention_type {values['attention_type']} needs --backend fast-transformers"
         raise UserError(f"{problem}: give that, or use causal-linear or full")

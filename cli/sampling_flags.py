@@ -66,9 +66,7 @@ OUTPUT = {
         "write image files: the first {} becomes pred or real, the second a number", "PATTERN"
     ),
     "save_gif": flag(
-        "write an animation of each image appearing byte by byte, the given part in blue; {} "
-        "becomes a number",
-        "PATTERN",
+        "animate each image, byte by byte, the given part in blue; {} becomes a number", "PATTERN"
     ),
     # A frame of a GIF lasts 655 seconds at most.
     "gif_seconds": flag("seconds that an animation lasts", Number(float, 0.1, 600), 6),
@@ -105,7 +103,7 @@ def parse(argv=None):
     parser.add_flags("model", {**MODEL, "load_pytorch": LOAD_PYTORCH}, MODEL_TEXT)
     parser.add_flags("machine", {**MACHINE, "compile": COMPILE, "force_cpu": FORCE_CPU})
     args = parser.parse_args(argv)
-    check(args)
+    check_flags(args)
     args.device = "cpu" if args.force_cpu else args.device
     if not (shows_samples(args) or args.save_surprisal):
         args.save_grid = "samples.png"
@@ -117,7 +115,7 @@ def shows_samples(args):
     return bool(args.save_image or args.save_gif or args.save_grid or args.plot)
 
 
-def check(args):
+def check_flags(args):
     """Raise a `UserError` for flags that contradict each other or have no effect."""
     if args.recurrent and args.recompute:
         raise UserError("--recurrent contradicts --recompute: give one of them")

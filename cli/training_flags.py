@@ -13,17 +13,11 @@ from utils import UserError
 EVALUATE_IMAGES = flag("evaluate on the first N test images only (default: all)", COUNT)
 OPTIMISATION = {
     "batch_size": flag("images per batch, split over the processes of torchrun", COUNT, 4),
-    "accumulate": flag(
-        "accumulate the gradients of N batches per iteration: the same as a batch N times as large",
-        COUNT,
-        1,
-    ),
+    "accumulate": flag("add the gradients of N batches: as one batch N times as large", COUNT, 1),
     "no_shuffle": switch("keep the images in file order, as the original does"),
     "iterations": flag("total number of iterations", COUNT, 100),
     "seed": flag(
-        "random seed of the initial weights, the order of images and dropout (default: 0, or the "
-        "checkpoint's)",
-        SEED,
+        "random seed of weights, image order and dropout (default: 0, or the checkpoint's)", SEED
     ),
 }
 SAVING = {
@@ -35,14 +29,9 @@ SAVING = {
     ),
     "save_frequency": flag("save every N iterations, and at the end", COUNT, 3000),
     "keep_checkpoints": flag("keep only the newest N of --save_to (default: all)", COUNT),
-    "evaluate_frequency": flag(
-        "evaluate on the test images every N iterations, and at the end", COUNT, 3000
-    ),
+    "evaluate_frequency": flag("evaluate every N iterations, and at the end", COUNT, 3000),
     "yield_frequency": flag(
-        f"save and exit with status {YIELDED} after N iterations, for a queue that starts the job "
-        "again",
-        COUNT,
-        10**9,
+        f"save and exit with status {YIELDED} after N iterations, for a job queue", COUNT, 10**9
     ),
     "evaluate_only": switch("print the test bits/dim of --continue_from and exit"),
     "export": flag(
@@ -80,11 +69,11 @@ def parse(argv=None):
     parser.add_flags("logging", LOGGING)
     parser.add_flags("machine", {**MACHINE, "compile": COMPILE})
     args = parser.parse_args(argv)
-    check(args)
+    check_flags(args)
     return args
 
 
-def check(args):
+def check_flags(args):
     """Raise a `UserError` for flags that contradict each other or have no effect."""
     for name in ("evaluate_only", "export"):
         if name in args.given and not args.continue_from:

@@ -55,8 +55,6 @@ class Checkpoint:
     def __bool__(self) -> bool:
         return bool(self.model_state)
 
-    # Reading
-
     @classmethod
     def newest(cls, pattern: str | Path, missing_ok: bool = False) -> "Checkpoint":
         """The checkpoint `pattern`, or the newest readable one of a pattern with {}.
@@ -179,8 +177,6 @@ class Checkpoint:
                 upgraded[name] = tensor
         return replace(self, model_state=upgraded)
 
-    # Restoring
-
     def restore_model(self, model: ImageTransformer) -> None:
         """Copy the weights and the histogram of first bytes to a model. Raises `UserError` unless
         every name and shape agrees and every number is finite."""
@@ -219,8 +215,6 @@ class Checkpoint:
                 f"this run used {self.threads} CPU threads and continues with {threads}: its "
                 "numbers will differ in the last digits from those of an uninterrupted run"
             )
-
-    # Writing
 
     def save(self, pattern: str, keep: int | None = None) -> Path:
         """Write the file of this iteration; a crash leaves the old file or the new one. Returns its
@@ -385,9 +379,6 @@ ENTRIES: dict[str, Callable[[Any], bool]] = {
 }
 
 
-# Patterns
-
-
 def is_pattern(name: str | Path) -> bool:
     """Whether the name has a {} for the iteration, such as weights.{}.pth."""
     return FIELD.search(str(name)) is not None
@@ -422,9 +413,6 @@ def find(pattern: str) -> list[tuple[int, Path]]:
         if len(iterations) == 1:
             found.append((*iterations, Path(path)))
     return sorted(found, reverse=True)
-
-
-# Weights
 
 
 def first_difference(expected: dict, weights: dict) -> str | None:

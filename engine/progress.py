@@ -20,12 +20,6 @@ def progress_bar(**kwargs):
     return tqdm(dynamic_ncols=True, disable=not shown, **kwargs)
 
 
-def clock(seconds):
-    """Seconds as h:mm:ss."""
-    seconds = round(seconds)
-    return f"{seconds // 3600}:{seconds // 60 % 60:02}:{seconds % 60:02}"
-
-
 class TrainingLog(AbstractContextManager):
     """The progress bar or plain lines of training, and the training records of the metrics.
 
@@ -75,8 +69,9 @@ class TrainingLog(AbstractContextManager):
         text, values = self.summary()
         if self.bar.disable:
             images_left = (self.iterations - self.iteration) * self.images_per_iteration
-            left = clock(images_left / values["images_per_second"])
-            say(f"iteration {self.iteration} of {self.iterations}: {text}, {left} left")
+            minutes, seconds = divmod(round(images_left / values["images_per_second"]), 60)
+            left = f"{minutes // 60}:{minutes % 60:02}:{seconds:02} left"
+            say(f"iteration {self.iteration} of {self.iterations}: {text}, {left}")
         else:
             self.bar.set_postfix_str(text)
         self.record("train", self.iteration, values)

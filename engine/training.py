@@ -62,7 +62,7 @@ def train_step(
     distributed.all_reduce(loss)
     if not clip(nll.parameters(), clip_norm, loss):
         with autocast(device, precision):
-            name = first_non_finite(unwrap(nll).model, images, keys)
+            name = first_non_finite(getattr(nll, "module", nll).model, images, keys)
         flags = " and ".join(f"--{flag} (now {rate:g})" for flag, rate in rates(optimizer).items())
         clipping = "lower --clip_norm" if clip_norm else "clip with --clip_norm 1"
         way_out = f"lower {flags}, or {clipping}; the last checkpoint is intact"
@@ -79,11 +79,6 @@ def seed_iteration(seed: int, iteration: int, n_images: int) -> torch.Tensor:
     own = np.random.SeedSequence((seed, iteration, distributed.rank()))
     torch.manual_seed(int(own.generate_state(1)[0]))
     return torch.from_numpy(keys)
-
-
-def unwrap(nll):
-    """The `NegativeLogLikelihood` inside DistributedDataParallel."""
-    return getattr(nll, "module", nll)
 
 
 def clip(parameters, max_norm, loss):
@@ -143,7 +138,7 @@ def evaluate(
     Each process evaluates its shard; the sums are float64. Returns None as soon as `stop` is
     true, a `StopSignals` for example.
     """
-    nll = unwrap(nll)
+    nll = getattr(nll, "module", nll)  # without DistributedDataParallel
     device = next(nll.parameters()).device
     training = nll.training
     nll.eval()
