@@ -29,9 +29,14 @@ SAVING = {
     ),
     "save_frequency": flag("save every N iterations, and at the end", COUNT, 3000),
     "keep_checkpoints": flag("keep only the newest N of --save_to (default: all)", COUNT),
-    "evaluate_frequency": flag("evaluate every N iterations, and at the end", COUNT, 3000),
+    "evaluate_frequency": flag(
+        "evaluate on the test images every N iterations, and at the end", COUNT, 3000
+    ),
     "yield_frequency": flag(
-        f"save and exit with status {YIELDED} after N iterations, for a job queue", COUNT, 10**9
+        f"save and exit with status {YIELDED} after N iterations, for a queue that starts the job "
+        "again",
+        COUNT,
+        10**9,
     ),
     "evaluate_only": switch("print the test bits/dim of --continue_from and exit"),
     "export": flag(

@@ -52,7 +52,9 @@ class Settings:
         only_with=("optimizer", ("muon",)),
     )
     lr_schedule: str = changeable(
-        "constant", ("constant", "cosine"), "a cosine falls to 0 over --iterations"
+        "constant",
+        ("constant", "cosine"),
+        "constant, or a cosine that falls to 0 over --iterations",
     )
     warmup: int = changeable(
         0, Number(int, 0, 2**62), "raise the learning rate linearly over the first N iterations"
