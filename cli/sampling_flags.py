@@ -9,6 +9,7 @@ from options import COUNT, SEED, Number
 from utils import UserError
 
 MAX_IMAGES = 10**6  # in an index expression
+GIF_SECONDS = 6
 DEFAULT_OFFSET = 300
 
 
@@ -69,7 +70,7 @@ OUTPUT = {
         "animate each image, byte by byte, the given part in blue; {} becomes a number", "PATTERN"
     ),
     # A frame of a GIF lasts 655 seconds at most.
-    "gif_seconds": flag("seconds that an animation lasts", Number(float, 0.1, 600), 6),
+    "gif_seconds": flag("seconds that an animation lasts", Number(float, 0.1, 600), GIF_SECONDS),
     "save_grid": flag("write a figure: given part, completions, real image", "FILE"),
     "plot": switch("show that figure in a window"),
     "save_surprisal": flag(
