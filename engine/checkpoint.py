@@ -354,8 +354,8 @@ def has_options(cls: type, *others: str) -> Callable[[Any], bool]:
 
 def is_dataset(x: Any) -> bool:
     match x:
-        case {"name": str(), "image_shape": [_, _, *channels] as shape}:
-            return channels in ([], [3]) and all(map(COUNT.accepts, shape))
+        case {"name": str(), "image_shape": list(shape)}:
+            return all(map(COUNT.accepts, shape)) and (len(shape) == 2 or shape[2:] == [3])
     return False
 
 
