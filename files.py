@@ -19,12 +19,9 @@ from utils import UserError
 # errno values of an invalid path.
 BAD_PATHS = {errno.ENAMETOOLONG, errno.EACCES, errno.EPERM, errno.ENOENT, errno.ENOTDIR,
              errno.EISDIR, errno.ELOOP, errno.EINVAL}  # fmt: skip
-# A field of a pattern of file names.
-FIELD = re.compile(r"\{(:0\d{1,2}d)?\}", re.ASCII)
-# In the names of temporary files.
-MACHINE = re.sub(r"\W", "_", os.uname().nodename)
-# Seconds after which a temporary file that is not written to is abandoned.
-ABANDONED = 3600
+FIELD = re.compile(r"\{(:0\d{1,2}d)?\}", re.ASCII)  # a field of a pattern of file names
+MACHINE = re.sub(r"\W", "_", os.uname().nodename)  # in the names of temporary files
+ABANDONED = 3600  # seconds after which a temporary file without a change is abandoned
 
 
 def count_fields(pattern: str) -> int:
@@ -138,20 +135,14 @@ def check_writable(path: str | Path, flag: str) -> None:
 
     Its folder may be missing: then the nearest existing parent must be writable.
     """
+    cause = ""
     try:
         target = output_file(path)
         if target.exists() and not os.access(target, os.W_OK):
             raise PermissionError(errno.EACCES, "it is write-protected")
         folder = next(parent for parent in target.absolute().parents if parent.exists())
+        cause = f" because {folder} is not writable"
+        tempfile.TemporaryFile(dir=folder).close()
     except OSError as error:
-        raise UserError(
-            f"{flag} {path} cannot be written ({error.strerror}): choose another path"
-        ) from None
-    try:
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-    except OSError as error:
-        raise UserError(
-            f"{flag} {path} cannot be written because {folder} is not writable "
-            f"({error.strerror}): choose another path"
-        ) from None
+        reason = f"cannot be written{cause} ({error.strerror})"
+        raise UserError(f"{flag} {path} {reason}: choose another path") from None

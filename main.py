@@ -5,12 +5,11 @@ python main.py --dataset mnist --n_layers 8 --n_heads 8 --save_to weights.{}.pth
 
 import signal
 
-if __name__ == "__main__":
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while torch is imported: no traceback
 
 import math
 from dataclasses import asdict
-from pathlib import Path
 
 import torch
 
@@ -19,30 +18,16 @@ from cli import training_flags
 from cli.flags import choose_model, given_options
 from cli.process import YIELDED, StopSignals, run
 from engine import construction, distributed
-from engine.checkpoint import NO_CHECKPOINT, Checkpoint, find, format_path
+from engine.checkpoint import NO_CHECKPOINT, Checkpoint, find_files, format_path
 from engine.construction import load_model
 from engine.metrics import Metrics
 from engine.optimizers import export_state, make_optimizer, set_rates
 from engine.progress import TrainingLog
 from engine.recipes import Settings, choose_recipe
-from engine.training import (
-    NegativeLogLikelihood,
-    evaluate,
-    non_finite_parameter,
-    train_step,
-)
+from engine.training import NegativeLogLikelihood, evaluate, non_finite_parameter, train_step
 from models import ModelConfig
 from options import choose, choose_all
-from utils import (
-    UserError,
-    check_memory,
-    is_first_process,
-    say,
-    select_device,
-    select_precision,
-    to_device,
-    warn,
-)
+from utils import UserError, say, select_device, select_precision, warn
 
 
 def main(argv=None):
@@ -68,11 +53,9 @@ def load_checkpoint(args):
     """The checkpoint to continue from, `NO_CHECKPOINT` for a run from scratch."""
     if not args.continue_from:
         return NO_CHECKPOINT
-    must_exist = args.evaluate_only or args.export
-    checkpoint = Checkpoint.newest(args.continue_from, missing_ok=not must_exist)
-    if checkpoint:
-        say(f"loaded {checkpoint.path}, iteration {checkpoint.iteration}")
-    else:
+    missing_ok = not (args.evaluate_only or args.export)
+    checkpoint = Checkpoint.newest(args.continue_from, missing_ok)
+    if not checkpoint:
         say(f"no file matches {args.continue_from}: starting from scratch")
     return checkpoint
 
@@ -113,11 +96,8 @@ class Trainer:
         self.precision = select_precision(args.precision, device)
         check_batch_size(args)
         checkpoint = load_checkpoint(args)
-        given, stored = given_options(args, Settings), checkpoint.settings
-        recipe = choose_recipe(given, stored, args.iterations)
-        self.settings = Settings(**choose_all(Settings, given, stored, recipe))
-        stored = checkpoint.model_options(args.n_heads, args.d_query)
-        values = choose_model(args, stored, recipe)
+        self.settings, recipe = choose_settings(args, checkpoint)
+        model_options = choose_model(args, checkpoint, recipe)
         self.seed = choose_seed(args, checkpoint)
         self.start = checkpoint.iteration
         check_other_run(args, checkpoint)
@@ -125,7 +105,7 @@ class Trainer:
         checkpoint.warn_about_threads(device)
 
         self.training, self.test = load_data(args, checkpoint)
-        config = ModelConfig.for_images(self.training.image_shape, **values)
+        config = ModelConfig.for_images(self.training.image_shape, **model_options)
         self.model = build_model(config, args, self.precision, device, self.seed, checkpoint)
         if checkpoint.first_byte_counts is None:
             self.model.first_byte_counts.copy_(self.training.first_byte_counts())
@@ -135,15 +115,9 @@ class Trainer:
             checkpoint.restore_optimizer(self.optimizer)
         self.nll = parallel_nll(self.model, args, device)
 
-        self.images_per_iteration = args.batch_size * args.accumulate
-        self.metrics = Metrics(args.metrics_file, args.log_dir, self.start)
-        self.log = TrainingLog(
-            self.metrics,
-            self.start,
-            args.iterations,
-            images_per_iteration=self.images_per_iteration,
-            frequency=args.log_frequency,
-        )
+        images = self.images_per_iteration = args.batch_size * args.accumulate
+        metrics = Metrics(args.metrics_file, args.log_dir, self.start)
+        self.log = TrainingLog(metrics, self.start, args.iterations, images, args.log_frequency)
         self.describe()
 
     def step(self, iteration):
@@ -156,7 +130,7 @@ class Trainer:
         return train_step(
             self.nll,
             self.optimizer,
-            to_device(images, self.device),
+            images,
             seed=self.seed,
             iteration=iteration,
             accumulate=self.args.accumulate,
@@ -168,39 +142,24 @@ class Trainer:
         """Report the test bits/dim, unless a signal interrupts the evaluation."""
         self.test.check_file()
         with self.log.paused():
-            bits = evaluate(
-                self.nll,
-                self.test.images[: self.args.evaluate_images],
-                batch_size=self.args.batch_size,
-                precision=self.precision,
-                device=self.device,
-                stop=stop,
-            )
-        if bits:
-            paper, all_bytes = bits
-            if not math.isfinite(paper):
-                raise UserError(
-                    f"iteration {iteration}: test bits/dim is {paper}: the weights are too large "
-                    "(the training diverged): give an earlier checkpoint"
-                )
-            say(
-                f"iteration {iteration}: test {paper:.4f} bits/dim ({all_bytes:.4f} over all bytes)"
-            )
-            self.metrics.write(
-                "test",
-                iteration,
-                images=iteration * self.images_per_iteration,
-                bits_per_dim=paper,
-                bits_per_dim_all_bytes=all_bytes,
-                seconds=self.log.seconds,
-            )
+            images = self.test.images[: self.args.evaluate_images]
+            options = {"batch_size": self.args.batch_size, "precision": self.precision}
+            bits = evaluate(self.nll, images, **options, stop=stop)
+        if not bits:
+            return
+        paper, all_bytes = bits
+        if not math.isfinite(paper):
+            problem = f"iteration {iteration}: test bits/dim is {paper}: the training diverged"
+            raise UserError(f"{problem}: give an earlier checkpoint")
+        say(f"iteration {iteration}: test {paper:.4f} bits/dim ({all_bytes:.4f} over all bytes)")
+        record = {"bits_per_dim": paper, "bits_per_dim_all_bytes": all_bytes}
+        self.log.record("test", iteration, record)
 
     def save(self, iteration, last):
-        """Save a checkpoint if --save_to was given. A failure is a warning, or an error if this is
-        the `last` save."""
+        """Save a checkpoint for --save_to. A failure is a warning, or for the `last` an error."""
         if name := non_finite_parameter(self.model):
             raise UserError(f"iteration {iteration}: the parameter {name} is not finite: not saved")
-        if not self.args.save_to or not is_first_process():
+        if not self.args.save_to or distributed.rank() > 0:
             return
         with self.log.paused():
             try:
@@ -250,20 +209,15 @@ class Trainer:
 def check_batch_size(args):
     processes = distributed.world_size()
     if args.batch_size % processes:
-        raise UserError(
-            f"--batch_size {args.batch_size} is shared by {processes} processes: "
-            f"give a multiple of {processes}"
-        )
+        problem = f"--batch_size {args.batch_size} is shared by {processes} processes"
+        raise UserError(f"{problem}: give a multiple of {processes}")
 
 
 def check_other_run(args, checkpoint):
-    """Raise a `UserError` if --save_to has checkpoints of another run, which this one would replace
-    or be taken for."""
+    """Raise a `UserError` if --save_to has checkpoints of a run that is not continued."""
     if not args.save_to:
         return
-    found = [path for _, path in find(args.save_to)]
-    if Path(args.save_to).is_file():
-        found = [Path(args.save_to)]
+    found = [path for path in find_files(args.save_to) if path.exists()]
     if found and not (checkpoint and checkpoint.path.resolve() in {p.resolve() for p in found}):
         raise UserError(
             f"--save_to {args.save_to}: {found[0]} is there, from another run: give another name, "
@@ -271,12 +225,17 @@ def check_other_run(args, checkpoint):
         )
 
 
+def choose_settings(args, checkpoint):
+    """The `Settings` of a run, and the values that its recipe sets."""
+    given, stored = given_options(args, Settings), checkpoint.settings
+    recipe = choose_recipe(given, stored, args.iterations)
+    return Settings(**choose_all(Settings, given, stored, recipe)), recipe
+
+
 def choose_seed(args, checkpoint):
     """The seed of a run, which stays the same when it continues."""
-    given, stored = (
-        {} if seed is None else {"seed": seed} for seed in (args.seed, checkpoint.seed)
-    )
-    return choose("seed", given, stored, {"seed": 0})
+    seeds = [{} if seed is None else {"seed": seed} for seed in (args.seed, checkpoint.seed, 0)]
+    return choose("seed", *seeds)
 
 
 def load_data(args, checkpoint):
@@ -290,10 +249,9 @@ def build_model(config, args, precision, device, seed, checkpoint):
     """The model to train, with the checkpoint's weights if there is one."""
     needed = construction.evaluation_memory(config, args.batch_size)
     if not args.evaluate_only:
-        needed = construction.training_memory(
-            config, args.batch_size, args.accumulate, device, precision
-        )
-    check_memory(needed, device)
+        batches = args.batch_size, args.accumulate
+        needed = construction.training_memory(config, *batches, device, precision)
+    construction.check_memory(needed, device)
     construction.check_backend(args.backend, config, device, precision, args.compile)
     ops = None
     if args.backend == "native":

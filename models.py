@@ -17,15 +17,14 @@ from layers.convolution import ShortConvolution, convolution_offsets
 from layers.dropout import Dropout, DropoutNoise, draw_keys
 from layers.neighbours import Neighbours
 from layers.ops import PlainOps
-from options import COUNT, POSITIVE, PROBABILITY, option
+from options import COUNT, POSITIVE, PROBABILITY, changeable, option
 
 # How many positions go through the layers at once when no gradient is needed: this bounds the
 # memory of long prefixes and keeps every tensor small enough for its memory to be reused.
 POSITIONS_AT_ONCE = 2**12
 NATIVE_ATTENTIONS = ("causal-linear", "full")
 ATTENTIONS = (*NATIVE_ATTENTIONS, "reformer")  # which needs pytorch-fast-transformers (reference/)
-# Some options have an effect with some attentions only.
-SOFTMAX = "attention_type", ("full", "reformer")
+SOFTMAX = "attention_type", ("full", "reformer")  # with which an option has an effect
 REFORMER = "attention_type", ("reformer",)
 
 
@@ -43,19 +42,12 @@ class ModelConfig:
     n_heads: int = option(6, COUNT, "attention heads")
     d_query: int = option(32, COUNT, "size of a head's queries, keys and values")
     mixtures: int = option(10, COUNT, "components of the mixture of logistics that predicts a byte")
-    dropout: float = option(0.1, PROBABILITY, "dropout in the layers", may_change=True)
-    attention_dropout: float = option(
-        0.1,
-        PROBABILITY,
-        "dropout of softmax's attention weights",
-        only_with=SOFTMAX,
-        may_change=True,
+    dropout: float = changeable(0.1, PROBABILITY, "dropout in the layers")
+    attention_dropout: float = changeable(
+        0.1, PROBABILITY, "dropout of softmax's attention weights", only_with=SOFTMAX
     )
     softmax_temp: float | None = option(
-        None,
-        POSITIVE,
-        "scale of q.k before the softmax (default: 1/sqrt(d_query))",
-        only_with=SOFTMAX,
+        None, POSITIVE, "scale of q.k before softmax (default: 1/sqrt(d_query))", only_with=SOFTMAX
     )
     bits: int = option(32, COUNT, "hash bits (reformer only)", only_with=REFORMER)
     rounds: int = option(4, COUNT, "hashing rounds (reformer only)", only_with=REFORMER)
@@ -74,12 +66,10 @@ class ModelConfig:
 
     @classmethod
     def for_images(cls, image_shape: tuple[int, ...], **values: Any) -> "ModelConfig":
-        """The configuration with these `values` of its options for images of a shape, (H, W) or
-        (H, W, 3)."""
-        length = math.prod(image_shape)
-        if not values.get("neighbours"):
-            return cls(length, **values)
-        return cls(length, **values, width=image_shape[1], channels=math.prod(image_shape[2:]))
+        """The configuration for images of a shape, (H, W) or (H, W, 3), with these options."""
+        if values.get("neighbours"):
+            values |= {"width": image_shape[1], "channels": math.prod(image_shape[2:])}
+        return cls(math.prod(image_shape), **values)
 
     @property
     def d_model(self) -> int:
@@ -112,14 +102,14 @@ class LayerState:
 
 
 class PositionalEncoding(nn.Module):
-    """Concatenates fixed sinusoids of the position to the embedded bytes ("Attention is all you
-    need", section 3.5, adds them instead)."""
+    """Concatenates fixed sinusoids of the position to the embedded bytes, to which "Attention is
+    all you need" (section 3.5) adds them."""
 
     def __init__(self, size, length):
         super().__init__()
-        position = torch.arange(length, dtype=torch.float64)[:, None]
-        frequency = 10000 ** (-torch.arange(0, size, 2, dtype=torch.float64) / size)
-        angles = position * frequency  # (L, size / 2)
+        positions = torch.arange(length, dtype=torch.float64)
+        frequencies = 10000 ** (-torch.arange(0, size, 2, dtype=torch.float64) / size)
+        angles = torch.outer(positions, frequencies)  # (L, size / 2)
         # Sine on the even channels, cosine on the odd ones.
         table = torch.stack([angles.sin(), angles.cos()], dim=-1).view(length, size)
         self.register_buffer("pe", table.float()[None])
@@ -213,8 +203,7 @@ class ImageTransformer(nn.Module):
     def __init__(self, config: ModelConfig, ops: PlainOps | None = None):
         super().__init__()
         self.config, self.ops = config, ops or PlainOps()
-        # How often each byte is the first of a training image. Not a weight: the original's
-        # checkpoints do not have it.
+        # How often each byte starts a training image. Not in the checkpoints of the original.
         counts = torch.zeros(256, dtype=torch.int64)
         self.register_buffer("first_byte_counts", counts, persistent=False)
         half = config.d_model // 2
@@ -246,9 +235,8 @@ class ImageTransformer(nn.Module):
         """Parameters (N, P, 3K) of the distribution of the byte after each of the consecutive
         `positions` (P,) of images (N, L); with `last_only`, of the byte after the last (N, 1, 3K).
 
-        With `states`, a list with one state per layer, the positions continue where the states
-        ended, and the states are updated in place. `keys` (N,), int64, determine the dropout
-        masks of each image; by default they come from torch's generator.
+        The positions continue after the `states`, one per layer, which are updated in place.
+        `keys` (N,), int64, determine each image's dropout; by default torch's generator does.
         """
         if self.training:
             self.noise.start(draw_keys(len(images), images.device) if keys is None else keys)
@@ -280,8 +268,7 @@ class ImageTransformer(nn.Module):
         return -mixture.first_byte_log_probs(counts)[images[:, 0].long()]
 
     def nll_per_byte(self, images: torch.Tensor, keys: torch.Tensor | None = None) -> torch.Tensor:
-        """-log p(byte | the bytes before it), (N, length - 1), in nats, of the bytes of whole
-        images (N, length) after their first."""
+        """-log p(byte | those before it), (N, length - 1), in nats, of whole images (N, length)."""
         return -mixture.log_prob(self(images[:, :-1], keys), images[:, 1:])
 
     def predict_next(self, prefix: torch.Tensor) -> torch.Tensor:

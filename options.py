@@ -9,6 +9,7 @@ import math
 import sys
 from argparse import ArgumentTypeError
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from utils import UserError
@@ -79,6 +80,9 @@ def option(default: Any, kind: Any, help: str, **rules: Any) -> Any:
     return dataclasses.field(default=default, metadata={"kind": kind, "help": help, **rules})
 
 
+changeable = partial(option, may_change=True)  # an option that may change when a run continues
+
+
 def options(cls: type) -> dict[str, Option]:
     """The options among the fields of a dataclass, by name."""
     fields = [field for field in dataclasses.fields(cls) if field.metadata]
@@ -98,35 +102,22 @@ def choose(name: str, given: dict, stored: dict, *others: dict, may_change: bool
 
     A value that contradicts the stored one is a `UserError`, unless the run `may_change` it.
     """
-    if name in given and name in stored and given[name] != stored[name] and not may_change:
-        raise UserError(
-            f"{typed(name, given[name])} contradicts the checkpoint, whose {name} is "
-            f"{stored[name]}: leave the flag out, or start another run"
-        )
+    if not may_change and name in given and given[name] != stored.get(name, given[name]):
+        problem = f"{typed(name, given[name])} contradicts the checkpoint, whose {name} is "
+        raise UserError(f"{problem}{stored[name]}: leave the flag out, or start another run")
     return next(values[name] for values in (given, stored, *others) if name in values)
 
 
 def choose_all(cls: type, given: dict, stored: dict, recipe: dict) -> dict[str, Any]:
-    """The value of every option of a dataclass by `choose`: what is not given and not stored is
-    the recipe's, or else the default."""
-    known = options(cls)
-    defaults = {name: o.default for name, o in known.items()}
-    chosen = {
-        name: choose(name, given, stored, recipe, defaults, may_change=o.may_change)
-        for name, o in known.items()
-    }
+    """The value of every option of a dataclass by `choose`, at last its default. Raises a
+    `UserError` for one that is given and has no effect beside the others."""
+    known, chosen = options(cls), {}
+    for name, o in known.items():
+        defaults = {name: o.default}
+        chosen[name] = choose(name, given, stored, recipe, defaults, may_change=o.may_change)
     for name in given.keys() & known.keys():
-        check_effect(known[name], chosen)
+        other, values = known[name].only_with or (name, [given[name]])
+        if chosen[other] not in values:
+            problem = f"--{name} has no effect with --{other} {chosen[other]}"
+            raise UserError(f"{problem}: leave it out, or use --{other} {values[0]}")
     return chosen
-
-
-def check_effect(option: Option, chosen: dict) -> None:
-    """Raise a `UserError` if an option that was given has no effect beside the `chosen` ones."""
-    if not option.only_with:
-        return
-    other, values = option.only_with
-    if chosen[other] not in values:
-        raise UserError(
-            f"--{option.name} has no effect with --{other} {chosen[other]}: leave it out, or use "
-            f"--{other} {values[0]}"
-        )

@@ -8,7 +8,7 @@ Other programs import `load_model`, `sample_images`, `complete_images` and `surp
 
 import signal
 
-if __name__ == "__main__":
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while torch is imported: no traceback
 
 import math
@@ -21,10 +21,11 @@ from cli.process import run
 from engine import construction, distributed
 from engine.checkpoint import NO_CHECKPOINT, Checkpoint
 from engine.construction import load_model
-from engine.sampling import complete_images, first_bytes, sample_images
+from engine.sampling import complete_images, sample_images
 from engine.surprisal import surprisal
 from models import ModelConfig
-from utils import UserError, check_memory, say, select_device, select_precision
+from options import typed
+from utils import UserError, say, select_device, select_precision
 
 __all__ = ["complete_images", "load_model", "sample_images", "surprisal"]
 
@@ -41,39 +42,28 @@ def complete(args, device):
     precision = select_precision(args.precision, device)
     outputs.check_outputs(args)
     checkpoint = load_checkpoint(args)
-    values = choose_model(args, checkpoint.model_options(args.n_heads, args.d_query))
+    model_options = choose_model(args, checkpoint, recipe={})
     with distributed.first_process_first():
         real, shape, counts = open_images(args, checkpoint)
-    config = ModelConfig.for_images(shape, **values)
+    config = ModelConfig.for_images(shape, **model_options)
     offset = choose_offset(args, config.length)
-    check(args, config, precision, device)
+    check_flags(args, config, precision, device)
     model = build_model(args, config, checkpoint, device)
     if counts is not None:
         model.first_byte_counts.copy_(counts)
+    completed = draw_samples(args, model, real, offset, precision)
+    if completed is not None:  # only the first process writes images
+        bits_of = partial(surprisal, model, precision=precision)
+        outputs.write_outputs(args, completed, real, args.image_shape or shape, offset, bits_of)
 
-    noise = {"seed": args.seed, "temperature": args.temperature}
-    given = first_bytes(model, len(args.index), **noise) if real is None else real
-    completed = complete_images(
-        model,
-        given,
-        max(1, offset),
-        **noise,
-        batch_size=args.batch_size,
-        precision=precision,
-        recompute=args.recompute,
-        compile=args.compile,
-    )
-    if completed is None:
-        return  # only the first process writes images
-    shape = args.image_shape or shape
-    completions = completed.view(-1, *shape).numpy()
-    originals = None if real is None else real.view(-1, *shape).numpy()
 
-    def bits():
-        return surprisal(model, real, precision=precision).view(-1, *shape).numpy()
-
-    caption = partial(describe_samples, args, offset, model, precision, completed, real)
-    outputs.write_outputs(args, completions, originals, offset, caption, bits)
+def draw_samples(args, model, real, offset, precision):
+    """The images, completed from byte `offset` on; None in all processes but the first."""
+    options = {"seed": args.seed, "temperature": args.temperature, "precision": precision}
+    options |= {name: getattr(args, name) for name in ("batch_size", "recompute", "compile")}
+    if real is None:
+        return sample_images(model, len(args.index), **options)
+    return complete_images(model, real, max(1, offset), **options)
 
 
 def load_checkpoint(args):
@@ -82,7 +72,6 @@ def load_checkpoint(args):
         say("random weights: the samples will be noise")
         return NO_CHECKPOINT
     checkpoint = Checkpoint.newest(args.model)
-    say(f"loaded {checkpoint.path}, iteration {checkpoint.iteration}")
     return checkpoint.upgraded() if args.load_pytorch else checkpoint
 
 
@@ -102,17 +91,12 @@ def open_images(args, checkpoint):
     else:
         data = load_data(args, checkpoint, train=args.training_set)
         if max(args.index) >= len(data):
-            raise UserError(
-                f"--index {max(args.index)} is beyond the {len(data)} images of {data.name}: "
-                f"the last is {len(data) - 1}"
-            )
+            problem = f"--index {max(args.index)} is beyond the {len(data)} images of {data.name}"
+            raise UserError(f"{problem}: the last is {len(data) - 1}")
         real, shape = data.images[args.index], data.image_shape
     if args.image_shape and math.prod(args.image_shape) != math.prod(shape):
-        raise UserError(
-            f"--image_shape {datasets.describe(args.image_shape)} has "
-            f"{math.prod(args.image_shape)} bytes and the images have {math.prod(shape)}: "
-            f"leave it out for {datasets.describe(shape)}"
-        )
+        given, own = map(datasets.describe, (args.image_shape, shape))
+        raise UserError(f"--image_shape {given} does not fit images of {own}: leave it out")
     return real, shape, counts
 
 
@@ -129,13 +113,11 @@ def choose_offset(args, length):
     if args.offset is None:
         return min(sampling_flags.DEFAULT_OFFSET, length // 2)
     if args.offset > length:
-        raise UserError(
-            f"--offset {args.offset} is beyond the {length} bytes of an image: give less"
-        )
+        raise UserError(f"--offset {args.offset} exceeds the {length} bytes of an image: give less")
     return args.offset
 
 
-def check(args, config, precision, device):
+def check_flags(args, config, precision, device):
     """Raise a `UserError` for flags that this model cannot follow, or too little memory."""
     if args.recurrent and not config.has_recurrence:
         raise UserError(
@@ -148,12 +130,11 @@ def check(args, config, precision, device):
         compiles = config.attention_type == "causal-linear" or not recurrent
     if args.compile is not None and not compiles:
         raise UserError(
-            f"--{'compile' if args.compile else 'no-compile'} has no effect with these flags, only "
-            "on a CPU with --attention_type causal-linear or --recompute, and on a GPU without "
-            "--recompute: leave it out"
+            f"{typed('compile', args.compile)} has an effect only on a CPU with --attention_type "
+            "causal-linear or --recompute, and on a GPU without --recompute: leave it out"
         )
     n_states = min(args.batch_size, len(args.index)) if recurrent else 0
-    check_memory(construction.sampling_memory(config, n_states), device)
+    construction.check_memory(construction.sampling_memory(config, n_states), device)
 
 
 def build_model(args, config, checkpoint, device):
@@ -162,20 +143,8 @@ def build_model(args, config, checkpoint, device):
     ops = None
     if args.backend == "native" and args.recompute:
         ops = construction.choose_ops(config, device, args.compile, "sampling")
-    return load_model(
-        checkpoint, config, device=device, backend=args.backend, ops=ops, seed=args.seed
-    )
-
-
-def describe_samples(args, offset, model, precision, completed, real):
-    """The caption of the figure: how the samples were drawn, and the model's bits/dim of them."""
-
-    def bits_per_dim(images):
-        return surprisal(model, images, precision=precision)[:, 1:].mean()
-
-    text = f"seed {args.seed}, offset {offset}, temperature {args.temperature:g}; "
-    text += f"samples {bits_per_dim(completed):.3f} bits/dim"
-    return text if real is None else f"{text}, real images {bits_per_dim(real):.3f}"
+    options = {"backend": args.backend, "ops": ops, "seed": args.seed}
+    return load_model(checkpoint, config, device=device, **options)
 
 
 if __name__ == "__main__":

@@ -21,7 +21,10 @@ class UserError(Exception):
     """An error the user can fix: one line that names the value, the reason and the way out."""
 
 
-# Messages
+def is_out_of_memory(error):
+    """Whether Python, torch or CUDA ran out of memory; torch has no class for CPU memory."""
+    text = str(error)
+    return isinstance(error, MemoryError) or "out of memory" in text or "allocate memory" in text
 
 
 def is_first_process():
@@ -50,23 +53,6 @@ def one_line(error, longest=200):
     """The message of an exception on one line, without colours, or the name of its class."""
     text = re.sub(r"\x1b\[[0-9;]*m", "", str(error))
     return " ".join(text.split())[:longest] or type(error).__name__
-
-
-# Errors of torch that only their message identifies
-
-
-def is_out_of_memory(error):
-    """Whether Python, torch or CUDA ran out of memory; torch has no class for CPU memory."""
-    text = str(error)
-    return isinstance(error, MemoryError) or "out of memory" in text or "allocate memory" in text
-
-
-def is_lost_process(error):
-    """Whether a collective operation failed because another process has ended."""
-    return isinstance(error, torch.distributed.DistError) or "gloo" in str(error)
-
-
-# Device and precision
 
 
 def select_device(name):
@@ -136,13 +122,3 @@ def device_memory(device):
     with suppress(OSError, TypeError):  # on Linux
         return 1024 * int(re.search(r"MemAvailable: +(\d+) kB", MEMORY.read_text())[1])
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-
-
-def check_memory(needed, device):
-    """Raise a `UserError` if `needed` bytes, a lower bound, exceed the memory of the device."""
-    available = device_memory(device)
-    if needed > available:
-        raise UserError(
-            f"this model and --batch_size need at least {needed / 1e9:.1f} GB of memory, "
-            f"and the {device.type} device has {available / 1e9:.1f}: reduce one of them"
-        )

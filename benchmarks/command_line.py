@@ -5,7 +5,7 @@ from argparse import Namespace
 from collections.abc import Callable
 from typing import Any
 
-from cli.flags import ArgumentParser, add_flags, flag
+from cli.flags import Parser, flag
 from engine.figures import check_extension, new_figure, save_figure
 from files import check_writable, write_atomically
 
@@ -17,10 +17,10 @@ def parse(
 ) -> Namespace:
     """The arguments of a benchmark, described by the first paragraph of its docstring. Raises a
     `UserError` unless --json and --plot can be written."""
-    parser = ArgumentParser(description=description.partition("\n\n")[0])
+    parser = Parser(description=description.partition("\n\n")[0])
     for name, settings in positional.items():
         parser.add_argument(name, **settings)
-    add_flags(parser, flags)
+    parser.add_flags("options", flags)
     args = parser.parse_args(argv)
     for name in flags.keys() & OUTPUTS.keys():
         if path := getattr(args, name):

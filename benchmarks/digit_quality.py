@@ -19,10 +19,10 @@ from cli.flags import flag
 from cli.process import run
 from cli.sampling_flags import MAX_IMAGES, SAMPLING
 from engine.checkpoint import Checkpoint
-from engine.construction import sampling_memory
+from engine.construction import check_memory, sampling_memory
 from options import SEED, Number
 from prediction import load_model, sample_images
-from utils import UserError, check_memory, say, select_device
+from utils import UserError, say, select_device
 
 CONFIDENCE = 0.8
 BATCH_SIZE = 64

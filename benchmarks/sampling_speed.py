@@ -15,7 +15,7 @@ from benchmarks import measure
 from benchmarks.command_line import print_table, write_comparison
 from cli.process import run
 from engine.checkpoint import NO_CHECKPOINT
-from engine.construction import choose_ops, load_model, sampling_memory
+from engine.construction import check_memory, choose_ops, load_model, sampling_memory
 from engine.sampling import (
     Batch,
     EagerDecoder,
@@ -26,7 +26,7 @@ from engine.sampling import (
     sample_recomputing,
 )
 from models import ImageTransformer, ModelConfig
-from utils import autocast, check_memory, select_device
+from utils import autocast, select_device
 
 # Seconds of one measurement, which determine its number of bytes (at least two).
 SECONDS = 0.3

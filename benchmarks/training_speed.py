@@ -14,12 +14,12 @@ from benchmarks import measure
 from benchmarks.command_line import print_table, write_comparison
 from benchmarks.processes import in_new_process
 from cli.process import keep_freed_memory, run
-from engine.construction import choose_ops, training_memory
+from engine.construction import check_memory, choose_ops, training_memory
 from engine.optimizers import make_optimizer
 from engine.recipes import Settings
 from engine.training import NegativeLogLikelihood, train_step
 from models import ImageTransformer, ModelConfig
-from utils import autocast, check_memory, select_device
+from utils import autocast, select_device
 
 # On random images, which take as long as real ones.
 CASES = {"mnist": [4, 16], "cifar10": [4]}

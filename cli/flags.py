@@ -1,23 +1,25 @@
 """The flags that both scripts share, and a parser with one-line errors.
 
-Flags are tables {name: arguments of argparse's add_argument}, added with `add_flags`.
+Flags are tables {name: arguments of argparse's add_argument}, added with `Parser.add_flags`.
 """
 
 import argparse
 import difflib
 import os
 import shutil
+from functools import partial
 from typing import Any
 
 import options
 from datasets import NAMES
-from engine.recipes import FAST
+from engine.checkpoint import Checkpoint
+from engine.recipes import RECIPES, Settings
 from models import NATIVE_ATTENTIONS, ModelConfig
 from options import Number, Option, choose_all
 from utils import UserError
 
 
-class ArgumentParser(argparse.ArgumentParser):
+class Parser(argparse.ArgumentParser):
     """argparse with one-line errors that suggest the flag that was meant.
 
     The parsed arguments have one more attribute, `given`: the names of the flags on the
@@ -25,7 +27,9 @@ class ArgumentParser(argparse.ArgumentParser):
     """
 
     def __init__(self, **kwargs):
-        super().__init__(allow_abbrev=False, formatter_class=HelpFormatter, **kwargs)
+        width = min(100, shutil.get_terminal_size()[0])
+        formatter = partial(argparse.HelpFormatter, max_help_position=34, width=width)
+        super().__init__(allow_abbrev=False, formatter_class=formatter, **kwargs)
 
     def parse_args(self, argv=None):
         args, unknown = self.parse_known_args(argv)
@@ -40,29 +44,14 @@ class ArgumentParser(argparse.ArgumentParser):
         args.given = {name for name, value in vars(given).items() if value is not None}
         return args
 
+    def add_flags(self, title, flags, description=None):
+        """Add a group of flags from a table."""
+        group = self.add_argument_group(title, description)
+        for name, flag in flags.items():
+            group.add_argument(f"--{name}", **flag)
+
     def error(self, message):
         raise UserError(f"{message} (see --help)")
-
-
-class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
-    """A wide column for the flags; shows the default of a flag if it has one."""
-
-    def __init__(self, prog):
-        super().__init__(prog, max_help_position=34, width=min(100, shutil.get_terminal_size()[0]))
-
-    def _get_help_string(self, action):
-        # Compared with `is`: 0 is a default, but equals False.
-        without = any(action.default is x for x in (None, False, argparse.SUPPRESS))
-        if without or not action.option_strings or "(default" in action.help:
-            return action.help
-        return super()._get_help_string(action)
-
-
-def add_flags(parser, flags, title=None, description=None):
-    """Add a table of flags, as a group of its own if it has a title."""
-    group = parser.add_argument_group(title, description) if title else parser
-    for name, flag in flags.items():
-        group.add_argument(f"--{name}", **flag)
 
 
 def refuse_given(args, flags, reason):
@@ -74,7 +63,10 @@ def refuse_given(args, flags, reason):
 
 def flag(help: str, kind: Any = None, default: Any = None, **more: Any) -> dict:
     """The arguments of argparse's add_argument for a flag. Its `kind` is a `Number`, a tuple of
-    choices, bool (for --x and --no-x), or a text that stands for the value in the help."""
+    choices, bool (for --x and --no-x), or a text that stands for the value in the help. The help
+    shows the default if there is one."""
+    if default is not None and "(default" not in help:
+        help += f" (default: {default})"
     known = {"help": help, "default": default, **more}
     if isinstance(kind, Number):
         return {"type": kind, "metavar": "N" if kind.type is int else "X", **known}
@@ -100,11 +92,8 @@ def switch(help: str) -> dict:
 def option_flags(cls: type) -> dict[str, dict]:
     """The flags of the options of a dataclass. Their defaults are None: what is not given comes
     from a checkpoint, a recipe, or the dataclass."""
-    known = options.options(cls)
-    return {
-        name: flag(option.help + default_text(option), option.kind)
-        for name, option in known.items()
-    }
+    known = options.options(cls).values()
+    return {option.name: flag(option.help + default_text(option), option.kind) for option in known}
 
 
 def default_text(option: Option) -> str:
@@ -112,7 +101,7 @@ def default_text(option: Option) -> str:
     if option.default is None or option.default is False:  # 0 is a default, but equals False
         return ""
     text = f" (default: {option.default}"
-    fast = FAST.values.get(option.name, option.default)
+    fast = RECIPES["fast"].get(option.name, option.default)
     return text + ("" if fast == option.default else f", fast: {fast}") + ")"
 
 
@@ -130,38 +119,8 @@ DATA = {
         os.getenv("DATASET_DIRECTORY", "./data"),
     ),
 }
-
-
-def add_model_flags(parser: argparse.ArgumentParser, more: dict | None = None) -> None:
-    """The architecture, and `more` flags."""
-    description = "For a new model or a checkpoint of the original; other checkpoints store these."
-    add_flags(parser, {**option_flags(ModelConfig), **(more or {})}, "model", description)
-
-
-def given_options(args: argparse.Namespace, cls: type) -> dict[str, Any]:
-    """The options of a dataclass that were given as flags."""
-    return {name: getattr(args, name) for name in options.options(cls) if name in args.given}
-
-
-def choose_model(
-    args: argparse.Namespace, stored: dict, recipe: dict | None = None
-) -> dict[str, Any]:
-    """The options of ModelConfig: each as given, else as `stored` in a checkpoint, else the
-    recipe's or the default. Raises a `UserError` for flags that do not fit together."""
-    values = choose_all(ModelConfig, given_options(args, ModelConfig), stored, recipe or {})
-    if values["attention_type"] not in NATIVE_ATTENTIONS and args.backend == "native":
-        raise UserError(
-            f"--attention_type {values['attention_type']} needs --backend fast-transformers: "
-            "give that, or use causal-linear or full"
-        )
-    if (d_model := values["n_heads"] * values["d_query"]) % 4:
-        raise UserError(
-            f"--n_heads {values['n_heads']} times --d_query {values['d_query']} is {d_model}: "
-            "it must be a multiple of 4, since half of it holds sines and cosines"
-        )
-    return values
-
-
+MODEL, SETTINGS = option_flags(ModelConfig), option_flags(Settings)
+MODEL_TEXT = "For a new model or a checkpoint of the original; other checkpoints store these."
 MACHINE = {
     "device": flag("auto (a GPU if there is one), cpu, cuda, cuda:N or mps", default="auto"),
     "precision": flag(
@@ -178,8 +137,21 @@ MACHINE = {
 }
 
 
-def add_machine_flags(
-    parser: argparse.ArgumentParser, compile_help: str, more: dict | None = None
-) -> None:
-    """Where and how to compute."""
-    add_flags(parser, {**MACHINE, "compile": flag(compile_help, bool), **(more or {})}, "machine")
+def given_options(args: argparse.Namespace, cls: type) -> dict[str, Any]:
+    """The options of a dataclass that were given as flags."""
+    return {name: getattr(args, name) for name in options.options(cls) if name in args.given}
+
+
+def choose_model(args: argparse.Namespace, checkpoint: Checkpoint, recipe: dict) -> dict[str, Any]:
+    """The options of ModelConfig: each as given, else as stored in the checkpoint, else the
+    recipe's or the default. Raises a `UserError` for flags that do not fit together."""
+    stored = checkpoint.model_options(args.n_heads, args.d_query)
+    values = choose_all(ModelConfig, given_options(args, ModelConfig), stored, recipe)
+    if values["attention_type"] not in NATIVE_ATTENTIONS and args.backend == "native":
+        problem = f"--attention_type {values['attention_type']} needs --backend fast-transformers"
+        raise UserError(f"{problem}: give that, or use causal-linear or full")
+    if (d_model := values["n_heads"] * values["d_query"]) % 4:
+        product = f"--n_heads {values['n_heads']} times --d_query {values['d_query']} is {d_model}"
+        reason = "it must be a multiple of 4, since half of it holds sines and cosines"
+        raise UserError(f"{product}: {reason}")
+    return values

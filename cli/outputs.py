@@ -4,10 +4,9 @@ import os
 from argparse import Namespace
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 
-import numpy as np
+import torch
 
 from engine import figures, pictures
 from files import check_writable, count_fields
@@ -18,8 +17,7 @@ MAX_FIGURE_ROWS, MAX_FIGURE_IMAGES = 200, 1000
 
 
 def check_outputs(args: Namespace) -> None:
-    """Raise a `UserError`, before minutes of sampling, if an output could not be written or shown
-    after it."""
+    """Raise a `UserError` if an output could not be written or shown after minutes of sampling."""
     if args.save_image:
         needs = "needs 2 fields, {} for pred or real and {} or {:06d} for the number"
         check_fields("--save_image", args.save_image, ("pred", 0), 2, needs)
@@ -35,17 +33,17 @@ def check_outputs(args: Namespace) -> None:
             raise UserError(f"--save_gif {args.save_gif} does not end in .gif")
     if args.save_grid or args.plot or args.save_surprisal:
         check_figure_size(args)
-    for name in ("save_grid", "save_surprisal"):
-        if path := getattr(args, name):
-            figures.check_extension(path, f"--{name}")
+    if args.save_grid:
+        figures.check_extension(args.save_grid, "--save_grid")
+    if args.save_surprisal:
+        figures.check_extension(args.save_surprisal, "--save_surprisal")
     check_paths(args)
     if args.plot:
         check_display()
 
 
 def check_fields(flag, pattern, values, least, needs):
-    """Raise a `UserError` if a pattern does not have one {} for each of these values, or at least
-    for `least` of them."""
+    """Raise a `UserError` unless a pattern has one {} for each of `least` to all of the values."""
     try:
         valid = least <= count_fields(pattern) <= len(values) and pattern.format(*values)
     except ValueError:
@@ -67,22 +65,25 @@ def image_pattern(pattern):
 
 
 def check_paths(args):
-    """Raise a `UserError` if the first or last file of an output could not be written, or is also
-    another output's."""
-    paths = [(f"--{name}", getattr(args, name)) for name in ("save_grid", "save_surprisal")]
+    """Raise a `UserError` if an output could not be written, or is also another flag's."""
+    paths = [("--save_grid", args.save_grid), ("--save_surprisal", args.save_surprisal)]
     for n in {0, len(args.index) - 1}:
-        if args.save_image:
-            pattern = image_pattern(args.save_image)
-            kinds = ("pred",) if args.offset == 0 else ("pred", "real")
-            paths += [("--save_image", pattern.format(kind, n)) for kind in kinds]
-        if args.save_gif:
-            paths.append(("--save_gif", args.save_gif.format(n)))
+        paths += [(flag, path) for flag, _, path in image_files(args, n)]
     flags = {}
     for flag, path in paths:
         if path:
             check_writable(path, flag)
             if flags.setdefault(os.path.realpath(path), flag) != flag:
                 raise UserError(f"{flag} {path} is also written by another flag: give another path")
+
+
+def image_files(args, n):
+    """(flag, kind of picture, path) of each file of --save_image and --save_gif of image n."""
+    if args.save_image:
+        for kind in ("pred",) if args.offset == 0 else ("pred", "real"):
+            yield "--save_image", kind, image_pattern(args.save_image).format(kind, n)
+    if args.save_gif:
+        yield "--save_gif", "animation", args.save_gif.format(n)
 
 
 def check_figure_size(args):
@@ -108,39 +109,45 @@ def check_display():
     except (ImportError, ValueError) as error:
         reason, found = one_line(error), False
     if not found:
-        raise UserError(
-            f"--plot finds no display ({reason}): use --save_grid FILE, or a desktop session"
-        )
+        way_out = "use --save_grid FILE, or a desktop session"
+        raise UserError(f"--plot finds no display ({reason}): {way_out}")
 
 
 def write_outputs(
     args: Namespace,
-    completions: np.ndarray,
-    originals: np.ndarray | None,
+    completed: torch.Tensor,
+    real: torch.Tensor | None,
+    shape: tuple[int, ...],
     offset: int,
-    caption: Callable[[], str],
-    bits: Callable[[], np.ndarray],
+    bits_of: Callable[[torch.Tensor], torch.Tensor],
 ) -> None:
     """Write and show what the output flags ask for.
 
-    `completions` and `originals` are images (N, H, W) or (N, H, W, 3), uint8; `caption()` is that
-    of the figure, and `bits()` what the bytes of the originals cost, of their shape. An output
-    that fails does not lose the others: the first error is raised in the end.
+    `completed` and `real` are images (N, L), uint8, of a shape (H, W) or (H, W, 3);
+    `bits_of(images)` is what their bytes cost, (N, L), in bits. An output that fails does not lose
+    the others: the first error is raised in the end.
     """
+    completions = completed.view(-1, *shape).numpy()
+    originals = None if real is None else real.view(-1, *shape).numpy()
     errors, written = [], []
-    for path, write in image_writers(args, completions, originals, offset):
-        with keep_error(errors):
-            write(path)
-            written.append(path)
+    for n, image in enumerate(completions):
+        for _, kind, name in image_files(args, n):
+            with keep_error(errors):
+                path = Path(name)
+                if kind == "animation":
+                    pictures.save_gif(path, image, offset, args.gif_seconds)
+                else:
+                    pictures.save_image(path, image if kind == "pred" else originals[n])
+                written.append(path)
     if written:
         say(f"wrote {written[0]}" + (f" to {written[-1]}" if len(written) > 1 else ""))
     if args.save_grid or args.plot:
         with keep_error(errors):
-            rows = figures.rows_of(args.index, completions, originals)
-            write_samples(args, rows, offset, caption(), errors)
+            caption = describe_samples(args, completed, real, offset, bits_of)
+            write_samples(args, completions, originals, offset, caption, errors)
     if args.save_surprisal:
         with keep_error(errors):
-            write_surprisal(args, originals, bits())
+            write_surprisal(args, originals, bits_of(real))
     if len(errors) > 1:
         warn(f"{len(errors)} outputs could not be written; the error is that of the first")
     if errors:
@@ -156,27 +163,19 @@ def keep_error(errors: list[Exception]) -> Iterator[None]:
         errors.append(error)
 
 
-def image_writers(args, completions, originals, offset):
-    """(path, function that writes it) of each file of --save_image and --save_gif."""
-    for n, image in enumerate(completions):
-        if args.save_image:
-            kinds = {"pred": image} | ({} if originals is None else {"real": originals[n]})
-            for kind, picture in kinds.items():
-                path = Path(image_pattern(args.save_image).format(kind, n))
-                yield path, partial(pictures.save_image, image=picture)
-        if args.save_gif:
-            yield (
-                Path(args.save_gif.format(n)),
-                partial(pictures.save_gif, image=image, offset=offset, seconds=args.gif_seconds),
-            )
+def describe_samples(args, completed, real, offset, bits_of):
+    """The caption of the figure: how the samples were drawn, and the model's bits/dim of them."""
+    text = f"seed {args.seed}, offset {offset}, temperature {args.temperature:g}; "
+    text += f"samples {bits_of(completed)[:, 1:].mean():.3f} bits/dim"
+    return text if real is None else f"{text}, real images {bits_of(real)[:, 1:].mean():.3f}"
 
 
-def write_samples(args, rows, offset, caption, errors):
+def write_samples(args, completions, originals, offset, caption, errors):
     """Write --save_grid and show --plot."""
     if args.plot:
         import matplotlib.pyplot as plt
     figure = plt.figure() if args.plot else figures.new_figure()
-    figures.draw_samples(figure, rows, offset, caption)
+    figures.draw_samples(figure, args.index, completions, originals, offset, caption)
     if args.save_grid:
         with keep_error(errors):  # a window may show what no file can hold
             figures.save_figure(figure, args.save_grid)
@@ -186,14 +185,11 @@ def write_samples(args, rows, offset, caption, errors):
 
 
 def write_surprisal(args, images, bits):
-    """Write --save_surprisal for images (N, H, W) or (N, H, W, 3) and the bits of their bytes, of
-    the same shape."""
+    """Write --save_surprisal of images (N, H, W) or (N, H, W, 3), bits (N, L) of their bytes."""
     different = {i: n for n, i in enumerate(args.index)}  # an image is shown once
     numbers = list(different.values())
-    images, bits = images[numbers], bits[numbers]
-    per_byte = bits.reshape(len(bits), -1)  # (N, L)
-    bits_per_dim, all_bytes = per_byte[:, 1:].mean(), per_byte.mean()
-    caption = f"surprisal: {bits_per_dim:.4f} bits/dim, {all_bytes:.4f} over all bytes"
+    images, bits = images[numbers], bits[numbers].numpy()
+    caption = f"surprisal: {bits[:, 1:].mean():.4f} bits/dim, {bits.mean():.4f} over all bytes"
     figure = figures.surprisal_figure(images, bits, list(map(str, different)), caption)
     figures.save_figure(figure, args.save_surprisal)
     say(f"wrote {args.save_surprisal} ({caption})")

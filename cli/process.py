@@ -12,31 +12,22 @@ from pathlib import Path
 from tqdm import tqdm
 
 from files import BAD_PATHS
-from utils import (
-    LOG,
-    UserError,
-    is_first_process,
-    is_out_of_memory,
-    print_error,
-    printable,
-    warn,
-)
+from utils import LOG, UserError, is_first_process, is_out_of_memory, print_error, printable, warn
 
 # Exit statuses, documented in docs/checkpoints.md.
 INVALID = 2
 YIELDED = 75  # "temporary failure, try again" in sysexits.h
-# From glibc's malloc.h.
-M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # from glibc's malloc.h
 
 
 def run(main: Callable[[], int | None]) -> None:
     """Run a script's `main()` and exit: a `UserError` is one line on stderr and status 2."""
     name = Path(sys.argv[0]).name
     keep_freed_memory()
-    show_messages()
-    signal.signal(
-        signal.SIGINT, signal.default_int_handler
-    )  # the scripts turn it off while they import torch
+    LOG.setLevel(logging.INFO)
+    LOG.propagate, LOG.handlers = False, [MessageHandler()]
+    if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:  # set while torch was imported
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     nowhere = open(os.devnull, "w")  # noqa: SIM115
     sys.stdout, sys.stderr = sys.stdout or nowhere, sys.stderr or nowhere  # closed, as with >&-
     sys.stdout.reconfigure(errors="backslashreplace")  # for paths it cannot encode
@@ -92,12 +83,13 @@ class MessageHandler(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         if not is_first_process():
             return
+        text = printable(record.getMessage())
         if record.levelno >= logging.WARNING:
             with suppress(OSError):
-                tqdm.write(f"warning: {printable(record.getMessage())}", file=sys.stderr)
+                tqdm.write(f"warning: {text}", file=sys.stderr)
             return
         try:
-            tqdm.write(printable(record.getMessage()))
+            tqdm.write(text)
             sys.stdout.flush()
         except OSError as error:
             drop_stdout()
@@ -105,14 +97,6 @@ class MessageHandler(logging.Handler):
                 signal.raise_signal(signal.SIGPIPE)
             else:
                 warn(f"the output cannot be written ({error.strerror}); continuing without it")
-
-
-def show_messages() -> None:
-    """Print the messages of this process."""
-    LOG.setLevel(logging.INFO)
-    LOG.propagate = False
-    if not LOG.handlers:
-        LOG.addHandler(MessageHandler())
 
 
 def drop_stdout() -> None:
@@ -123,37 +107,28 @@ def drop_stdout() -> None:
 class StopSignals:
     """Remembers a signal to stop, or SIGPIPE (stdout was closed), so that the training loop can
     save, if it `saves`, and exit; the same signal again ends the program at once. True after a
-    signal."""
+    signal, whose `name` and `exit_status` it has then."""
 
     # SIGHUP comes when a terminal or connection is closed, SIGUSR1 from queues before a time limit.
     NUMBERS = signal.SIGINT, signal.SIGTERM, signal.SIGPIPE, signal.SIGHUP, signal.SIGUSR1
 
     def __init__(self, saves: bool):
         self.action = "saving and exiting" if saves else "exiting"
+        self.name, self.exit_status = None, 0
 
     def __enter__(self):
-        self.number = None
         heeded = [s for s in self.NUMBERS if signal.getsignal(s) is not signal.SIG_IGN]  # nohup
         self.previous = {s: signal.signal(s, self.handle) for s in heeded}
         return self
 
     def handle(self, number, frame):
-        self.number = number
+        self.name, self.exit_status = signal.Signals(number).name, 128 + number  # as in shells
         signal.signal(number, self.previous[number])
         print_error(f"{self.name}: {self.action}; send it again to exit at once")
 
     def __exit__(self, *exception):
-        for signal_number, handler in self.previous.items():
-            signal.signal(signal_number, handler)
+        for number, handler in self.previous.items():
+            signal.signal(number, handler)
 
     def __bool__(self):
-        return self.number is not None
-
-    @property
-    def name(self):
-        return signal.Signals(self.number).name if self else None
-
-    @property
-    def exit_status(self):
-        """128 + the number of the signal, as shells report it; 0 without a signal."""
-        return 128 + self.number if self else 0
+        return self.name is not None

@@ -3,22 +3,11 @@
 import re
 from argparse import ArgumentTypeError
 
-from cli.flags import (
-    DATA,
-    ArgumentParser,
-    add_flags,
-    add_machine_flags,
-    add_model_flags,
-    flag,
-    path,
-    refuse_given,
-    switch,
-)
+from cli.flags import DATA, MACHINE, MODEL, MODEL_TEXT, Parser, flag, path, refuse_given, switch
 from options import COUNT, SEED, Number
 from utils import UserError
 
-# An index expression may not ask for more images than this.
-MAX_IMAGES = 10**6
+MAX_IMAGES = 10**6  # in an index expression
 GIF_SECONDS = 6
 DEFAULT_OFFSET = 300
 
@@ -72,15 +61,12 @@ SAMPLING = {
     "seed": flag("random seed of the samples", SEED, 0),
     "batch_size": flag("images at a time; changes speed only", COUNT, 64),
 }
-TRAINING_SET = switch("complete training images instead of test images")
 OUTPUT = {
     "save_image": flag(
         "write image files: the first {} becomes pred or real, the second a number", "PATTERN"
     ),
     "save_gif": flag(
-        "write an animation of each image appearing byte by byte, the given part in blue; {} "
-        "becomes a number",
-        "PATTERN",
+        "animate each image, byte by byte, the given part in blue; {} becomes a number", "PATTERN"
     ),
     # A frame of a GIF lasts 655 seconds at most.
     "gif_seconds": flag("seconds that an animation lasts", Number(float, 0.1, 600), GIF_SECONDS),
@@ -95,32 +81,29 @@ OUTPUT = {
         "reshape the images (default: as in the data set)", "H,W[,3]", type=shape_list
     ),
 }
+COMPILE = flag(
+    "compile first, which takes seconds; changes speed only (default: if that is faster)", bool
+)
 LOAD_PYTORCH = switch("the checkpoint has the original's older layout (self_attn.in_proj_weight)")
 FORCE_CPU = switch("the same as --device cpu")
 
 
 def parse(argv=None):
     """The arguments of prediction.py, checked as far as the command line alone allows."""
-    parser = ArgumentParser(
+    parser = Parser(
         description="Sample images from a trained model: the first --offset bytes of real images "
         "are given, the model draws the rest. The same seed gives the same images."
     )
-    parser.add_argument(
-        "model",
-        type=path,
-        help="a checkpoint, a pattern such as weights.{}.pth for the newest, or - for "
-        "random weights",
-    )
-    add_flags(parser, SAMPLING, "sampling")
-    add_flags(parser, {**DATA, "training_set": TRAINING_SET}, "data")
-    add_flags(parser, OUTPUT, "output", "Without any of these: --save_grid samples.png")
-    add_model_flags(parser, {"load_pytorch": LOAD_PYTORCH})
-    compile_help = (
-        "compile first, which takes seconds; changes speed only (default: if that is faster)"
-    )
-    add_machine_flags(parser, compile_help, {"force_cpu": FORCE_CPU})
+    model = "a checkpoint, a pattern such as weights.{}.pth for the newest, or - for random weights"
+    parser.add_argument("model", type=path, help=model)
+    parser.add_flags("sampling", SAMPLING)
+    training_set = switch("complete training images instead of test images")
+    parser.add_flags("data", {**DATA, "training_set": training_set})
+    parser.add_flags("output", OUTPUT, "Without any of these: --save_grid samples.png")
+    parser.add_flags("model", {**MODEL, "load_pytorch": LOAD_PYTORCH}, MODEL_TEXT)
+    parser.add_flags("machine", {**MACHINE, "compile": COMPILE, "force_cpu": FORCE_CPU})
     args = parser.parse_args(argv)
-    check(args)
+    check_flags(args)
     args.device = "cpu" if args.force_cpu else args.device
     if not (shows_samples(args) or args.save_surprisal):
         args.save_grid = "samples.png"
@@ -132,7 +115,7 @@ def shows_samples(args):
     return bool(args.save_image or args.save_gif or args.save_grid or args.plot)
 
 
-def check(args):
+def check_flags(args):
     """Raise a `UserError` for flags that contradict each other or have no effect."""
     if args.recurrent and args.recompute:
         raise UserError("--recurrent contradicts --recompute: give one of them")
@@ -148,6 +131,5 @@ def check(args):
         without_effect = ["offset", "recurrent", "recompute", "temperature"]
         refuse_given(args, without_effect, "with --save_surprisal alone, which samples nothing")
     if args.save_surprisal and args.offset == 0:
-        raise UserError(
-            "--save_surprisal shows real images, and --offset 0 uses none: give another offset"
-        )
+        reason = "--save_surprisal shows real images, and --offset 0 uses none"
+        raise UserError(f"{reason}: give another offset")

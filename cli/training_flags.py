@@ -2,17 +2,7 @@
 
 from pathlib import Path
 
-from cli.flags import (
-    DATA,
-    ArgumentParser,
-    add_flags,
-    add_machine_flags,
-    add_model_flags,
-    flag,
-    option_flags,
-    refuse_given,
-    switch,
-)
+from cli.flags import DATA, MACHINE, MODEL, MODEL_TEXT, SETTINGS, Parser, flag, refuse_given, switch
 from cli.process import YIELDED
 from engine.checkpoint import format_path, is_pattern
 from engine.recipes import Settings
@@ -20,22 +10,14 @@ from files import check_writable
 from options import COUNT, SEED, options
 from utils import UserError
 
-EVALUATED = {
-    "evaluate_images": flag("evaluate on the first N test images only (default: all)", COUNT)
-}
+EVALUATE_IMAGES = flag("evaluate on the first N test images only (default: all)", COUNT)
 OPTIMISATION = {
     "batch_size": flag("images per batch, split over the processes of torchrun", COUNT, 4),
-    "accumulate": flag(
-        "accumulate the gradients of N batches per iteration: the same as a batch N times as large",
-        COUNT,
-        1,
-    ),
+    "accumulate": flag("add the gradients of N batches: as one batch N times as large", COUNT, 1),
     "no_shuffle": switch("keep the images in file order, as the original does"),
     "iterations": flag("total number of iterations", COUNT, 100),
     "seed": flag(
-        "random seed of the initial weights, the order of images and dropout (default: 0, or the "
-        "checkpoint's)",
-        SEED,
+        "random seed of weights, image order and dropout (default: 0, or the checkpoint's)", SEED
     ),
 }
 SAVING = {
@@ -68,34 +50,35 @@ LOGGING = {
     "metrics_file": flag("append records as JSON lines", "FILE"),
     "log_dir": flag("write TensorBoard events", "FOLDER"),
 }
+COMPILE = flag(
+    "compile first; changes speed only (default on CPUs, where it takes seconds; on GPUs it takes "
+    "minutes and is off)",
+    bool,
+)
 
 
 def parse(argv=None):
     """The arguments of main.py, checked as far as the command line alone allows."""
-    parser = ArgumentParser(
+    parser = Parser(
         description="Train a transformer on the bytes of images. The same command starts a run "
-        "and, with --continue_from, continues it. Ctrl-C saves and exits.",
+        "and, with --continue_from, continues it. Ctrl-C saves and exits."
     )
-    add_flags(parser, {**DATA, **EVALUATED}, "data")
-    add_model_flags(parser)
+    parser.add_flags("data", {**DATA, "evaluate_images": EVALUATE_IMAGES})
+    parser.add_flags("model", MODEL, MODEL_TEXT)
     description = (
         "A checkpoint stores --seed and the flags from --recipe to --clip_norm. A run continues "
         "with them; all but --seed, --recipe and --optimizer may be changed."
     )
-    add_flags(parser, {**option_flags(Settings), **OPTIMISATION}, "optimisation", description)
-    add_flags(parser, SAVING, "checkpoints and evaluation")
-    add_flags(parser, LOGGING, "logging")
-    add_machine_flags(
-        parser,
-        "compile first; changes speed only (default on CPUs, where it takes seconds; on GPUs it "
-        "takes minutes and is off)",
-    )
+    parser.add_flags("optimisation", {**SETTINGS, **OPTIMISATION}, description)
+    parser.add_flags("checkpoints and evaluation", SAVING)
+    parser.add_flags("logging", LOGGING)
+    parser.add_flags("machine", {**MACHINE, "compile": COMPILE})
     args = parser.parse_args(argv)
-    check(args)
+    check_flags(args)
     return args
 
 
-def check(args):
+def check_flags(args):
     """Raise a `UserError` for flags that contradict each other or have no effect."""
     for name in ("evaluate_only", "export"):
         if name in args.given and not args.continue_from:
@@ -112,10 +95,8 @@ def check(args):
     else:
         refuse_given(args, ["save_frequency"], "without --save_to")
         if "yield_frequency" in args.given:
-            raise UserError(
-                "--yield_frequency needs --save_to, or each start would begin at iteration 0: "
-                "give --save_to and --continue_from"
-            )
+            reason = "or each start would begin at iteration 0: give --save_to and --continue_from"
+            raise UserError(f"--yield_frequency needs --save_to, {reason}")
     if args.keep_checkpoints and not is_pattern(args.save_to or ""):
         raise UserError("--keep_checkpoints needs a --save_to with {}, as in weights.{}.pth")
     if args.metrics_file:

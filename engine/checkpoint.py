@@ -28,10 +28,8 @@ from models import ImageTransformer, ModelConfig
 from options import COUNT, SEED, Number, options
 from utils import UserError, one_line, say, warn
 
-# The original's entries.
-ORIGINAL = "model_state", "optimizer_state", "iteration"
-# Version 1 also had the optimiser's name as an entry of its own.
-FORMAT_VERSION = 2
+ORIGINAL = "model_state", "optimizer_state", "iteration"  # the original's entries
+FORMAT_VERSION = 2  # Version 1 also had the optimiser's name as an entry of its own
 
 
 @dataclass(frozen=True)
@@ -57,13 +55,6 @@ class Checkpoint:
     def __bool__(self) -> bool:
         return bool(self.model_state)
 
-    @property
-    def is_original(self) -> bool:
-        """Whether the original's scripts wrote it, which store no configuration."""
-        return bool(self) and self.config is None
-
-    # Reading
-
     @classmethod
     def newest(cls, pattern: str | Path, missing_ok: bool = False) -> "Checkpoint":
         """The checkpoint `pattern`, or the newest readable one of a pattern with {}.
@@ -72,14 +63,14 @@ class Checkpoint:
         matches only such files or none; with `missing_ok`, no match gives `NO_CHECKPOINT`.
         """
         name = str(pattern)
-        found = [Path(name)]
-        if is_pattern(name) and not found[0].exists():
-            found = [path for _, path in find(name)]
+        found = find_files(name)
         if not found and not missing_ok:
             raise UserError(f"no file matches {name}: give a checkpoint or a pattern")
         for path, older in zip_longest(found, found[1:]):
             try:
-                return cls.read(path)
+                checkpoint = cls.read(path)
+                say(f"loaded {path}, iteration {checkpoint.iteration}")
+                return checkpoint
             except UserError as error:
                 if not older:
                     raise
@@ -98,8 +89,10 @@ class Checkpoint:
         if missing := [name for name in ENTRIES if name in required and name not in entries]:
             raise UserError(f"{path} is not a checkpoint: it has no {' and no '.join(missing)}")
         for name, is_valid in ENTRIES.items():
-            if name in entries and not is_valid(entries[name]):
-                raise not_valid(path, f"its {name} is {describe(entries[name])}")
+            if name in entries and not is_valid(value := entries[name]):
+                short = isinstance(value, (int, float, str)) and len(repr(value)) < 40
+                shown = repr(value) if short else f"a {type(value).__name__}"
+                raise not_valid(path, f"its {name} is {shown}, which is not valid")
         return cls.from_entries(entries, path)
 
     @classmethod
@@ -124,15 +117,12 @@ class Checkpoint:
         return checkpoint
 
     def sizes(self) -> dict[str, int]:
-        """What the shapes of the weights determine: n_layers, d_model, mixtures and, if there is a
-        table of positions, length."""
+        """n_layers, d_model, mixtures and, with a table of positions, length, from the weights."""
         state = self.model_state
         try:
             outputs = len(state["predictor.bias"])
             (d_model,) = state["transformer.norm.weight"].shape
-            layers = {
-                name.split(".")[2] for name in state if name.startswith("transformer.layers.")
-            }
+            layers = {key.split(".")[2] for key in state if key.startswith("transformer.layers.")}
             sizes = {"n_layers": len(layers), "d_model": d_model, "mixtures": outputs // 3}
             if "pos_embedding.pe" in state:
                 sizes["length"] = state["pos_embedding.pe"].shape[1] + 1
@@ -140,30 +130,26 @@ class Checkpoint:
             raise UserError(f"{self.path} is not a checkpoint of an image transformer") from None
         return sizes
 
-    def model_options(
-        self, n_heads: int | None = None, d_query: int | None = None
-    ) -> dict[str, Any]:
+    def model_options(self, n_heads: int | None = None, d_query: int | None = None) -> dict:
         """The options of ModelConfig that the checkpoint determines.
 
         One of the original does not determine the number of heads, since 8 heads of 32 and 4 of 64
         have equal shapes: `n_heads` or `d_query` must be given.
         """
-        if not self.is_original:
-            return {name: getattr(self.config, name) for name in options(ModelConfig) if self}
+        if not self:
+            return {}
+        if self.config:
+            return {name: getattr(self.config, name) for name in options(ModelConfig)}
         sizes = self.sizes()
         d_model = sizes["d_model"]
         if not (n_heads or d_query):
-            raise UserError(
-                f"{self.path} does not determine how many heads its {d_model} channels have: "
-                "give --n_heads or --d_query"
-            )
+            problem = f"{self.path} does not determine how many heads its {d_model} channels have"
+            raise UserError(f"{problem}: give --n_heads or --d_query")
         n_heads = n_heads or d_model // d_query
         d_query = d_query or d_model // n_heads
         if n_heads * d_query != d_model:
-            raise UserError(
-                f"{self.path} has {d_model} channels: --n_heads {n_heads} times --d_query "
-                f"{d_query} is {n_heads * d_query}"
-            )
+            product = f"--n_heads {n_heads} times --d_query {d_query} is {n_heads * d_query}"
+            raise UserError(f"{self.path} has {d_model} channels: {product}")
         determined = {name: sizes[name] for name in ("n_layers", "mixtures")}
         return {**determined, "n_heads": n_heads, "d_query": d_query, "neighbours": False}
 
@@ -172,29 +158,24 @@ class Checkpoint:
         renamed. There a layer's attention is torch's own: in_proj stacks the query, key and value
         projections.
 
-        The position table is left out: the original, too, replaced it by the model's own.
+        The position table is left out: the original, too, replaced it by the model's own. So are
+        the temperatures that were once stored beside the weights.
         """
         if not any("self_attn." in name for name in self.model_state):
-            raise UserError(
-                f"--load_pytorch: {self.path} has no self_attn weights: leave the flag out"
-            )
+            problem = f"{self.path} has no self_attn weights"
+            raise UserError(f"--load_pytorch: {problem}: leave the flag out")
         upgraded = {}
         for name, tensor in self.model_state.items():
-            prefix, found, rest = name.partition("self_attn.")
-            kind = rest.rpartition("in_proj_")[2]  # weight or bias
-            if found and rest.startswith("in_proj_"):
+            if name == "pos_embedding.pe" or name.endswith("self_attn.softmax_temp"):
+                continue
+            name = name.replace("self_attn.", "attention.").replace("out_proj.", "out_projection.")
+            prefix, stacked, kind = name.partition("in_proj_")  # kind: weight or bias
+            if stacked:
                 for part, piece in zip(("query", "key", "value"), tensor.chunk(3), strict=True):
-                    upgraded[f"{prefix}attention.{part}_projection.{kind}"] = piece
-            elif found:
-                # Temperatures, once stored beside the weights, are left out too.
-                if rest != "softmax_temp":
-                    rest = rest.replace("out_proj.", "out_projection.")
-                    upgraded[f"{prefix}attention.{rest}"] = tensor
-            elif name != "pos_embedding.pe":
+                    upgraded[f"{prefix}{part}_projection.{kind}"] = piece
+            else:
                 upgraded[name] = tensor
         return replace(self, model_state=upgraded)
-
-    # Restoring
 
     def restore_model(self, model: ImageTransformer) -> None:
         """Copy the weights and the histogram of first bytes to a model. Raises `UserError` unless
@@ -214,18 +195,17 @@ class Checkpoint:
                 raise UserError(f"{self.path}: {name} is not finite: give an earlier checkpoint")
 
     def restore_optimizer(self, optimizer: Any) -> None:
-        """Give the moments to an optimiser; without any they start at zero, with a message. Raises
-        `UserError` for those of another model."""
-        if not (self.optimizer_state and self.optimizer_state["state"]):
-            if self:
-                say("the checkpoint has no moments of the optimiser: they start at zero")
+        """Give the moments, if there are any, to an optimiser. Raises `UserError` for those of
+        another model."""
+        if not self:
             return
+        if not (self.optimizer_state and self.optimizer_state["state"]):
+            return say("the checkpoint has no moments of the optimiser: they start at zero")
         try:
             import_state(optimizer, self.optimizer_state)
         except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
-            raise UserError(
-                f"the optimiser's state in {self.path} does not belong to this model: {error}"
-            ) from None
+            problem = f"the optimiser's state in {self.path} does not belong to this model"
+            raise UserError(f"{problem}: {error}") from None
 
     def warn_about_threads(self, device: torch.device) -> None:
         """Warn if the number of threads changes: sums in another order are rounded differently."""
@@ -235,8 +215,6 @@ class Checkpoint:
                 f"this run used {self.threads} CPU threads and continues with {threads}: its "
                 "numbers will differ in the last digits from those of an uninterrupted run"
             )
-
-    # Writing
 
     def save(self, pattern: str, keep: int | None = None) -> Path:
         """Write the file of this iteration; a crash leaves the old file or the new one. Returns its
@@ -269,12 +247,10 @@ class Checkpoint:
         if self.optimizer_state:
             entries["optimizer_state"] = self.optimizer_state
         if self.config:
+            name = os.fsencode(self.dataset).decode("utf-8", "surrogateescape")
             entries |= {
                 "config": vars(self.config),
-                "dataset": {
-                    "name": os.fsencode(self.dataset).decode("utf-8", "surrogateescape"),
-                    "image_shape": list(self.image_shape),
-                },
+                "dataset": {"name": name, "image_shape": list(self.image_shape)},
                 "first_byte_counts": self.first_byte_counts,
                 "seed": self.seed,
                 "settings": self.settings,
@@ -312,10 +288,9 @@ def read_entries(path: Path) -> dict:
 
 def unsafe_types(path: Path) -> list[str]:
     """The names of what torch does not load with weights_only, in a file that is intact."""
-    try:
+    with suppress(Exception):
         return sorted(torch.serialization.get_unsafe_globals_in_checkpoint(path))[:3]
-    except Exception:
-        return []
+    return []
 
 
 def not_valid(path: Path, reason: str) -> UserError:
@@ -325,14 +300,12 @@ def not_valid(path: Path, reason: str) -> UserError:
 def check_checksums(file: Any) -> None:
     """Raise ValueError if the file is a zip archive, as torch writes, whose checksums do not
     match: torch does not verify them. torch never compresses, so a compressed one is refused."""
-    if not zipfile.is_zipfile(file):
-        file.seek(0)
-        return  # written by a torch before 1.6, or by another program
-    with zipfile.ZipFile(file) as content:
-        if any(info.compress_type != zipfile.ZIP_STORED for info in content.infolist()):
-            raise ValueError("compressed")
-        if bad := content.testzip():
-            raise ValueError(f"the checksum of {bad} does not match")
+    if zipfile.is_zipfile(file):  # else written by a torch before 1.6, or by another program
+        with zipfile.ZipFile(file) as content:
+            if any(info.compress_type != zipfile.ZIP_STORED for info in content.infolist()):
+                raise ValueError("compressed")
+            if bad := content.testzip():
+                raise ValueError(f"the checksum of {bad} does not match")
     file.seek(0)
 
 
@@ -346,34 +319,25 @@ def torch_save(entries: dict, file: Any) -> None:
         raise OSError(one_line(error)) from None
 
 
-def describe(x: Any) -> str:
-    """A value in a message: itself if it is short, else its type."""
-    if isinstance(x, (int, float, str)) and len(repr(x)) < 40:
-        return f"{x!r}, which is not valid"
-    return f"a {type(x).__name__} that is not valid"
-
-
 def is_weight(x: Any) -> bool:
     """Whether it is a plain CPU tensor with as many elements in memory as in its shape."""
-    plain = isinstance(x, torch.Tensor) and x.layout == torch.strided and x.device.type == "cpu"
-    plain = plain and x.is_floating_point()
-    return plain and x.numel() * x.element_size() <= x.untyped_storage().nbytes()
+    if not (isinstance(x, torch.Tensor) and x.layout == torch.strided and x.is_floating_point()):
+        return False
+    return x.device.type == "cpu" and x.nbytes <= x.untyped_storage().nbytes()
 
 
 def is_model_state(x: Any) -> bool:
-    if not isinstance(x, dict):
-        return False
-    return all(isinstance(name, str) and is_weight(tensor) for name, tensor in x.items())
+    return isinstance(x, dict) and all(
+        isinstance(name, str) and is_weight(tensor) for name, tensor in x.items()
+    )
 
 
 def is_optimizer_state(x: Any) -> bool:
     """Whether it has the structure that `import_state` reads."""
-    if not (isinstance(x, dict) and isinstance(x.get("state"), dict)):
-        return False
-    groups = x.get("param_groups")
-    return isinstance(groups, list) and all(
-        isinstance(group, dict) and isinstance(group.get("params"), list) for group in groups
-    )
+    match x:
+        case {"state": dict(), "param_groups": list(groups)}:
+            return all(isinstance(g, dict) and isinstance(g.get("params"), list) for g in groups)
+    return False
 
 
 def has_options(cls: type, *others: str) -> Callable[[Any], bool]:
@@ -389,12 +353,10 @@ def has_options(cls: type, *others: str) -> Callable[[Any], bool]:
 
 
 def is_dataset(x: Any) -> bool:
-    if not (isinstance(x, dict) and isinstance(x.get("name"), str)):
-        return False
-    shape = x.get("image_shape")
-    if not (isinstance(shape, list) and all(COUNT.accepts(n) for n in shape)):
-        return False
-    return len(shape) == 2 or (len(shape) == 3 and shape[2] == 3)
+    match x:
+        case {"name": str(), "image_shape": list(shape)}:
+            return all(map(COUNT.accepts, shape)) and (len(shape) == 2 or shape[2:] == [3])
+    return False
 
 
 def is_histogram(x: Any) -> bool:
@@ -417,9 +379,6 @@ ENTRIES: dict[str, Callable[[Any], bool]] = {
 }
 
 
-# Patterns
-
-
 def is_pattern(name: str | Path) -> bool:
     """Whether the name has a {} for the iteration, such as weights.{}.pth."""
     return FIELD.search(str(name)) is not None
@@ -436,6 +395,13 @@ def format_path(pattern: str, iteration: int) -> Path:
     return Path(path)
 
 
+def find_files(name: str) -> list[Path]:
+    """The file itself or, for a pattern, those that match it, highest iteration first."""
+    if is_pattern(name) and not Path(name).exists():
+        return [path for _, path in find(name)]
+    return [Path(name)]
+
+
 def find(pattern: str) -> list[tuple[int, Path]]:
     """The files that match a pattern, as (iteration, path), highest iteration first."""
     parts = FIELD.split(str(Path(pattern)))[::2]  # what is between the fields
@@ -447,9 +413,6 @@ def find(pattern: str) -> list[tuple[int, Path]]:
         if len(iterations) == 1:
             found.append((*iterations, Path(path)))
     return sorted(found, reverse=True)
-
-
-# Weights
 
 
 def first_difference(expected: dict, weights: dict) -> str | None:

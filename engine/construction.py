@@ -11,6 +11,7 @@ from engine import distributed
 from engine.checkpoint import Checkpoint
 from layers.ops import PlainOps
 from models import ImageTransformer, ModelConfig
+from utils import UserError, device_memory
 
 
 def load_model(
@@ -31,8 +32,7 @@ def load_model(
     """
     checkpoint = source if isinstance(source, Checkpoint) else Checkpoint.newest(source)
     if config is None:
-        shape = checkpoint.image_shape
-        config = ModelConfig.for_images(shape, **checkpoint.model_options())
+        config = ModelConfig.for_images(checkpoint.image_shape, **checkpoint.model_options())
     torch.manual_seed(seed)
     if backend == "native":
         model = ImageTransformer(config, ops)
@@ -49,10 +49,8 @@ def load_model(
 def choose_ops(
     config: ModelConfig, device: torch.device, compile: bool | None, purpose: str
 ) -> PlainOps:
-    """The operations of a native model: compiled on a CPU if possible, else plain.
-
-    `compile` is --compile, None for "if possible"; messages name the `purpose`, "training".
-    """
+    """The operations of a native model: compiled on a CPU if --compile (None: if possible), else
+    plain. Messages name the `purpose`, "training"."""
     if device.type != "cpu":
         return PlainOps()
     return try_compile(partial(CompiledOps, config), compile, purpose) or PlainOps()
@@ -93,10 +91,19 @@ def evaluation_memory(config: ModelConfig, batch_size: int) -> int:
 
 
 def sampling_memory(config: ModelConfig, n_states: int) -> int:
-    """A lower bound of the bytes that sampling needs: the weights, and the states of the given
-    number of images."""
+    """A lower bound of the bytes that sampling needs: the weights, and the states of images."""
     # Keys and values of softmax attention may be bfloat16: two 2-byte numbers for each position.
     per_channel = config.length if config.attention_type == "full" else config.d_query
     per_channel += config.channels * config.width  # the last inputs of a short convolution, or 0
     states = n_states * config.n_layers * config.d_model * per_channel
     return 4 * (config.n_parameters + states)
+
+
+def check_memory(needed: int, device: torch.device) -> None:
+    """Raise a `UserError` if `needed` bytes, a lower bound, exceed the memory of the device."""
+    available = device_memory(device)
+    if needed > available:
+        raise UserError(
+            f"this model and --batch_size need at least {needed / 1e9:.1f} GB of memory, "
+            f"and the {device.type} device has {available / 1e9:.1f}: reduce one of them"
+        )

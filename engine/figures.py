@@ -1,5 +1,4 @@
-"""The figures of samples and of surprisals. Importing matplotlib takes a second, and only figures
-need it."""
+"""The figures of samples and of surprisals, which alone import matplotlib: it takes a second."""
 
 from __future__ import annotations
 
@@ -20,8 +19,6 @@ if TYPE_CHECKING:
 
 # What matplotlib writes without other programs.
 EXTENSIONS = ("png", "pdf", "svg", "svgz", "eps", "ps", "jpg", "jpeg", "tif", "tiff", "webp")
-# Inches of an image in the figure of surprisals.
-SURPRISAL_CELL = 1.2
 
 
 def check_extension(path: str | Path, flag: str) -> None:
@@ -44,58 +41,54 @@ def new_figure(**options) -> Figure:
     return Figure(**options)
 
 
-def rows_of(
-    index: list[int], completions: np.ndarray, originals: np.ndarray | None
-) -> list[tuple[str, list[np.ndarray], np.ndarray | None]]:
-    """(label, completions, real image or None) of each image of the data set, in order."""
+def draw_samples(
+    figure: Figure,
+    index: list[int],
+    completions: np.ndarray,
+    originals: np.ndarray | None,
+    offset: int,
+    caption: str,
+) -> None:
+    """Draw one row per image of the data set on an empty figure: given part, completions, real
+    image. `completions` and `originals` are the images (N, H, W) or (N, H, W, 3) of an `index`.
+
+    Unconditional samples have no real images; they fill a square.
+    """
+    if originals is None:
+        columns = math.ceil(math.sqrt(len(completions)))
+        cells = [completions[i : i + columns] for i in range(0, len(completions), columns)]
+        return draw_table(figure, cells, caption)
     rows = {}
     for n, i in enumerate(index):
-        original = None if originals is None else originals[n]
-        rows.setdefault(i, (str(i), [], original))[1].append(completions[n])
-    return list(rows.values())
-
-
-def draw_samples(
-    figure: Figure, rows: list[tuple[str, list, np.ndarray | None]], offset: int, caption: str
-) -> None:
-    """Draw one row per image on an empty figure: given part, completions, real image.
-
-    `rows` is a list of (label, completions, real image or None). Unconditional samples have no
-    real images; they fill a square.
-    """
-    if rows[0][2] is None:
-        samples = [image for _, completions, _ in rows for image in completions]
-        columns = math.ceil(math.sqrt(len(samples)))
-        cells = [samples[i : i + columns] for i in range(0, len(samples), columns)]
-        return draw_table(figure, cells, caption)
-    widest = max(len(completions) for _, completions, _ in rows)
+        rows.setdefault(i, []).append(n)
+    widest = max(map(len, rows.values()))
     cells = []
-    for _, completions, real in rows:
-        blanks = [None] * (widest - len(completions))
-        cells.append([partial_image(real, offset, offset), *completions, *blanks, real])
+    for numbers in rows.values():
+        real, blanks = originals[numbers[0]], [None] * (widest - len(numbers))
+        cells.append([partial_image(real, offset, offset), *completions[numbers], *blanks, real])
     titles = ["given", "completion" if widest == 1 else "completions", *[""] * (widest - 1), "real"]
-    draw_table(figure, cells, caption, titles, [label for label, _, _ in rows])
+    draw_table(figure, cells, caption, titles, labels=rows)
 
 
 def draw_table(figure, cells, caption, titles=(), labels=()):
     """Draw a table of images (None for an empty cell)."""
     n_rows, n_columns = len(cells), max(map(len, cells))
     # 0.6 inches per cell, and room for the caption.
-    size = (max(4.0, 0.6 * n_columns + 0.4), 0.6 * n_rows + 0.6)
-    figure.set_size_inches(size)
-    grid = {"wspace": 0.15, "hspace": 0.15, "bottom": 0.4 / size[1], "top": 1 - 0.2 / size[1]}
+    width, height = max(4.0, 0.6 * n_columns + 0.4), 0.6 * n_rows + 0.6
+    figure.set_size_inches(width, height)
+    grid = {"wspace": 0.15, "hspace": 0.15, "bottom": 0.4 / height, "top": 1 - 0.2 / height}
     axes = figure.subplots(n_rows, n_columns, squeeze=False, gridspec_kw=grid)
     for axis in axes.flat:
         axis.set_axis_off()
-    for row, images in enumerate(cells):
-        for axis, image in zip(axes[row], images, strict=False):
+    for row, images in zip(axes, cells, strict=True):
+        for axis, image in zip(row, images, strict=False):
             if image is not None:
                 show(axis, image)
     for axis, title in zip(axes[0], titles, strict=False):
         axis.set_title(title, fontsize=7)
     for axis, label in zip(axes[:, 0], labels, strict=False):
         axis.text(-0.1, 0.5, label, transform=axis.transAxes, ha="right", va="center", fontsize=7)
-    figure.text(0.5, 0.05 / size[1], caption, ha="center", va="bottom", fontsize=6)
+    figure.text(0.5, 0.05 / height, caption, ha="center", va="bottom", fontsize=6)
 
 
 def show(axis, image):
@@ -105,15 +98,15 @@ def show(axis, image):
 def surprisal_figure(
     images: np.ndarray, bits: np.ndarray, labels: list[str], caption: str
 ) -> Figure:
-    """Images (N, H, W) or (N, H, W, 3), each beside a heat map of the `bits` of its pixels, from
-    an array of the same shape; one colour bar is the scale of all maps.
+    """Images (N, H, W) or (N, H, W, 3), each beside a heat map of the bits of its pixels, from
+    the `bits` (N, L) of its bytes; one colour bar is the scale of all maps.
 
     The titles are the labels and the bits/dim, the mean over all bytes but the first.
     """
     pixels = bits.reshape(*images.shape[:3], -1).sum(-1)  # (N, H, W)
     n_columns = math.ceil(math.sqrt(len(images) / 2))
     n_rows = math.ceil(len(images) / n_columns)
-    size = SURPRISAL_CELL * np.array([2 * n_columns + 0.5, n_rows + 0.25])
+    size = 1.2 * np.array([2 * n_columns + 0.5, n_rows + 0.25])  # inches: 1.2 for an image
     figure = new_figure(figsize=size, layout="compressed")
     axes = figure.subplots(n_rows, 2 * n_columns, squeeze=False)
     for axis in axes.flat:
@@ -124,7 +117,7 @@ def surprisal_figure(
         show(left, image)
         left.set_title(label, fontsize=7)
         heat_map = right.imshow(heat, cmap="magma", vmin=0, vmax=pixels.max())
-        right.set_title(f"{values.flat[1:].mean():.3f} bits/dim", fontsize=7)
+        right.set_title(f"{values[1:].mean():.3f} bits/dim", fontsize=7)
     bar = figure.colorbar(heat_map, ax=axes, aspect=30)
     bar.set_label("bits per pixel", fontsize=7)
     bar.ax.tick_params(labelsize=7)

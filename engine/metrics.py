@@ -29,15 +29,12 @@ class Metrics:
             if self.path:
                 place = {"iteration": iteration, "split": split, "start": self.start}
                 append_line(self.path, {**place, **values})
-            self.write_to_board(split, iteration, values)
+            if self.board:
+                for name, value in values.items():
+                    self.board.add_scalar(f"{split}/{name}", value, iteration)
+                self.board.flush()
         except OSError as error:
             warn(f"the metrics of iteration {iteration} cannot be written ({error.strerror})")
-
-    def write_to_board(self, split, iteration, values):
-        if self.board:
-            for name, value in values.items():
-                self.board.add_scalar(f"{split}/{name}", value, iteration)
-            self.board.flush()
 
 
 def append_line(path, record):
@@ -53,9 +50,8 @@ def open_tensorboard(log_dir: str, start: int) -> Any:
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
-        raise UserError(
-            "--log_dir needs TensorBoard: pip install tensorboard, or use --metrics_file"
-        ) from None
+        way_out = "pip install tensorboard, or use --metrics_file"
+        raise UserError(f"--log_dir needs TensorBoard: {way_out}") from None
     try:
         return SummaryWriter(log_dir, purge_step=start + 1)
     except UnicodeEncodeError:

@@ -29,22 +29,19 @@ def make_optimizer(model, settings):
     "muon" is Muon for the matrices inside the layers and AdamW for everything else, with a lower
     rate for the means.
     """
-    decay = settings.weight_decay
-    if settings.optimizer == "muon":
-        matrices = [
-            module.weight for module in model.transformer.modules() if isinstance(module, nn.Linear)
-        ]
-        chosen = set(matrices)
-        others = [p for p in model.parameters() if p not in chosen]
-        return OptimizerPair(
-            Muon(matrices, settings.muon_lr, MUON_WEIGHT_DECAY),
-            SlowMeans(others, settings.lr, decay, mean_rows(model.predictor)),
-        )
+    options = {"lr": settings.lr, "weight_decay": settings.weight_decay}
     if settings.optimizer == "radam":
-        return torch.optim.RAdam(
-            model.parameters(), settings.lr, weight_decay=decay, decoupled_weight_decay=True
-        )
-    return adamw(model.parameters(), settings.lr, decay)
+        return torch.optim.RAdam(model.parameters(), **options, decoupled_weight_decay=True)
+    # One kernel updates all parameters on a GPU; None is torch's default.
+    options["fused"] = model.predictor.weight.is_cuda or None
+    if settings.optimizer == "adam":
+        return torch.optim.AdamW(model.parameters(), **options)
+    modules = model.transformer.modules()
+    matrices = [module.weight for module in modules if isinstance(module, nn.Linear)]
+    chosen = set(matrices)
+    others = [p for p in model.parameters() if p not in chosen]
+    means = SlowMeans(mean_rows(model.predictor), others, betas=(0.9, BETA2), **options)
+    return OptimizerPair(Muon(matrices, settings.muon_lr, MUON_WEIGHT_DECAY), means)
 
 
 class Muon(torch.optim.Muon):
@@ -71,22 +68,11 @@ class InsteadOfBfloat16(TorchFunctionMode):
         return function(*args, **kwargs or {})
 
 
-def adamw(parameters, lr, decay):
-    parameters = list(parameters)
-    return torch.optim.AdamW(parameters, lr, weight_decay=decay, fused=may_fuse(parameters))
-
-
-def may_fuse(parameters):
-    """Whether one kernel can update all parameters: True or, for torch's default, None."""
-    return all(p.is_cuda for p in parameters) or None
-
-
 class SlowMeans(torch.optim.AdamW):
-    """AdamW with a lower rate for the rows of the predictor that compute the means."""
+    """AdamW with a lower rate for the rows of the predictor that compute the `means`."""
 
-    def __init__(self, parameters, lr, decay, means):
-        betas, fused = (0.9, BETA2), may_fuse(parameters)
-        super().__init__(parameters, lr, betas, weight_decay=decay, fused=fused)
+    def __init__(self, means, parameters, **options):
+        super().__init__(parameters, **options)
         self.means = means
 
     def step(self):
@@ -100,17 +86,13 @@ class SlowMeans(torch.optim.AdamW):
 def set_rates(optimizer, settings, factor):
     """Set the learning rates to `factor` times those of `Settings`; returns them by name."""
     for group in optimizer.param_groups:
-        group["lr"] = factor * getattr(settings, rate_name(group))
+        group["lr"] = factor * (settings.muon_lr if is_muon(group) else settings.lr)
     return rates(optimizer)
 
 
 def rates(optimizer):
     """The current learning rates, {name of the flag: rate}."""
-    return {rate_name(group): group["lr"] for group in optimizer.param_groups}
-
-
-def rate_name(group):
-    return "muon_lr" if is_muon(group) else "lr"
+    return {"muon_lr" if is_muon(g) else "lr": g["lr"] for g in optimizer.param_groups}
 
 
 def is_muon(group):
@@ -178,12 +160,11 @@ def import_moments(moments: dict | None, parameter: torch.Tensor, group: dict) -
     """The saved moments of a parameter of a group, checked; {} if it was never trained."""
     if not moments:
         return {}
-    keys = MUON_MOMENTS if is_muon(group) else ADAM_MOMENTS
-    for key in keys:
+    for key in MUON_MOMENTS if is_muon(group) else ADAM_MOMENTS:
         if moments[key].shape != parameter.shape:
             raise ValueError(f"a parameter has the shape {list(moments[key].shape)}")
         if not moments[key].isfinite().all():
             raise ValueError("a moment is not finite")
-    if keys is ADAM_MOMENTS:
-        return {**moments, "step": torch.as_tensor(moments["step"], dtype=torch.float32)}
-    return dict(moments)
+    if is_muon(group):
+        return dict(moments)
+    return {**moments, "step": torch.as_tensor(moments["step"], dtype=torch.float32)}

@@ -21,13 +21,11 @@ NOT_YET = np.array([40, 20, 60], np.uint8)
 GIF_SIDE = 128
 # Seconds per frame of a GIF: smooth, and above 0.02, the shortest that browsers respect.
 FRAME_SECONDS = 0.04
-# The fraction of an animation that shows the finished image.
-FINISHED = 1 / 4
+FINISHED = 1 / 4  # the fraction of an animation that shows the finished image
 
 
 def save_image(path: Path, image: np.ndarray) -> None:
-    """Write an image (H, W) or (H, W, 3), uint8, to a file with one of the extensions of FORMATS.
-    Raises OSError."""
+    """Write an image (H, W) or (H, W, 3), uint8, in one of the FORMATS. Raises OSError."""
     save(path, Image.fromarray(image))
 
 
@@ -35,15 +33,16 @@ def save_gif(path: Path, image: np.ndarray, offset: int, seconds: float) -> None
     """Write an animation of an image appearing from byte `offset` on, with the given part tinted.
     It lasts `seconds`; the last quarter shows the finished image. Raises OSError."""
     counts = frame_counts(offset, image.size, seconds)
-    first, *others = (Image.fromarray(enlarged(partial_image(image, offset, n))) for n in counts)
+    factor = max(1, GIF_SIDE // max(image.shape[:2]))
+    frames = (partial_image(image, offset, n).repeat(factor, 0).repeat(factor, 1) for n in counts)
+    first, *others = map(Image.fromarray, frames)
     ends = np.linspace(0, (1 - FINISHED) * seconds, len(counts))  # of all frames but the last
     durations = 10 * np.diff([*(100 * ends).round(), 100 * seconds])  # ms; GIFs count 1/100 s
     save(path, first, save_all=True, append_images=others, duration=durations.tolist(), loop=0)
 
 
 def save(path: Path, image: Image.Image, **options) -> None:
-    """Write what Pillow encodes in memory: when it writes to a file, a full disk is an "encoder
-    error"."""
+    """Write an image that is encoded in memory: Pillow calls a full disk an "encoder error"."""
     content = io.BytesIO()
     image.save(content, FORMATS[path.suffix.lower()], **options)
     write_atomically(path, lambda file: file.write(content.getbuffer()))
@@ -54,12 +53,6 @@ def frame_counts(offset: int, length: int, seconds: float) -> np.ndarray:
     most = max(2, round((1 - FINISHED) * seconds / FRAME_SECONDS))
     counts = np.linspace(offset, length, min(most, length - offset + 1))
     return np.unique(counts.round()).astype(int)
-
-
-def enlarged(frame: np.ndarray) -> np.ndarray:
-    """Repeat the pixels of a small image (H, W, 3)."""
-    factor = max(1, GIF_SIDE // max(frame.shape[:2]))
-    return frame.repeat(factor, 0).repeat(factor, 1)
 
 
 def partial_image(image: np.ndarray, offset: int, count: int) -> np.ndarray:

@@ -2,7 +2,7 @@
 
 import sys
 import time
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 
 import torch
 from tqdm import tqdm
@@ -11,8 +11,7 @@ from engine import distributed
 from layers.mixture import NATS_PER_BIT
 from utils import is_first_process, say
 
-# Between lines of progress when there is no terminal.
-SECONDS_PER_LINE = 10
+SECONDS_PER_LINE = 10  # between lines of progress without a terminal
 
 
 def progress_bar(**kwargs):
@@ -21,35 +20,22 @@ def progress_bar(**kwargs):
     return tqdm(dynamic_ncols=True, disable=not shown, **kwargs)
 
 
-def clock(seconds):
-    """Seconds as h:mm:ss."""
-    seconds = round(seconds)
-    return f"{seconds // 3600}:{seconds // 60 % 60:02}:{seconds % 60:02}"
-
-
-class TrainingLog:
+class TrainingLog(AbstractContextManager):
     """The progress bar or plain lines of training, and the training records of the metrics.
 
     Losses stay on the device until they are shown, every `frequency` iterations and on a bar
     once a second, because reading one waits for the device.
     """
 
-    def __init__(self, metrics, start, iterations, *, images_per_iteration, frequency):
-        self.metrics, self.iteration, self.iterations = metrics, start, iterations
+    def __init__(self, metrics, start, iterations, images_per_iteration, frequency):
+        self.metrics, self.iterations = metrics, iterations
         self.images_per_iteration, self.frequency = images_per_iteration, frequency
         self.losses = []
         self.start = self.shown = self.window = time.perf_counter()
         self.bar = progress_bar(total=iterations, initial=start, unit="it")
 
-    def __enter__(self):
-        return self
-
     def __exit__(self, *exception):
         self.bar.close()
-
-    @property
-    def seconds(self):
-        return time.perf_counter() - self.start
 
     @contextmanager
     def paused(self):
@@ -83,27 +69,28 @@ class TrainingLog:
         text, values = self.summary()
         if self.bar.disable:
             images_left = (self.iterations - self.iteration) * self.images_per_iteration
-            left = clock(images_left / values["images_per_second"])
-            say(f"iteration {self.iteration} of {self.iterations}: {text}, {left} left")
+            minutes, seconds = divmod(round(images_left / values["images_per_second"]), 60)
+            left = f"{minutes // 60}:{minutes % 60:02}:{seconds:02} left"
+            say(f"iteration {self.iteration} of {self.iterations}: {text}, {left}")
         else:
             self.bar.set_postfix_str(text)
-        images = self.iteration * self.images_per_iteration
-        self.metrics.write("train", self.iteration, images=images, **values, seconds=self.seconds)
+        self.record("train", self.iteration, values)
         self.losses, self.window = [], time.perf_counter()
 
+    def record(self, split, iteration, values):
+        """Write values to the metrics, with the images trained on and the seconds so far."""
+        images, seconds = iteration * self.images_per_iteration, time.perf_counter() - self.start
+        self.metrics.write(split, iteration, images=images, **values, seconds=seconds)
 
-class SamplingProgress:
-    """Bytes and images per second of this process, on a bar or in plain lines, and a summary of
-    all processes at the end."""
+
+class SamplingProgress(AbstractContextManager):
+    """The speed of this process, on a bar or in plain lines, and at the end that of all."""
 
     def __init__(self, n_images, bytes_per_image):
         self.n_images, self.bytes_per_image = n_images, bytes_per_image
         self.total, self.count = n_images * bytes_per_image, 0
-
-    def __enter__(self):
         self.start = self.shown = time.perf_counter()
         self.bar = progress_bar(total=self.total, unit=" bytes", unit_scale=True)
-        return self
 
     def __exit__(self, failure, *details):
         self.bar.close()
@@ -117,11 +104,11 @@ class SamplingProgress:
     def advance(self, n):
         self.count += n
         self.bar.update(n)
-        if time.perf_counter() - self.shown > SECONDS_PER_LINE and self.bar.disable:
+        if not self.bar.disable:
+            self.bar.set_postfix_str(self.speed().rpartition(", ")[2], refresh=False)
+        elif time.perf_counter() - self.shown > SECONDS_PER_LINE:
             self.shown = time.perf_counter()
             say(f"{self.count} of {self.total} bytes, {self.speed()}")
-        elif not self.bar.disable:
-            self.bar.set_postfix_str(self.speed().rpartition(", ")[2], refresh=False)
 
     def speed(self):
         seconds = time.perf_counter() - self.start

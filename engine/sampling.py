@@ -22,16 +22,12 @@ from utils import UserError, autocast
 
 # Compiling takes two seconds, once, and saves some milliseconds per step of a batch.
 STEPS_WORTH_COMPILING = 200
-# Bytes drawn before a CUDA graph is captured, since libraries initialise lazily.
-WARM_UP_BYTES = 3
-# Bytes of each image between two checks and progress reports of `EagerDecoder`; a GPU is
-# synchronised once per block.
-BLOCK = 32
+WARM_UP_BYTES = 3  # bytes drawn before a CUDA graph is captured, since libraries initialise lazily
+BLOCK = 32  # bytes of each image between two checks and reports, which synchronise a GPU
 
 
 def sample_images(model: ImageTransformer, n: int, **options) -> torch.Tensor | None:
-    """New images (n, L), uint8, from a model in evaluation mode; `options` are those of
-    `complete_images`."""
+    """New images (n, L), uint8; the model and `options` are those of `complete_images`."""
     noise = {name: options[name] for name in ("seed", "temperature") if name in options}
     return complete_images(model, first_bytes(model, n, **noise), 1, **options)
 
@@ -43,8 +39,7 @@ def first_bytes(
     histogram of first bytes in the training set."""
     images = torch.zeros(n, model.config.length, dtype=torch.uint8)
     noise = image_noise(seed, range(n), 1)[:, 0, 0]
-    counts = model.first_byte_counts.cpu()
-    images[:, 0] = sample_first_byte(counts, noise, temperature)
+    images[:, 0] = sample_first_byte(model.first_byte_counts.cpu(), noise, temperature)
     return images
 
 
@@ -62,14 +57,19 @@ def complete_images(
 ) -> torch.Tensor | None:
     """Images (N, L), uint8, with all bytes from `offset`, at least 1, on drawn by the model.
 
-    `recompute` recomputes the prefix for every byte instead of keeping a state. `compile` is
-    --compile. With "bf16" the weights of the model are rounded. Of several processes each draws
-    its shard; the first one gets all images, the others None.
+    The model is in evaluation mode. `recompute` recomputes the prefix for every byte instead of
+    keeping a state. `compile` is --compile. With "bf16" the weights of the model are rounded. Of
+    several processes each draws its shard; the first one gets all images, the others None.
     """
     N, L = images.shape
     device = model.first_byte_counts.device
     steps = math.ceil(N / batch_size) * (L - offset)
-    draw = make_sampler(model, precision, recompute=recompute, compile=compile, steps=steps)
+    if model.config.has_recurrence and not recompute:
+        decoder = choose_decoder(model, precision, compile, steps)
+        draw = partial(sample_recurrent, model, decoder=decoder)
+    else:
+        draw = partial(sample_recomputing, model)
+    convert_weights(model, precision)
     own = torch.arange(N)[distributed.shard(N)]
     completed = [images[:0]]
     with SamplingProgress(len(own), L - offset) as progress:
@@ -82,31 +82,8 @@ def complete_images(
     return distributed.gather(torch.cat(completed))
 
 
-def make_sampler(
-    model: ImageTransformer,
-    precision: str,
-    *,
-    recompute: bool = False,
-    compile: bool | None = None,
-    steps: float = math.inf,
-) -> Callable:
-    """`sample_recurrent` with the fastest decoder if the model has a recurrence, else, or with
-    `recompute`, `sample_recomputing`; converts the model's weights to the precision."""
-    if recompute or not model.config.has_recurrence:
-        draw = partial(sample_recomputing, model)
-    else:
-        decoder = choose_decoder(model, precision, compile=compile, steps=steps)
-        draw = partial(sample_recurrent, model, decoder=decoder)
-    convert_weights(model, precision)
-    return draw
-
-
 def choose_decoder(
-    model: ImageTransformer,
-    precision: str,
-    *,
-    compile: bool | None = None,
-    steps: float = math.inf,
+    model: ImageTransformer, precision: str, compile: bool | None = None, steps: float = math.inf
 ) -> "EagerDecoder | cpu_sampler.CompiledDecoder":
     """The fastest decoder of a model on its device. On a CPU, with neither --compile nor
     --no-compile, it is compiled if that is worth the seconds for so many `steps`."""
@@ -170,10 +147,8 @@ class Batch:
 
     def check_finite(self):
         if not self.finite:
-            raise UserError(
-                "the model's distribution of a byte is not finite because the weights are too "
-                "large (the training diverged): give an earlier checkpoint"
-            )
+            problem = "the model's distribution of a byte is not finite: the training diverged"
+            raise UserError(f"{problem}: give an earlier checkpoint")
 
 
 class EagerDecoder:

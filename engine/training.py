@@ -44,29 +44,29 @@ def train_step(
     a restart nor another split of the batch changes it. Raises `UserError`, and changes no weight,
     if the loss or the gradient is not finite.
     """
-    keys = to_device(seed_iteration(seed, iteration, len(images)), images.device)
+    device = next(nll.parameters()).device
+    images = to_device(images, device)
+    keys = to_device(seed_iteration(seed, iteration, len(images)), device)
     values = images[:, 1:].numel()
-    loss = torch.zeros((), device=images.device)
+    loss = torch.zeros((), device=device)
     optimizer.zero_grad()
     parts = list(zip(images.chunk(accumulate), keys.chunk(accumulate), strict=True))
     for n, (part, part_keys) in enumerate(parts, 1):
         own = distributed.shard(len(part))
         with distributed.no_sync(nll, n < len(parts)):
-            with autocast(images.device, precision):
+            with autocast(device, precision):
                 part_loss = nll(part[own], part_keys[own]).sum() / values
             # DistributedDataParallel averages the gradients over the processes.
             (part_loss * distributed.world_size()).backward()
         loss += part_loss.detach()
     distributed.all_reduce(loss)
     if not clip(nll.parameters(), clip_norm, loss):
-        with autocast(images.device, precision):
-            name = first_non_finite(unwrap(nll).model, images, keys)
+        with autocast(device, precision):
+            name = first_non_finite(getattr(nll, "module", nll).model, images, keys)
         flags = " and ".join(f"--{flag} (now {rate:g})" for flag, rate in rates(optimizer).items())
         clipping = "lower --clip_norm" if clip_norm else "clip with --clip_norm 1"
-        raise UserError(
-            f"iteration {iteration}: {name} is not finite: lower {flags}, or {clipping}; "
-            "the last checkpoint is intact"
-        )
+        way_out = f"lower {flags}, or {clipping}; the last checkpoint is intact"
+        raise UserError(f"iteration {iteration}: {name} is not finite: {way_out}")
     optimizer.step()
     return loss
 
@@ -79,11 +79,6 @@ def seed_iteration(seed: int, iteration: int, n_images: int) -> torch.Tensor:
     own = np.random.SeedSequence((seed, iteration, distributed.rank()))
     torch.manual_seed(int(own.generate_state(1)[0]))
     return torch.from_numpy(keys)
-
-
-def unwrap(nll):
-    """The `NegativeLogLikelihood` inside DistributedDataParallel."""
-    return getattr(nll, "module", nll)
 
 
 def clip(parameters, max_norm, loss):
@@ -100,8 +95,7 @@ def clip(parameters, max_norm, loss):
 
 @torch.no_grad()
 def first_non_finite(model, images, keys):
-    """The first thing that was not finite in a step on these images, in words: a parameter, the
-    output of a module, or a gradient."""
+    """The first parameter, output of a module or gradient that was not finite, in words."""
     if name := non_finite_parameter(model):
         return f"the parameter {name}"
     plain = type(model)(model.config).to(images.device)  # plain PyTorch: hooks see every module
@@ -136,7 +130,6 @@ def evaluate(
     *,
     batch_size: int,
     precision: str,
-    device: torch.device,
     stop: Any = False,
 ) -> tuple[float, float] | None:
     """Bits/dim of images (n, L): the mean over the L - 1 bytes after the first (the paper's
@@ -145,7 +138,8 @@ def evaluate(
     Each process evaluates its shard; the sums are float64. Returns None as soon as `stop` is
     true, a `StopSignals` for example.
     """
-    nll = unwrap(nll)
+    nll = getattr(nll, "module", nll)  # without DistributedDataParallel
+    device = next(nll.parameters()).device
     training = nll.training
     nll.eval()
     total = 0.0
@@ -158,7 +152,7 @@ def evaluate(
             if stop:
                 break
     nll.train(training)
-    total, stopped = distributed.total(total, float(bool(stop)))
+    total, stopped = distributed.total(total, bool(stop))
     if stopped:
         return None
     n, length = images.shape

@@ -9,17 +9,16 @@ python=$1
 # By default setuptools calls the compiler that Python was built with, even if it is missing.
 CC=${CC:-cc} CXX=${CXX:-c++}
 export CC CXX
-for compiler in "$CC" "$CXX"; do
-    command -v "${compiler%% *}" >/dev/null || {
-        echo "make reference: no C++ compiler ($compiler): install g++ (macOS: xcode-select --install)" >&2
-        exit 1
-    }
-done
-headers='import os, sysconfig; os.stat(sysconfig.get_path("include") + "/Python.h")'
-"$python" -c "$headers" 2>/dev/null || {
-    echo "make reference: Python's headers are missing: install python3-dev" >&2
+fail() {
+    echo "make reference: $1" >&2
     exit 1
 }
+for compiler in "$CC" "$CXX"; do
+    command -v "${compiler%% *}" >/dev/null ||
+        fail "no C++ compiler ($compiler): install g++ (macOS: xcode-select --install)"
+done
+headers='import os, sysconfig; os.stat(sysconfig.get_path("include") + "/Python.h")'
+"$python" -c "$headers" 2>/dev/null || fail "Python's headers are missing: install python3-dev"
 
 # CUDA kernels are built only if nvcc has torch's CUDA version and still supports the library's
 # oldest architecture (CUDA 13 does not).

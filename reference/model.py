@@ -8,6 +8,7 @@ said about the library refers to 0.4.0, its last version.
 import torch
 
 from models import ImageTransformer, ModelConfig
+from options import typed
 from utils import UserError
 
 try:
@@ -15,25 +16,20 @@ try:
     from fast_transformers.causal_product import CausalDotProduct
     from fast_transformers.masking import TriangularCausalMask
 except ImportError as error:  # not installed, or built against another torch
-    raise UserError(
-        f"--backend fast-transformers cannot import its library ({error}): "
-        "`make reference` installs it"
-    ) from None
+    problem = f"--backend fast-transformers cannot import its library ({error})"
+    raise UserError(f"{problem}: `make reference` installs it") from None
 
 
-def softmax_options(config: ModelConfig) -> dict:
-    return {"softmax_temp": config.softmax_temp, "attention_dropout": config.attention_dropout}
-
-
-def reformer_options(config: ModelConfig) -> dict:
-    return {
-        **softmax_options(config),
-        "bits": config.bits,
-        "rounds": config.rounds,
-        "chunk_size": chunk_size(config),
-        # "masked" hides a query from itself, unless it can see nothing else.
-        "masked": not config.unmasked_reformer,
-    }
+def attention_options(config: ModelConfig) -> dict:
+    """The library's arguments of an attention."""
+    if config.attention_type == "causal-linear":
+        return {}
+    softmax = {"softmax_temp": config.softmax_temp, "attention_dropout": config.attention_dropout}
+    if config.attention_type == "full":
+        return softmax
+    hashing = {"bits": config.bits, "rounds": config.rounds, "chunk_size": chunk_size(config)}
+    # "masked" hides a query from itself, unless it can see nothing else.
+    return {**softmax, **hashing, "masked": not config.unmasked_reformer}
 
 
 def chunk_size(config: ModelConfig) -> int:
@@ -41,39 +37,23 @@ def chunk_size(config: ModelConfig) -> int:
     return min(config.chunk_size, config.length - 1)
 
 
-# The attentions of the original's scripts, and the arguments that the library gives each.
-ATTENTION_TYPES = {
-    "causal-linear": lambda config: {},
-    "full": softmax_options,
-    "reformer": reformer_options,
-}
-
-
 def check(config: ModelConfig, device: torch.device, precision: str, compiled: bool | None) -> None:
     """Raise a `UserError` for flags with which the library cannot run this model."""
     if config.neighbours:
-        raise UserError(
-            "--neighbours: the layers of pytorch-fast-transformers have no short convolutions: "
-            "give --no-neighbours"
-        )
+        problem = "the layers of pytorch-fast-transformers have no short convolutions"
+        raise UserError(f"--neighbours: {problem}: give --no-neighbours")
     if compiled is not None:
-        raise UserError(
-            f"--{'compile' if compiled else 'no-compile'} is for --backend native: leave it out, "
-            "or change the backend"
-        )
+        way_out = "leave it out, or change the backend"
+        raise UserError(f"{typed('compile', compiled)} is for --backend native: {way_out}")
     if config.attention_type != "causal-linear":
         return
     # Its kernels are float32 only, built for the CPU and perhaps for CUDA.
     if not CausalDotProduct.dot.get(device.type):
-        raise UserError(
-            f"--device {device}: the installed pytorch-fast-transformers has no kernels of "
-            "causal-linear for it: use --device cpu"
-        )
+        problem = "the installed pytorch-fast-transformers has no kernels of causal-linear for it"
+        raise UserError(f"--device {device}: {problem}: use --device cpu")
     if precision != "fp32":
-        raise UserError(
-            f"--precision {precision}: the kernels of pytorch-fast-transformers for "
-            "causal-linear are fp32 only: leave it out"
-        )
+        problem = "the kernels of pytorch-fast-transformers for causal-linear are fp32 only"
+        raise UserError(f"--precision {precision}: {problem}: leave it out")
 
 
 def build(builder, config):
@@ -86,7 +66,7 @@ def build(builder, config):
         value_dimensions=config.d_query,
         feed_forward_dimensions=4 * config.d_model,
         dropout=config.dropout,
-        **ATTENTION_TYPES[config.attention_type](config),
+        **attention_options(config),
     ).get()
 
 
@@ -117,12 +97,16 @@ class ReferenceTransformer(ImageTransformer):
 
     def encode(self, x, positions, states):
         """(N, L, D) -> (N, L, D), as the native model: by the parallel encoder or, with `states`,
-        by the recurrent one, position after position. The library draws its dropout from torch's
-        generator, not from the images' keys."""
-        if states is not None:
-            return self.recur(x, states)
-        reformer = self.config.attention_type == "reformer"
-        return self.encode_hashed(x) if reformer else self.encode_all(x)
+        by the recurrent one, position after position, updating them in place. The library draws
+        its dropout from torch's generator, not from the images' keys."""
+        if states is None:
+            reformer = self.config.attention_type == "reformer"
+            return self.encode_hashed(x) if reformer else self.encode_all(x)
+        (recurrence,), outputs = self.recurrence, []
+        for row in x.unbind(1):  # (N, D)
+            output, states[:] = recurrence(row, states)
+            outputs.append(output)
+        return torch.stack(outputs, dim=1)
 
     def encode_all(self, x):
         """(N, L, D) -> (N, L, D), every position from itself and those before it."""
@@ -145,15 +129,6 @@ class ReferenceTransformer(ImageTransformer):
             if not self.training:
                 torch.manual_seed(0)
             return self.encode_all(torch.cat([x, filling], dim=1))[:, :L]
-
-    def recur(self, x, states):
-        """(N, L, D) -> (N, L, D), continuing from `states`, which are updated in place."""
-        (recurrence,) = self.recurrence
-        outputs = []
-        for row in x.unbind(1):  # (N, D)
-            output, states[:] = recurrence(row, states)
-            outputs.append(output)
-        return torch.stack(outputs, dim=1)
 
     @property
     def has_constant_state(self):

@@ -44,7 +44,7 @@ def learn(
         advance(min(time, seconds - spent))
         spent, images = spent + time, images + BATCH_SIZE
         if images == next_evaluation or spent >= seconds:
-            bits, _ = evaluate(nll, test, batch_size=BATCH_SIZE, precision="fp32", device=device)
+            bits, _ = evaluate(nll, test, batch_size=BATCH_SIZE, precision="fp32")
             points.append({"images": images, "seconds": spent, "bits_per_dim": bits})
             next_evaluation *= 2
     return {"method": name, "seed": seed, "points": points}
