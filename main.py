@@ -27,7 +27,7 @@ from engine.recipes import Settings, choose_recipe
 from engine.training import NegativeLogLikelihood, evaluate, non_finite_parameter, train_step
 from models import ModelConfig
 from options import choose, choose_all
-from utils import UserError, say, select_device, select_precision, warn
+from utils import UserError, is_first_process, say, select_device, select_precision, warn
 
 
 def main(argv=None):
@@ -159,7 +159,7 @@ class Trainer:
         """Save a checkpoint for --save_to. A failure is a warning, or for the `last` an error."""
         if name := non_finite_parameter(self.model):
             raise UserError(f"iteration {iteration}: the parameter {name} is not finite: not saved")
-        if not self.args.save_to or distributed.rank() > 0:
+        if not self.args.save_to or not is_first_process():
             return
         with self.log.paused():
             try:

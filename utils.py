@@ -29,7 +29,7 @@ def is_out_of_memory(error):
 
 def is_first_process():
     """Whether this is the first of the processes that torchrun started, or the only process."""
-    return int(os.environ.get("WORLD_SIZE", 1)) == 1 or os.environ.get("RANK", "0") == "0"
+    return os.environ.get("WORLD_SIZE", "1") == "1" or os.environ.get("RANK", "0") == "0"
 
 
 # Messages and warnings go to a logger: cli/process.py prints them, other programs that import the

@@ -116,7 +116,7 @@ DATA = {
         "where data sets are, or are downloaded to (default: the environment variable "
         "DATASET_DIRECTORY, else ./data)",
         "FOLDER",
-        os.getenv("DATASET_DIRECTORY", "./data"),
+        os.getenv("DATASET_DIRECTORY") or "./data",
     ),
 }
 MODEL, SETTINGS = option_flags(ModelConfig), option_flags(Settings)

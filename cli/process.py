@@ -28,8 +28,9 @@ def run(main: Callable[[], int | None]) -> None:
     LOG.propagate, LOG.handlers = False, [MessageHandler()]
     if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:  # set while torch was imported
         signal.signal(signal.SIGINT, signal.default_int_handler)
-    nowhere = open(os.devnull, "w")  # noqa: SIM115
-    sys.stdout, sys.stderr = sys.stdout or nowhere, sys.stderr or nowhere  # closed, as with >&-
+    if not (sys.stdout and sys.stderr):  # closed, as with >&-
+        nowhere = open(os.devnull, "w")  # noqa: SIM115
+        sys.stdout, sys.stderr = sys.stdout or nowhere, sys.stderr or nowhere
     sys.stdout.reconfigure(errors="backslashreplace")  # for paths it cannot encode
     try:
         status = main()

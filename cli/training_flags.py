@@ -1,5 +1,6 @@
 """The command line of main.py."""
 
+import os
 from pathlib import Path
 
 from cli.flags import DATA, MACHINE, MODEL, MODEL_TEXT, SETTINGS, Parser, flag, refuse_given, switch
@@ -101,5 +102,8 @@ def check_flags(args):
         raise UserError("--keep_checkpoints needs a --save_to with {}, as in weights.{}.pth")
     if args.metrics_file:
         check_writable(args.metrics_file, "--metrics_file")
+        for name in ("save_to", "continue_from"):
+            if os.path.realpath(args.metrics_file) == os.path.realpath(getattr(args, name) or ""):
+                raise UserError(f"--metrics_file and --{name} name one file: give two")
     if args.log_dir:
         check_writable(Path(args.log_dir) / "events", "--log_dir")

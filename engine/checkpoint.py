@@ -275,6 +275,8 @@ def read_entries(path: Path) -> dict:
             entries = torch.load(file, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise UserError(f"{path} does not exist: give a checkpoint or a pattern") from None
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror}): give another file") from None
     except Exception as error:  # torch raises many types for foreign files
         if names := unsafe_types(path):
             raise UserError(

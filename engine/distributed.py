@@ -18,13 +18,18 @@ from utils import UserError, is_first_process, one_line
 @contextmanager
 def process_group(device):
     """Connect the processes of torchrun until the end. A lost one is a ConnectionError."""
-    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+    world = os.environ.get("WORLD_SIZE", "1")
+    if world == "1":
         yield
         return
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    # gloo for CPU tensors and objects, NCCL for the gradients on GPUs.
-    dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+    try:
+        # gloo for CPU tensors and objects, NCCL for the gradients on GPUs.
+        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+    except ValueError as error:  # the variable may be left over from another program
+        problem = f"WORLD_SIZE is {world}, but torchrun's other variables are not valid ("
+        raise UserError(f"{problem}{one_line(error)}): use torchrun, or unset WORLD_SIZE") from None
     try:
         yield
     except RuntimeError as error:  # torch has no class for the errors of gloo

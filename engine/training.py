@@ -65,7 +65,7 @@ def train_step(
             name = first_non_finite(getattr(nll, "module", nll).model, images, keys)
         flags = " and ".join(f"--{flag} (now {rate:g})" for flag, rate in rates(optimizer).items())
         clipping = "lower --clip_norm" if clip_norm else "clip with --clip_norm 1"
-        way_out = f"lower {flags}, or {clipping}; the last checkpoint is intact"
+        way_out = f"lower {flags}, or {clipping}"
         raise UserError(f"iteration {iteration}: {name} is not finite: {way_out}")
     optimizer.step()
     return loss

@@ -5,11 +5,21 @@ import re
 import shlex
 import shutil
 import subprocess
+import sys
 
 import imageio.v3
 import pytest
 import standins
-from helpers import ROOT, load, records, require_library, run_two, write_colour_images
+from helpers import (
+    ROOT,
+    finish,
+    load,
+    records,
+    require_library,
+    run_two,
+    start_command,
+    write_colour_images,
+)
 
 from cli.sampling_flags import index_list
 
@@ -152,6 +162,23 @@ def test_commands_can_be_read_and_pasted(path, lines):
     assert max(len(line) for line in lines) <= 100
     unquoted = re.sub(r"'[^']*'|\"[^\"]*\"", "", join(lines))
     assert not re.search(r"[{}*?\[\]|<>$]", unquoted), unquoted
+
+
+def test_the_python_of_the_documents(tmp_path):
+    """README's lines, then the block of docs/python.md, which prints four lines of its own: what it
+    imports prints nothing, and the size of the state does not change."""
+    lines = (ROOT / "README.md").read_text().splitlines()
+    first = lines.index("    from prediction import load_model, sample_images")
+    (block,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs/python.md").read_text(), re.DOTALL)
+    code = "\n".join(line.strip() for line in lines[first : first + 3])
+    code += "\nassert digits.shape == (60, 28, 28) and digits.float().std() > 50\n"
+    code += block + "\nprint(digits.float().std() > 50)"
+    out, err = finish(start_command([sys.executable, "-c", code], cwd=ROOT))
+    bits, before, after, drawn = out.splitlines()
+    assert re.fullmatch(r"0\.\d{4} bits/dim, 0\.\d{4} over all bytes", bits)
+    assert before.partition(": ")[2] == after.partition(": ")[2] != ""
+    assert drawn == "tensor(True)"
+    assert err == ""
 
 
 def test_make_demo(tmp_path):

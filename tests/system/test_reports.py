@@ -232,6 +232,31 @@ def test_a_closed_terminal_and_a_queues_signal_save(tmp_path, number):
     assert load("w.pth")["iteration"] >= 1
 
 
+@pytest.mark.parametrize("world_size", ["2", "many"])
+def test_a_stray_variable_of_a_cluster_is_an_error_in_words(world_size):
+    """Regression: a traceback with WORLD_SIZE set, and none of torchrun's other variables."""
+    env = {**os.environ, "WORLD_SIZE": world_size}
+    _, err = finish(start(*TRAIN, "--iterations", 1, env=env), status=2)
+    assert "unset WORLD_SIZE" in err
+
+
+def test_an_empty_variable_for_the_data_counts_as_none(call):
+    """Regression: with DATASET_DIRECTORY= the data sets were looked for in the current folder."""
+    _, err = finish(start("main.py", "--help", env={**os.environ, "DATASET_DIRECTORY": ""}))
+    assert err == ""
+
+
+def test_two_outputs_with_one_name_are_refused(call):
+    """Regression: a metrics file with the name of the checkpoint: each replaced the other."""
+    same = ["--save_to", "w.pth", "--metrics_file", "./w.pth"]
+    assert "name one file" in refused(call, *TRAIN, *same)
+
+
+def test_a_folder_given_as_a_model_is_an_error_in_words(call, tmp_path):
+    line = refused(call, "prediction.py", tmp_path)
+    assert "cannot be read (Is a directory)" in line
+
+
 def test_an_empty_name_is_refused(call):
     """Regression: an empty name, of a variable that is not set, counted as not given."""
     for flag in ("--save_to", "--continue_from", "--metrics_file"):
