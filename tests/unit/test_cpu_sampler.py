@@ -16,9 +16,9 @@ from helpers import TINY, start
 from imageio.v3 import imread
 
 import datasets
-import prediction
 from cpu.build import find_compiler
 from cpu.sampler import CompiledDecoder
+from engine import sampling
 from engine.sampling import Batch, EagerDecoder, image_noise, sample_recurrent
 from layers import mixture
 from models import ImageTransformer, ModelConfig
@@ -308,9 +308,10 @@ def test_compilation_is_reported_and_cached(succeed, tiny_checkpoint, tmp_path, 
 
 
 @pytest.mark.parametrize("attention_type", ["causal-linear", "full"])
-def test_the_batched_sampler_compiled_draws_the_same(succeed, tmp_path, attention_type):
+def test_recomputing_compiled_draws_the_same(succeed, tmp_path, attention_type):
     command = ["prediction.py", "-", "--dataset", "digits", "--n_layers", 2, "--n_heads", 2]
     command += ["--attention_type", attention_type, "--device", "cpu", "--index", "0-2"]
+    command.append("--recompute")
     images = []
     for name, flag in (("a", "--compile"), ("b", "--no-compile")):
         succeed(*command, flag, "--save_image", f"{name}.{{}}.{{}}.png")
@@ -323,14 +324,14 @@ def test_without_flags_it_compiles_only_if_that_pays(succeed, tmp_path, monkeypa
     model = ["prediction.py", "-", "--dataset", "digits", "--n_layers", 1, "--n_heads", 2]
     few, many = [*model, *RECURRENT], [*model, *RECURRENT, "--batch_size", 1]
     assert "compiled" not in succeed(*few).out
-    monkeypatch.setattr(prediction, "STEPS_WORTH_COMPILING", 100)
+    monkeypatch.setattr(sampling, "STEPS_WORTH_COMPILING", 100)
     assert "compiled" not in succeed(*many, "--no-compile").out
     assert "compiled" in succeed(*many).out
 
 
 def test_a_missing_compiler_is_reported_and_not_needed(call, succeed, tiny_checkpoint, monkeypatch):
     command = ["prediction.py", tiny_checkpoint, *RECURRENT, "--save_image", "x.{}.{}.png"]
-    monkeypatch.setattr(prediction, "STEPS_WORTH_COMPILING", 10)
+    monkeypatch.setattr(sampling, "STEPS_WORTH_COMPILING", 10)
     monkeypatch.setenv("PATH", "")
     monkeypatch.delenv("CXX", raising=False)
     assert "no C++ compiler" in succeed(*command).err
@@ -407,7 +408,7 @@ def test_a_library_that_cannot_be_loaded_is_reported_and_not_needed(
     script.write_text('#!/bin/sh\nfor last; do :; done\necho text > "$last"\n')
     script.chmod(stat.S_IRWXU)
     monkeypatch.setenv("CXX", str(script))
-    monkeypatch.setattr(prediction, "STEPS_WORTH_COMPILING", 10)
+    monkeypatch.setattr(sampling, "STEPS_WORTH_COMPILING", 10)
     command = ["prediction.py", tiny_checkpoint, *RECURRENT, "--device", "cpu"]
     result = call(*command)
     assert (result.status, result.err.count("cannot be loaded")) == (0, 1)
@@ -441,7 +442,7 @@ def test_a_failing_compiler_is_reported_and_not_needed(call, tiny_checkpoint, mo
         file.write("#!/bin/sh\necho no room >&2\nexit 1\n")
     os.chmod(broken, stat.S_IRWXU)
     monkeypatch.setenv("CXX", broken)
-    monkeypatch.setattr(prediction, "STEPS_WORTH_COMPILING", 10)
+    monkeypatch.setattr(sampling, "STEPS_WORTH_COMPILING", 10)
     result = call("prediction.py", tiny_checkpoint, *RECURRENT)
     assert result.status == 0
     assert "broken failed (no room)" in result.err

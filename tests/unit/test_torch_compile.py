@@ -11,8 +11,7 @@ import torch
 from torch._dynamo.utils import counters
 
 import main
-import prediction
-from engine.sampling import image_noise, sample_recurrent
+from engine.sampling import image_noise, plain_decoder, sample_recurrent
 from layers.dropout import draw_keys
 from models import ImageTransformer, ModelConfig
 
@@ -61,7 +60,7 @@ def test_training_and_evaluation(changes):
 def test_sampling():
     """prediction.py's step, which the CUDA graph records: the same images, from one graph."""
     model = make_model(**SHAPE).eval()
-    decoder = prediction.make_decoder(model, COMPILE, "fp32", torch.device("mps"), False)
+    decoder = plain_decoder(model, torch.compile(model.step))
     noise, images = image_noise(0, range(3), LENGTH), torch.zeros(2, 3, LENGTH, dtype=torch.int64)
     sample_recurrent(model, images[0], 4, noise)
     sample_recurrent(model, images[1], 4, noise, decoder=decoder)
