@@ -110,16 +110,17 @@ class StopSignals:
     save, if it `saves`, and exit; the same signal again ends the program at once. True after a
     signal, whose `name` and `exit_status` it has then."""
 
-    # SIGHUP comes when a terminal or connection is closed, SIGUSR1 from queues before a time limit.
-    NUMBERS = signal.SIGINT, signal.SIGTERM, signal.SIGPIPE, signal.SIGHUP, signal.SIGUSR1
+    # SIGUSR1 comes from queues before a time limit, SIGHUP when a terminal or connection is closed.
+    NUMBERS = [signal.SIGINT, signal.SIGTERM, signal.SIGPIPE, signal.SIGUSR1, signal.SIGHUP]
 
     def __init__(self, saves: bool):
         self.action = "saving and exiting" if saves else "exiting"
         self.name, self.exit_status = None, 0
 
     def __enter__(self):
-        heeded = [s for s in self.NUMBERS if signal.getsignal(s) is not signal.SIG_IGN]  # nohup
-        self.previous = {s: signal.signal(s, self.handle) for s in heeded}
+        nohup = signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+        numbers = self.NUMBERS[:-1] if nohup else self.NUMBERS
+        self.previous = {number: signal.signal(number, self.handle) for number in numbers}
         return self
 
     def handle(self, number, frame):
