@@ -111,7 +111,7 @@ class StopSignals:
     signal, whose `name` and `exit_status` it has then."""
 
     # SIGUSR1 comes from queues before a time limit, SIGHUP when a terminal or connection is closed.
-    NUMBERS = [signal.SIGINT, signal.SIGTERM, signal.SIGPIPE, signal.SIGUSR1, signal.SIGHUP]
+    NUMBERS = signal.SIGINT, signal.SIGTERM, signal.SIGPIPE, signal.SIGUSR1, signal.SIGHUP
 
     def __init__(self, saves: bool):
         self.action = "saving and exiting" if saves else "exiting"
