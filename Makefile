@@ -17,24 +17,27 @@ MODEL = --dataset mnist-10k --recipe fast --n_layers 3 --n_heads 3 --batch_size 
         --precision auto --log_frequency 100 --evaluate_frequency 100000 \
         --save_to 'demo/mnist.{}.pth' --continue_from 'demo/mnist.{}.pth'
 
+# Two processes of tests, each with one thread.
+TWO = OMP_NUM_THREADS=1
+
 .PHONY: demo test quick reference benchmark-sampling benchmark-training comparison gpu clean
 
 demo: .venv/installed
 	$(BIN)/python main.py $(MODEL) --iterations $(ITERATIONS)
-	$(BIN)/python prediction.py 'demo/mnist.{}.pth' --recurrent --index 0-60 --offset 0 \
+	$(BIN)/python prediction.py 'demo/mnist.{}.pth' --index 0-60 --offset 0 \
 	    --save_grid demo/samples.png
-	$(BIN)/python prediction.py 'demo/mnist.{}.pth' --recurrent --index 5 --save_gif demo/completion.gif
+	$(BIN)/python prediction.py 'demo/mnist.{}.pth' --index 5 --save_gif demo/completion.gif
 	@echo 'Samples are in demo/samples.png, an animation of one being completed in demo/completion.gif.'
 
 test: .venv/installed-test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/python -m pytest
+	$(TWO) $(BIN)/python -m pytest -n 2
 
 # The unit tests that need neither a compiler nor seconds.
 quick: .venv/installed-test
 	$(BIN)/ruff check .
-	$(BIN)/python -m pytest -m 'not slow' tests/unit
+	$(TWO) $(BIN)/python -m pytest -n 2 -m 'not slow' tests/unit
 
 reference: .venv/installed-reference
 
