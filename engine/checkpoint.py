@@ -112,7 +112,8 @@ class Checkpoint:
         known |= {"config": config, "dataset": name, "image_shape": shape}
         checkpoint = cls(**known, path=path)
         expected = {**vars(config), "d_model": config.d_model}
-        if any(expected[name] != x for name, x in {**stored, **checkpoint.sizes()}.items()):
+        seen = [*stored.items(), *checkpoint.sizes().items()]
+        if any(expected[name] != value for name, value in seen):
             raise not_valid(path, "its config does not match its weights and images")
         return checkpoint
 

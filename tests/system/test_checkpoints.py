@@ -72,10 +72,12 @@ def test_foreign_files_are_refused_and_not_executed(content, call, tmp_path):
 def test_only_the_newest_checkpoints_are_kept(succeed, tmp_path):
     """Regression: a damaged file, or one of another run, with a later iteration was counted as the
     newest, and the only good one was deleted."""
+    saving = ["--save_frequency", 2, "--keep_checkpoints", 2, "--save_to", "w.{}.pth"]
+    succeed("main.py", *DIGITS, "--iterations", 2, *saving)
     for name in ("w.final.pth", "w.9000.pth"):
         (tmp_path / name).write_text("somebody's")
-    saving = ["--save_frequency", 2, "--keep_checkpoints", 2, "--save_to", "w.{}.pth"]
-    succeed("main.py", *DIGITS, "--iterations", 11, *saving)
+    continued = ["--continue_from", "w.{}.pth", "--iterations", 11]
+    succeed("main.py", *DIGITS, *continued, *saving)
     names = ["w.10.pth", "w.11.pth", "w.9000.pth", "w.final.pth"]
     assert sorted(os.listdir(tmp_path)) == names
 
@@ -179,7 +181,7 @@ WRONG = [
     ("settings", "warmup", 2.5), ("settings", "warmup", -1), ("settings", "recipe", "slow"),
     ("settings", "recipe", ["paper"]), ("settings", "optimizer", "sgd"),
     ("settings", "lr_schedule", "linear"),
-    ("format_version", "1"), ("format_version", None), ("format_version", 2), ("seed", ...),
+    ("format_version", "1"), ("format_version", None), ("format_version", 3), ("seed", ...),
     ("config", ...), ("dataset", ...), ("first_byte_counts", ...),
 ]  # fmt: skip
 

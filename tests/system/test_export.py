@@ -55,13 +55,13 @@ def test_an_export_is_evaluated_and_sampled_as_its_checkpoint(exported, succeed,
 
 
 def test_a_run_that_continues_from_an_export_says_that_moments_start_at_zero(exported, succeed):
-    flags = ["--iterations", 40, "--evaluate_images", 2, "--save_to", "next.pth"]
-    out = succeed("main.py", "--continue_from", exported[1], *flags).out
+    flags = ["--iterations", 40, "--evaluate_images", 2, "--save_to"]
+    out = succeed("main.py", "--continue_from", exported[1], *flags, "next.pth").out
     assert out.count(AT_ZERO) == 1
     moments = load("next.pth")["optimizer_state"]["state"].values()
     start = load(exported[0])["iteration"]
     assert {int(each["step"]) for each in moments if "step" in each} == {40 - start}
-    assert AT_ZERO not in succeed("main.py", "--continue_from", exported[0], *flags).out
+    assert AT_ZERO not in succeed("main.py", "--continue_from", exported[0], *flags, "own.pth").out
 
 
 def test_an_export_loads_as_the_original_loads_checkpoints(succeed, tiny_checkpoint):

@@ -3,6 +3,7 @@
 import math
 import re
 from dataclasses import fields
+from pathlib import Path
 
 import pytest
 from helpers import DIGITS, TINY, assert_equal_weights, help_of, load, losses, records
@@ -16,6 +17,7 @@ NAMES = [field.name for field in fields(Settings) if field.name != "recipe"]
 
 def train(succeed, *flags):
     """The settings and the config of a run of two iterations."""
+    Path("w.pth").unlink(missing_ok=True)
     succeed("main.py", *DIGITS, "--iterations", 2, "--save_to", "w.pth", *flags)
     checkpoint = load("w.pth")
     return checkpoint["settings"], checkpoint["config"]
@@ -88,13 +90,17 @@ def test_every_part_of_the_fast_recipe_can_be_had_without_it(succeed):
 def test_the_rates_of_the_fast_recipe_fall_with_the_length_of_the_run(call):
     """Regression: those of long runs were too high. What a flag says stays as it is."""
     expected = {400: (0.006, 0.03), 1600: (0.004, 0.02), 13000: (0.0021, 0.011)}
-    flags = ["--yield_frequency", 1, "--save_to", "w.pth"]
-    for iterations, rates in expected.items():
-        assert call(*FAST, "--iterations", iterations, *flags).status == 75
+
+    def rates_of(iterations, *flags):
+        Path("w.pth").unlink(missing_ok=True)
+        saving = ["--yield_frequency", 1, "--save_to", "w.pth"]
+        assert call(*FAST, "--iterations", iterations, *saving, *flags).status == 75
         settings = load("w.pth")["settings"]
-        assert (settings["lr"], settings["muon_lr"]) == rates
-    assert call(*FAST, "--iterations", 10**6, "--lr", 0.5, *flags).status == 75
-    assert (load("w.pth")["settings"]["lr"], load("w.pth")["settings"]["muon_lr"]) == (0.5, 0.0029)
+        return settings["lr"], settings["muon_lr"]
+
+    for iterations, rates in expected.items():
+        assert rates_of(iterations) == rates
+    assert rates_of(10**6, "--lr", 0.5) == (0.5, 0.0029)
 
 
 def test_a_run_continues_with_its_own_recipe_and_settings(call, succeed):

@@ -12,6 +12,7 @@ from helpers import TINY, start
 from PIL import Image
 
 import datasets
+import image_files
 from utils import UserError
 
 TRAIN = ["--dataset", ".", *TINY, "--iterations", 1, "--batch_size", 2]
@@ -209,7 +210,7 @@ def test_images_of_one_byte_are_refused(tmp_path):
 
 def test_image_files_that_exceed_the_memory(folder, call, monkeypatch):
     """Regression: the advice was to lower --batch_size. They are refused before they are read."""
-    monkeypatch.setattr(datasets, "device_memory", lambda device: 30)
+    monkeypatch.setattr(image_files, "device_memory", lambda device: 30)
     write("train/n.png").write_bytes(b"not read")
     result = call("main.py", *TRAIN)
     assert result.status == 2

@@ -120,7 +120,7 @@ def test_another_data_set_may_be_evaluated_but_not_trained_on(
     assert evaluated.splitlines()[-1] == own.splitlines()[-1]
     result = call(*command, "--iterations", 31, *other)
     assert result.status == 2
-    assert "contradicts the checkpoint, which was trained on digits" in result.err
+    assert "contradicts the checkpoint, whose dataset is digits" in result.err
 
 
 def test_random_weights_sample_from_flags_alone(sample):
