@@ -7,6 +7,7 @@ import argparse
 import difflib
 import os
 import shutil
+from collections.abc import Iterable
 from functools import partial
 from typing import Any
 
@@ -31,7 +32,7 @@ class Parser(argparse.ArgumentParser):
         formatter = partial(argparse.HelpFormatter, max_help_position=34, width=width)
         super().__init__(allow_abbrev=False, formatter_class=formatter, **kwargs)
 
-    def parse_args(self, argv=None):
+    def parse_args(self, argv: list[str] | None = None) -> argparse.Namespace:
         args, unknown = self.parse_known_args(argv)
         if unknown:
             flag = unknown[0].partition("=")[0]
@@ -44,7 +45,7 @@ class Parser(argparse.ArgumentParser):
         args.given = {name for name, value in vars(given).items() if value is not None}
         return args
 
-    def add_flags(self, title, flags, description=None):
+    def add_flags(self, title: str, flags: dict[str, dict], description: str | None = None) -> None:
         """Add a group of flags from a table."""
         group = self.add_argument_group(title, description)
         for name, flag in flags.items():
@@ -54,7 +55,7 @@ class Parser(argparse.ArgumentParser):
         raise UserError(f"{message} (see --help)")
 
 
-def refuse_given(args, flags, reason):
+def refuse_given(args: argparse.Namespace, flags: Iterable[str], reason: str) -> None:
     """Raise a `UserError` if one of these flags was given."""
     for name in flags:
         if name in args.given:

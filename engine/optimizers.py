@@ -23,7 +23,7 @@ BETA2 = 0.95
 MEAN_RATE = 0.03
 
 
-def make_optimizer(model, settings):
+def make_optimizer(model: nn.Module, settings: Any) -> Any:
     """The optimiser of `Settings`, with weight decay decoupled from the gradient.
 
     "muon" is Muon for the matrices inside the layers and AdamW for everything else, with a lower
@@ -83,19 +83,19 @@ class SlowMeans(torch.optim.AdamW):
             rows.lerp_(old, 1 - MEAN_RATE)
 
 
-def set_rates(optimizer, settings, factor):
+def set_rates(optimizer: Any, settings: Any, factor: float) -> dict[str, float]:
     """Set the learning rates to `factor` times those of `Settings`; returns them by name."""
     for group in optimizer.param_groups:
         group["lr"] = factor * (settings.muon_lr if is_muon(group) else settings.lr)
     return rates(optimizer)
 
 
-def rates(optimizer):
+def rates(optimizer: Any) -> dict[str, float]:
     """The current learning rates, {name of the flag: rate}."""
     return {"muon_lr" if is_muon(g) else "lr": g["lr"] for g in optimizer.param_groups}
 
 
-def is_muon(group):
+def is_muon(group: dict) -> bool:
     """Whether a group of parameters belongs to Muon."""
     return "ns_steps" in group
 

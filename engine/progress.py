@@ -14,7 +14,7 @@ from utils import is_first_process, say
 SECONDS_PER_LINE = 10  # between lines of progress without a terminal
 
 
-def progress_bar(**kwargs):
+def progress_bar(**kwargs) -> tqdm:
     """A tqdm bar on a terminal; elsewhere a silent one (its `disable` is True)."""
     shown = sys.stderr.isatty() and is_first_process()
     return tqdm(dynamic_ncols=True, disable=not shown, **kwargs)
