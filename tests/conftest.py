@@ -17,6 +17,7 @@ from helpers import DEVICE, DIGITS, ROOT, SCRIPTS, TINY, write_colour_images  # 
 
 import main
 from cli import process
+from utils import LOG
 
 
 def pytest_runtest_setup(item):
@@ -146,3 +147,11 @@ def in_temporary_folder(tmp_path, monkeypatch):
 @pytest.fixture(autouse=True)
 def seeded():
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def shown_messages(monkeypatch):
+    """Messages and warnings are printed, as in a script."""
+    monkeypatch.setattr(LOG, "handlers", [process.MessageHandler()])
+    monkeypatch.setattr(LOG, "propagate", False)
+    LOG.setLevel("INFO")
