@@ -9,7 +9,9 @@ if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while torch is imported: no traceback
 
 import math
+from argparse import Namespace
 from dataclasses import asdict
+from typing import Any
 
 import torch
 
@@ -25,12 +27,12 @@ from engine.optimizers import export_state, make_optimizer, set_rates
 from engine.progress import TrainingLog
 from engine.recipes import Settings, choose_recipe
 from engine.training import NegativeLogLikelihood, evaluate, non_finite_parameter, train_step
-from models import ModelConfig
+from models import ImageTransformer, ModelConfig
 from options import choose, choose_all
 from utils import UserError, is_first_process, say, select_device, select_precision, warn
 
 
-def main(argv=None):
+def main(argv: list[str] | None = None) -> int | None:
     args = training_flags.parse(argv)
     if args.export:
         return export(args)
@@ -39,7 +41,7 @@ def main(argv=None):
         return train(args, device)
 
 
-def export(args):
+def export(args: Namespace) -> None:
     """Write the weights of --continue_from without the optimiser's moments."""
     checkpoint = load_checkpoint(args)
     path = format_path(args.export, checkpoint.iteration)
@@ -49,7 +51,7 @@ def export(args):
     say(f"wrote {path} ({path.stat().st_size / 1e6:.1f} MB, without the optimiser's moments)")
 
 
-def load_checkpoint(args):
+def load_checkpoint(args: Namespace) -> Checkpoint:
     """The checkpoint to continue from, `NO_CHECKPOINT` for a run from scratch."""
     if not args.continue_from:
         return NO_CHECKPOINT
@@ -60,7 +62,7 @@ def load_checkpoint(args):
     return checkpoint
 
 
-def train(args, device):
+def train(args: Namespace, device: torch.device) -> int:
     """Train, evaluate and save; returns the exit status."""
     trainer = Trainer(args, device)
     start, log = trainer.start, trainer.log
@@ -91,7 +93,7 @@ def train(args, device):
 class Trainer:
     """The data, model, optimiser and log of a run that starts or continues."""
 
-    def __init__(self, args, device):
+    def __init__(self, args: Namespace, device: torch.device):
         self.args, self.device = args, device
         self.precision = select_precision(args.precision, device)
         check_batch_size(args)
@@ -120,7 +122,7 @@ class Trainer:
         self.log = TrainingLog(metrics, self.start, args.iterations, images, args.log_frequency)
         self.describe()
 
-    def step(self, iteration):
+    def step(self, iteration: int) -> torch.Tensor:
         """Train on the images of an iteration; returns the loss in nats per byte."""
         self.model.train()
         factor = self.settings.rate_factor(iteration, self.args.iterations)
@@ -138,7 +140,7 @@ class Trainer:
             clip_norm=self.settings.clip_norm,
         )
 
-    def evaluate(self, iteration, stop):
+    def evaluate(self, iteration: int, stop: StopSignals) -> None:
         """Report the test bits/dim, unless a signal interrupts the evaluation."""
         self.test.check_file()
         with self.log.paused():
@@ -155,7 +157,7 @@ class Trainer:
         record = {"bits_per_dim": paper, "bits_per_dim_all_bytes": all_bytes}
         self.log.record("test", iteration, record)
 
-    def save(self, iteration, last):
+    def save(self, iteration: int, last: bool) -> None:
         """Save a checkpoint for --save_to. A failure is a warning, or for the `last` an error."""
         if name := non_finite_parameter(self.model):
             raise UserError(f"iteration {iteration}: the parameter {name} is not finite: not saved")
@@ -174,7 +176,7 @@ class Trainer:
             else:
                 say(f"iteration {iteration}: saved {path}")
 
-    def checkpoint(self, iteration):
+    def checkpoint(self, iteration: int) -> Checkpoint:
         return Checkpoint(
             model_state=self.model.state_dict(),
             optimizer_state=export_state(self.optimizer),
@@ -188,7 +190,7 @@ class Trainer:
             threads=torch.get_num_threads(),
         )
 
-    def describe(self):
+    def describe(self) -> None:
         """Print one line each about the model, the data and the machine."""
         config, training = self.model.config, self.training
         parameters = sum(p.numel() for p in self.model.parameters()) / 1e6
@@ -206,14 +208,14 @@ class Trainer:
             warn("without --save_to the trained weights are not saved")
 
 
-def check_batch_size(args):
+def check_batch_size(args: Namespace) -> None:
     processes = distributed.world_size()
     if args.batch_size % processes:
         problem = f"--batch_size {args.batch_size} is shared by {processes} processes"
         raise UserError(f"{problem}: give a multiple of {processes}")
 
 
-def check_other_run(args, checkpoint):
+def check_other_run(args: Namespace, checkpoint: Checkpoint) -> None:
     """Raise a `UserError` if --save_to has checkpoints of a run that is not continued."""
     if not args.save_to:
         return
@@ -225,27 +227,36 @@ def check_other_run(args, checkpoint):
         )
 
 
-def choose_settings(args, checkpoint):
+def choose_settings(args: Namespace, checkpoint: Checkpoint) -> tuple[Settings, dict[str, Any]]:
     """The `Settings` of a run, and the values that its recipe sets."""
     given, stored = given_options(args, Settings), checkpoint.settings
     recipe = choose_recipe(given, stored, args.iterations)
     return Settings(**choose_all(Settings, given, stored, recipe)), recipe
 
 
-def choose_seed(args, checkpoint):
+def choose_seed(args: Namespace, checkpoint: Checkpoint) -> int:
     """The seed of a run, which stays the same when it continues."""
     seeds = [{} if seed is None else {"seed": seed} for seed in (args.seed, checkpoint.seed, 0)]
     return choose("seed", *seeds)
 
 
-def load_data(args, checkpoint):
+def load_data(
+    args: Namespace, checkpoint: Checkpoint
+) -> tuple[datasets.ImageDataset, datasets.ImageDataset]:
     """The training and the test images; only an evaluation may use another data set."""
     name = datasets.choose_name(args.dataset, checkpoint.dataset, may_differ=args.evaluate_only)
     with distributed.first_process_first():
         return datasets.load_both(name, args.dataset_directory, checkpoint.image_shape)
 
 
-def build_model(config, args, precision, device, seed, checkpoint):
+def build_model(
+    config: ModelConfig,
+    args: Namespace,
+    precision: str,
+    device: torch.device,
+    seed: int,
+    checkpoint: Checkpoint,
+) -> ImageTransformer:
     """The model to train, with the checkpoint's weights if there is one."""
     needed = construction.evaluation_memory(config, args.batch_size)
     if not args.evaluate_only:
@@ -259,7 +270,7 @@ def build_model(config, args, precision, device, seed, checkpoint):
     return load_model(checkpoint, config, device=device, backend=args.backend, ops=ops, seed=seed)
 
 
-def parallel_nll(model, args, device):
+def parallel_nll(model: ImageTransformer, args: Namespace, device: torch.device) -> torch.nn.Module:
     """The loss, with torch.compile on a GPU if --compile is given, wrapped for all processes."""
     nll = NegativeLogLikelihood(model)
     if args.compile and device.type != "cpu":

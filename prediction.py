@@ -12,7 +12,10 @@ if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while torch is imported: no traceback
 
 import math
+from argparse import Namespace
 from functools import partial
+
+import torch
 
 import datasets
 from cli import outputs, sampling_flags
@@ -23,21 +26,21 @@ from engine.checkpoint import NO_CHECKPOINT, Checkpoint
 from engine.construction import load_model
 from engine.sampling import complete_images, sample_images
 from engine.surprisal import surprisal
-from models import ModelConfig
+from models import ImageTransformer, ModelConfig
 from options import typed
 from utils import UserError, say, select_device, select_precision
 
 __all__ = ["complete_images", "load_model", "sample_images", "surprisal"]
 
 
-def main(argv=None):
+def main(argv: list[str] | None = None) -> None:
     args = sampling_flags.parse(argv)
     device = select_device(args.device)
     with distributed.process_group(device):
         complete(args, device)
 
 
-def complete(args, device):
+def complete(args: Namespace, device: torch.device) -> None:
     """Load the model and the images, complete the images, write them."""
     precision = select_precision(args.precision, device)
     outputs.check_outputs(args)
@@ -57,7 +60,9 @@ def complete(args, device):
         outputs.write_outputs(args, completed, real, args.image_shape or shape, offset, bits_of)
 
 
-def draw_samples(args, model, real, offset, precision):
+def draw_samples(
+    args: Namespace, model: ImageTransformer, real: torch.Tensor | None, offset: int, precision: str
+) -> torch.Tensor | None:
     """The images, completed from byte `offset` on; None in all processes but the first."""
     options = {"seed": args.seed, "temperature": args.temperature, "precision": precision}
     options |= {name: getattr(args, name) for name in ("batch_size", "recompute", "compile")}
@@ -66,7 +71,7 @@ def draw_samples(args, model, real, offset, precision):
     return complete_images(model, real, max(1, offset), **options)
 
 
-def load_checkpoint(args):
+def load_checkpoint(args: Namespace) -> Checkpoint:
     """The checkpoint to sample from, or `NO_CHECKPOINT` for random weights."""
     if args.model == "-":
         say("random weights: the samples will be noise")
@@ -75,7 +80,9 @@ def load_checkpoint(args):
     return checkpoint.upgraded() if args.load_pytorch else checkpoint
 
 
-def open_images(args, checkpoint):
+def open_images(
+    args: Namespace, checkpoint: Checkpoint
+) -> tuple[torch.Tensor | None, tuple[int, ...], torch.Tensor | None]:
     """The images to complete (N, L), uint8, None with --offset 0; the shape of an image; and the
     histogram (256,) of first bytes, None if it is neither stored nor needed.
 
@@ -100,12 +107,12 @@ def open_images(args, checkpoint):
     return real, shape, counts
 
 
-def load_data(args, checkpoint, train):
+def load_data(args: Namespace, checkpoint: Checkpoint, train: bool) -> datasets.ImageDataset:
     name = datasets.choose_name(args.dataset, checkpoint.dataset, may_differ=True)
     return datasets.load_matching(name, args.dataset_directory, train, checkpoint.image_shape)
 
 
-def choose_offset(args, length):
+def choose_offset(args: Namespace, length: int) -> int:
     """How many bytes of an image are given: all if no output shows samples, else the flag, else
     300, or half of an image of fewer than 600."""
     if not sampling_flags.shows_samples(args):
@@ -117,7 +124,7 @@ def choose_offset(args, length):
     return args.offset
 
 
-def check_flags(args, config, precision, device):
+def check_flags(args: Namespace, config: ModelConfig, precision: str, device: torch.device) -> None:
     """Raise a `UserError` for flags that this model cannot follow, or too little memory."""
     if args.recurrent and not config.has_recurrence:
         raise UserError(
@@ -137,7 +144,9 @@ def check_flags(args, config, precision, device):
     construction.check_memory(construction.sampling_memory(config, n_states), device)
 
 
-def build_model(args, config, checkpoint, device):
+def build_model(
+    args: Namespace, config: ModelConfig, checkpoint: Checkpoint, device: torch.device
+) -> ImageTransformer:
     """The model; with compiled operations if it recomputes prefixes on a CPU. (The recurrence has a
     compiled sampler instead.)"""
     ops = None

@@ -21,13 +21,13 @@ class UserError(Exception):
     """An error the user can fix: one line that names the value, the reason and the way out."""
 
 
-def is_out_of_memory(error):
+def is_out_of_memory(error: Exception) -> bool:
     """Whether Python, torch or CUDA ran out of memory; torch has no class for CPU memory."""
     text = str(error)
     return isinstance(error, MemoryError) or "out of memory" in text or "allocate memory" in text
 
 
-def is_first_process():
+def is_first_process() -> bool:
     """Whether this is the first of the processes that torchrun started, or the only process."""
     return os.environ.get("WORLD_SIZE", "1") == "1" or os.environ.get("RANK", "0") == "0"
 
@@ -38,24 +38,24 @@ LOG = logging.getLogger("image_transformer")
 say, warn = LOG.info, LOG.warning
 
 
-def print_error(text):
+def print_error(text: str) -> None:
     """Print a line on stderr, if it is open, with control characters escaped."""
     with suppress(OSError):
         print(printable(text), file=sys.stderr)
 
 
-def printable(text):
+def printable(text: str) -> str:
     """A text with its control characters, such as a newline in a file's name, escaped."""
     return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
 
 
-def one_line(error, longest=200):
+def one_line(error: Exception, longest: int = 200) -> str:
     """The message of an exception on one line, without colours, or the name of its class."""
     text = re.sub(r"\x1b\[[0-9;]*m", "", str(error))
     return " ".join(text.split())[:longest] or type(error).__name__
 
 
-def select_device(name):
+def select_device(name: str) -> torch.device:
     """The torch.device of --device; raises a `UserError` if this machine does not have it."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
@@ -74,14 +74,14 @@ def select_device(name):
     return torch.device(name)
 
 
-def to_device(tensor, device):
+def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
     """The tensor on the device; a copy to a GPU does not block the CPU."""
     if device.type == "cuda" and tensor.device.type == "cpu":
         tensor = tensor.pin_memory()
     return tensor.to(device, non_blocking=True)
 
 
-def select_precision(name, device):
+def select_precision(name: str, device: torch.device) -> str:
     """The precision, "fp32" or "bf16", that --precision names: "auto" is bf16 if the device has
     bfloat16 instructions, since emulating them is slow."""
     if name == "auto":
@@ -91,7 +91,7 @@ def select_precision(name, device):
     return name
 
 
-def has_bfloat16(device):
+def has_bfloat16(device: torch.device) -> bool:
     """Whether the device has bfloat16 instructions; for a CPU, as Linux or macOS reports it."""
     if device.type == "cuda":
         return torch.cuda.get_device_capability(device) >= (8, 0)
@@ -105,7 +105,7 @@ def has_bfloat16(device):
     return subprocess.run(command, capture_output=True).stdout.strip() == b"1"
 
 
-def autocast(device, precision):
+def autocast(device: torch.device, precision: str) -> torch.autocast:
     """The context manager in which a model runs in "fp32" or "bf16".
 
     Without autocast's cache: a pass uses each weight once, and a CUDA graph would go on reading the
@@ -115,7 +115,7 @@ def autocast(device, precision):
     return torch.autocast(device.type, torch.bfloat16, enabled=enabled, cache_enabled=False)
 
 
-def device_memory(device):
+def device_memory(device: torch.device) -> int:
     """Bytes of memory of a GPU, or those that are available on this machine."""
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).total_memory

@@ -8,7 +8,7 @@ import difflib
 import os
 import shutil
 from functools import partial
-from typing import Any
+from typing import Any, NoReturn
 
 import options
 from datasets import NAMES
@@ -31,7 +31,7 @@ class Parser(argparse.ArgumentParser):
         formatter = partial(argparse.HelpFormatter, max_help_position=34, width=width)
         super().__init__(allow_abbrev=False, formatter_class=formatter, **kwargs)
 
-    def parse_args(self, argv=None):
+    def parse_args(self, argv: list[str] | None = None) -> argparse.Namespace:
         args, unknown = self.parse_known_args(argv)
         if unknown:
             flag = unknown[0].partition("=")[0]
@@ -44,17 +44,17 @@ class Parser(argparse.ArgumentParser):
         args.given = {name for name, value in vars(given).items() if value is not None}
         return args
 
-    def add_flags(self, title, flags, description=None):
+    def add_flags(self, title: str, flags: dict[str, dict], description: str | None = None) -> None:
         """Add a group of flags from a table."""
         group = self.add_argument_group(title, description)
         for name, flag in flags.items():
             group.add_argument(f"--{name}", **flag)
 
-    def error(self, message):
+    def error(self, message: str) -> NoReturn:
         raise UserError(f"{message} (see --help)")
 
 
-def refuse_given(args, flags, reason):
+def refuse_given(args: argparse.Namespace, flags: list[str], reason: str) -> None:
     """Raise a `UserError` if one of these flags was given."""
     for name in flags:
         if name in args.given:

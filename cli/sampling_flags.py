@@ -1,7 +1,7 @@
 """The command line of prediction.py."""
 
 import re
-from argparse import ArgumentTypeError
+from argparse import ArgumentTypeError, Namespace
 
 from cli.flags import DATA, MACHINE, MODEL, MODEL_TEXT, Parser, flag, path, refuse_given, switch
 from options import COUNT, SEED, Number
@@ -12,7 +12,7 @@ GIF_SECONDS = 6
 DEFAULT_OFFSET = 300
 
 
-def index_list(text):
+def index_list(text: str) -> list[int]:
     """An argparse type: "0-3,7*2" is [0, 1, 2, 7, 7]. Ranges end before their second number."""
     indices = []
     for part in text.split(","):
@@ -29,7 +29,7 @@ def index_list(text):
     return indices
 
 
-def shape_list(text):
+def shape_list(text: str) -> tuple[int, ...]:
     """An argparse type: "28,28" is (28, 28), "32,32,3" a colour image."""
     try:
         shape = tuple(int(part) for part in text.split(","))
@@ -88,7 +88,7 @@ LOAD_PYTORCH = switch("the checkpoint has the original's older layout (self_attn
 FORCE_CPU = switch("the same as --device cpu")
 
 
-def parse(argv=None):
+def parse(argv: list[str] | None = None) -> Namespace:
     """The arguments of prediction.py, checked as far as the command line alone allows."""
     parser = Parser(
         description="Sample images from a trained model: the first --offset bytes of real images "
@@ -110,12 +110,12 @@ def parse(argv=None):
     return args
 
 
-def shows_samples(args):
+def shows_samples(args: Namespace) -> bool:
     """Whether any output shows samples, and not only real images."""
     return bool(args.save_image or args.save_gif or args.save_grid or args.plot)
 
 
-def check_flags(args):
+def check_flags(args: Namespace) -> None:
     """Raise a `UserError` for flags that contradict each other or have no effect."""
     if args.recurrent and args.recompute:
         raise UserError("--recurrent contradicts --recompute: give one of them")

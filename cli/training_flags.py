@@ -1,6 +1,7 @@
 """The command line of main.py."""
 
 import os
+from argparse import Namespace
 from pathlib import Path
 
 from cli.flags import DATA, MACHINE, MODEL, MODEL_TEXT, SETTINGS, Parser, flag, refuse_given, switch
@@ -58,7 +59,7 @@ COMPILE = flag(
 )
 
 
-def parse(argv=None):
+def parse(argv: list[str] | None = None) -> Namespace:
     """The arguments of main.py, checked as far as the command line alone allows."""
     parser = Parser(
         description="Train a transformer on the bytes of images. The same command starts a run "
@@ -79,7 +80,7 @@ def parse(argv=None):
     return args
 
 
-def check_flags(args):
+def check_flags(args: Namespace) -> None:
     """Raise a `UserError` for flags that contradict each other or have no effect."""
     for name in ("evaluate_only", "export"):
         if name in args.given and not args.continue_from:

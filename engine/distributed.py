@@ -6,7 +6,8 @@ In a single process every function here is trivial.
 import gc
 import os
 import warnings
-from contextlib import contextmanager, nullcontext
+from collections.abc import Hashable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 import torch.distributed as dist
@@ -16,7 +17,7 @@ from utils import UserError, is_first_process, one_line
 
 
 @contextmanager
-def process_group(device):
+def process_group(device: torch.device) -> Iterator[None]:
     """Connect the processes of torchrun until the end. A lost one is a ConnectionError."""
     world = os.environ.get("WORLD_SIZE", "1")
     if world == "1":
@@ -41,39 +42,39 @@ def process_group(device):
         dist.destroy_process_group()
 
 
-def rank():
+def rank() -> int:
     return dist.get_rank() if dist.is_initialized() else 0
 
 
-def world_size():
+def world_size() -> int:
     """The number of processes."""
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
-def shard(n):
+def shard(n: int) -> slice:
     """This process's part of n items, a slice; the parts' sizes differ by at most one."""
     return slice(n * rank() // world_size(), n * (rank() + 1) // world_size())
 
 
-def total(*numbers):
+def total(*numbers: float) -> list[float]:
     """The sums of numbers over all processes, a list of floats."""
     sums = torch.tensor(numbers, dtype=torch.float64)
     all_reduce(sums)
     return sums.tolist()
 
 
-def all_reduce(tensor):
+def all_reduce(tensor: torch.Tensor) -> None:
     """Replace a tensor by its sum over all processes."""
     if world_size() > 1:
         dist.all_reduce(tensor)
 
 
-def any_of(flag):
+def any_of(flag: object) -> bool:
     """Whether the flag is set in any process."""
     return total(bool(flag)) != [0]
 
 
-def gather(tensor):
+def gather(tensor: torch.Tensor) -> torch.Tensor | None:
     """The tensors of all processes, concatenated, in the first process; None in the others."""
     if world_size() == 1:
         return tensor
@@ -82,7 +83,7 @@ def gather(tensor):
     return torch.cat(parts) if parts else None
 
 
-def check_agreement(what, value):
+def check_agreement(what: str, value: Hashable) -> None:
     """Raise a `UserError` if processes have different values, as with folders of their own."""
     values = [value] * world_size()
     if len(values) > 1:
@@ -92,7 +93,7 @@ def check_agreement(what, value):
 
 
 @contextmanager
-def first_process_first():
+def first_process_first() -> Iterator[None]:
     """The first process of each machine runs first, to do work once (such as a download)."""
     waits = world_size() > 1 and os.environ.get("LOCAL_RANK") != "0"
     if waits:
@@ -102,7 +103,9 @@ def first_process_first():
         dist.barrier()
 
 
-def parallel(module, device, find_unused=False):
+def parallel(
+    module: torch.nn.Module, device: torch.device, find_unused: bool = False
+) -> torch.nn.Module:
     """The module, with its gradients averaged over the processes."""
     if world_size() == 1:
         return module
@@ -113,6 +116,6 @@ def parallel(module, device, find_unused=False):
         return DistributedDataParallel(module, device_ids=ids, **options)
 
 
-def no_sync(module, enabled=True):
+def no_sync(module: torch.nn.Module, enabled: bool = True) -> AbstractContextManager:
     """The context of a backward pass whose gradients are not averaged yet."""
     return module.no_sync() if enabled and world_size() > 1 else nullcontext()
