@@ -167,7 +167,7 @@ def full_name(name: str) -> str:
     return name if name in NAMES else str(Path(name).resolve())
 
 
-def portable_name(name):
+def portable_name(name: str) -> str:
     """The name of a data set without the path of its folder."""
     return name if name in NAMES else f"./{Path(name).name}"
 

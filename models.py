@@ -96,7 +96,7 @@ class LayerState:
     inputs: torch.Tensor | None  # (R, N, D), the last inputs, for the short convolution
 
     @property
-    def tensors(self):
+    def tensors(self) -> list[torch.Tensor]:
         """S, Z and, with `neighbours`, the last inputs; of causal linear attention only."""
         return [tensor for tensor in (*self.attention, self.inputs) if tensor is not None]
 
@@ -105,7 +105,7 @@ class PositionalEncoding(nn.Module):
     """Concatenates fixed sinusoids of the position to the embedded bytes, to which "Attention is
     all you need" (section 3.5) adds them."""
 
-    def __init__(self, size, length):
+    def __init__(self, size: int, length: int):
         super().__init__()
         positions = torch.arange(length, dtype=torch.float64)
         frequencies = 10000 ** (-torch.arange(0, size, 2, dtype=torch.float64) / size)
@@ -114,7 +114,7 @@ class PositionalEncoding(nn.Module):
         table = torch.stack([angles.sin(), angles.cos()], dim=-1).view(length, size)
         self.register_buffer("pe", table.float()[None])
 
-    def forward(self, x, positions):
+    def forward(self, x: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         """(N, P, D/2) of bytes at `positions` (P,) of the image -> (N, P, D)."""
         return torch.cat([x, self.pe[:, positions].expand_as(x)], dim=-1)
 
@@ -122,7 +122,7 @@ class PositionalEncoding(nn.Module):
 class AttentionLayer(nn.Module):
     """Multi-head causal attention with its projections."""
 
-    def __init__(self, config, ops):
+    def __init__(self, config: ModelConfig, ops: PlainOps):
         super().__init__()
         D = config.d_model
         self.ops, self.n_heads = ops, config.n_heads
@@ -136,10 +136,10 @@ class AttentionLayer(nn.Module):
             self.attend = SoftmaxAttention(config.softmax_temp, config.attention_dropout)
 
     @property
-    def projections(self):
+    def projections(self) -> tuple[nn.Linear, nn.Linear, nn.Linear]:
         return self.query_projection, self.key_projection, self.value_projection
 
-    def forward(self, x, state):
+    def forward(self, x: torch.Tensor, state: tuple | KVCache | None) -> torch.Tensor:
         qkv = self.ops.linear(x, *self.projections)  # (N, L, 3D)
         outputs = self.attend(qkv.unflatten(-1, (3, self.n_heads, -1)), state)  # (N, L, H, E)
         return self.ops.linear(outputs.flatten(-2), self.out_projection)  # (N, L, D)
@@ -149,7 +149,7 @@ class EncoderLayer(nn.Module):
     """Attention, then a feed-forward network of width 4D, each followed by a residual sum and a
     layer norm; with `neighbours`, a short convolution before them."""
 
-    def __init__(self, config, noise, ops):
+    def __init__(self, config: ModelConfig, noise: DropoutNoise, ops: PlainOps):
         super().__init__()
         D = config.d_model
         self.ops, self.convolution = ops, None
@@ -163,7 +163,9 @@ class EncoderLayer(nn.Module):
         self.norm2 = nn.LayerNorm(D)
         self.dropout = Dropout(config.dropout, noise, ops)
 
-    def forward(self, x, positions, state=None):
+    def forward(
+        self, x: torch.Tensor, positions: torch.Tensor, state: LayerState | None = None
+    ) -> torch.Tensor:
         if self.convolution:
             x = self.convolution(x, positions, state and state.inputs)
         attended = self.attention(x, state and state.attention)
@@ -171,7 +173,7 @@ class EncoderLayer(nn.Module):
         y = self.dropout(self.ops.linear(x, self.linear1, activation="relu"))  # (N, L, 4D)
         return self.ops.add_norm(x, self.dropout(self.ops.linear(y, self.linear2)), self.norm2)
 
-    def empty_state(self, n_images, config, like):
+    def empty_state(self, n_images: int, config: ModelConfig, like: torch.Tensor) -> LayerState:
         """The `LayerState` before the first position; `like` has its type and device."""
         sizes = n_images, config.n_heads, config.d_query, config.length - 1
         inputs = self.convolution and self.convolution.empty_state(n_images, like)
@@ -181,13 +183,15 @@ class EncoderLayer(nn.Module):
 class Transformer(nn.Module):
     """The stack of layers and a final norm."""
 
-    def __init__(self, config, noise, ops):
+    def __init__(self, config: ModelConfig, noise: DropoutNoise, ops: PlainOps):
         super().__init__()
         layers = (EncoderLayer(config, noise, ops) for _ in range(config.n_layers))
         self.layers = nn.ModuleList(layers)
         self.norm = nn.LayerNorm(config.d_model)
 
-    def forward(self, x, positions, states):
+    def forward(
+        self, x: torch.Tensor, positions: torch.Tensor, states: list[LayerState | None]
+    ) -> torch.Tensor:
         for layer, state in zip(self.layers, states, strict=True):
             x = layer(x, positions, state)
         return self.norm(x)
@@ -250,7 +254,9 @@ class ImageTransformer(nn.Module):
             x = torch.cat([x, neighbours.to(x.dtype)], dim=-1)
         return self.ops.linear(x[:, -1:] if last_only else x, self.predictor)
 
-    def encode(self, x, positions, states):
+    def encode(
+        self, x: torch.Tensor, positions: torch.Tensor, states: list[LayerState] | None
+    ) -> torch.Tensor:
         """The transformer: (N, P, D) at `positions` (P,) -> (N, P, D)."""
         return self.transformer(x, positions, states or [None] * self.config.n_layers)
 

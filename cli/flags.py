@@ -9,7 +9,7 @@ import os
 import shutil
 from collections.abc import Iterable
 from functools import partial
-from typing import Any
+from typing import Any, NoReturn
 
 import options
 from datasets import NAMES
@@ -51,7 +51,7 @@ class Parser(argparse.ArgumentParser):
         for name, flag in flags.items():
             group.add_argument(f"--{name}", **flag)
 
-    def error(self, message):
+    def error(self, message: str) -> NoReturn:
         raise UserError(f"{message} (see --help)")
 
 

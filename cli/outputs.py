@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from engine import figures, pictures
@@ -42,7 +43,7 @@ def check_outputs(args: Namespace) -> None:
         check_display()
 
 
-def check_fields(flag, pattern, values, least, needs):
+def check_fields(flag: str, pattern: str, values: tuple, least: int, needs: str) -> None:
     """Raise a `UserError` unless a pattern has one {} for each of `least` to all of the values."""
     try:
         valid = least <= count_fields(pattern) <= len(values) and pattern.format(*values)
@@ -52,7 +53,7 @@ def check_fields(flag, pattern, values, least, needs):
         raise UserError(f"{flag} {pattern} {needs}")
 
 
-def image_pattern(pattern):
+def image_pattern(pattern: str) -> str:
     """The pattern of --save_image, with .png appended if it has no extension or .pth, as in the
     original's documented command. Other extensions are a `UserError`."""
     extension = Path(pattern).suffix.lower()
@@ -64,7 +65,7 @@ def image_pattern(pattern):
     raise UserError(f"--save_image {pattern}: {extension} is none of {known}")
 
 
-def check_paths(args):
+def check_paths(args: Namespace) -> None:
     """Raise a `UserError` if an output could not be written, or is also another flag's."""
     paths = [("--save_grid", args.save_grid), ("--save_surprisal", args.save_surprisal)]
     for n in {0, len(args.index) - 1}:
@@ -77,7 +78,7 @@ def check_paths(args):
                 raise UserError(f"{flag} {path} is also written by another flag: give another path")
 
 
-def image_files(args, n):
+def image_files(args: Namespace, n: int) -> Iterator[tuple[str, str, str]]:
     """(flag, kind of picture, path) of each file of --save_image and --save_gif of image n."""
     if args.save_image:
         for kind in ("pred",) if args.offset == 0 else ("pred", "real"):
@@ -86,7 +87,7 @@ def image_files(args, n):
         yield "--save_gif", "animation", args.save_gif.format(n)
 
 
-def check_figure_size(args):
+def check_figure_size(args: Namespace) -> None:
     """Raise a `UserError` if a figure would have too many images."""
     images, rows = len(args.index), 1 if args.offset == 0 else len(set(args.index))
     if images > MAX_FIGURE_IMAGES or rows > MAX_FIGURE_ROWS:
@@ -96,7 +97,7 @@ def check_figure_size(args):
         )
 
 
-def check_display():
+def check_display() -> None:
     """Raise a `UserError` if matplotlib cannot open a window."""
     try:
         import matplotlib.pyplot as plt  # raises ValueError for an unknown MPLBACKEND
@@ -163,14 +164,27 @@ def keep_error(errors: list[Exception]) -> Iterator[None]:
         errors.append(error)
 
 
-def describe_samples(args, completed, real, offset, bits_of):
+def describe_samples(
+    args: Namespace,
+    completed: torch.Tensor,
+    real: torch.Tensor | None,
+    offset: int,
+    bits_of: Callable[[torch.Tensor], torch.Tensor],
+) -> str:
     """The caption of the figure: how the samples were drawn, and the model's bits/dim of them."""
     text = f"seed {args.seed}, offset {offset}, temperature {args.temperature:g}; "
     text += f"samples {bits_of(completed)[:, 1:].mean():.3f} bits/dim"
     return text if real is None else f"{text}, real images {bits_of(real)[:, 1:].mean():.3f}"
 
 
-def write_samples(args, completions, originals, offset, caption, errors):
+def write_samples(
+    args: Namespace,
+    completions: np.ndarray,
+    originals: np.ndarray | None,
+    offset: int,
+    caption: str,
+    errors: list[Exception],
+) -> None:
     """Write --save_grid and show --plot."""
     if args.plot:
         import matplotlib.pyplot as plt
@@ -184,7 +198,7 @@ def write_samples(args, completions, originals, offset, caption, errors):
         plt.show()
 
 
-def write_surprisal(args, images, bits):
+def write_surprisal(args: Namespace, images: np.ndarray, bits: torch.Tensor) -> None:
     """Write --save_surprisal of images (N, H, W) or (N, H, W, 3), bits (N, L) of their bytes."""
     different = {i: n for n, i in enumerate(args.index)}  # an image is shown once
     numbers = list(different.values())

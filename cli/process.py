@@ -8,6 +8,8 @@ import sys
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
+from types import FrameType
+from typing import Any
 
 from tqdm import tqdm
 
@@ -117,20 +119,20 @@ class StopSignals:
         self.action = "saving and exiting" if saves else "exiting"
         self.name, self.exit_status = None, 0
 
-    def __enter__(self):
+    def __enter__(self) -> "StopSignals":
         nohup = signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
         numbers = self.NUMBERS[:-1] if nohup else self.NUMBERS
         self.previous = {number: signal.signal(number, self.handle) for number in numbers}
         return self
 
-    def handle(self, number, frame):
+    def handle(self, number: int, frame: FrameType | None) -> None:
         self.name, self.exit_status = signal.Signals(number).name, 128 + number  # as in shells
         signal.signal(number, self.previous[number])
         print_error(f"{self.name}: {self.action}; send it again to exit at once")
 
-    def __exit__(self, *exception):
+    def __exit__(self, *exception: Any) -> None:
         for number, handler in self.previous.items():
             signal.signal(number, handler)
 
-    def __bool__(self):
+    def __bool__(self) -> bool:
         return self.name is not None

@@ -2,6 +2,7 @@
 
 import ctypes
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import nn
@@ -75,11 +76,11 @@ class CompiledDecoder:
         """How many bytes of each image one call should draw."""
         return max(1, BYTES_AT_ONCE // n_images)
 
-    def __call__(self, batch, count: int) -> None:
+    def __call__(self, batch: Any, count: int) -> None:
         """Draw the next `count` bytes of the images of a `Batch`."""
         self.run(batch, count)
 
-    def run(self, batch, count: int) -> torch.Tensor:
+    def run(self, batch: Any, count: int) -> torch.Tensor:
         """As `__call__`; returns the parameters (N, 3K) of the last byte drawn."""
         first = batch.position.item()
         parameters = torch.empty(len(batch.images), 3 * self.config.mixtures)

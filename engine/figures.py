@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import math
 import os
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,6 +16,7 @@ from files import write_atomically
 from utils import UserError
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 # What matplotlib writes without other programs.
@@ -70,7 +72,13 @@ def draw_samples(
     draw_table(figure, cells, caption, titles, labels=rows)
 
 
-def draw_table(figure, cells, caption, titles=(), labels=()):
+def draw_table(
+    figure: Figure,
+    cells: list[Sequence[np.ndarray | None]],
+    caption: str,
+    titles: Sequence[str] = (),
+    labels: Iterable[int] = (),
+) -> None:
     """Draw a table of images (None for an empty cell)."""
     n_rows, n_columns = len(cells), max(map(len, cells))
     # 0.6 inches per cell, and room for the caption.
@@ -91,7 +99,7 @@ def draw_table(figure, cells, caption, titles=(), labels=()):
     figure.text(0.5, 0.05 / height, caption, ha="center", va="bottom", fontsize=6)
 
 
-def show(axis, image):
+def show(axis: Axes, image: np.ndarray) -> None:
     axis.imshow(image, cmap="gray", vmin=0, vmax=255, interpolation="nearest")
 
 

@@ -23,7 +23,7 @@ class Metrics:
         if path:
             Path(path).parent.mkdir(parents=True, exist_ok=True)
 
-    def write(self, split, iteration, **values):
+    def write(self, split: str, iteration: int, **values: float) -> None:
         """Write one record; a failure is a warning."""
         try:
             if self.path:
@@ -37,7 +37,7 @@ class Metrics:
             warn(f"the metrics of iteration {iteration} cannot be written ({error.strerror})")
 
 
-def append_line(path, record):
+def append_line(path: str, record: dict[str, Any]) -> None:
     """Append a line of JSON to a file, whose last line may be incomplete if a run was killed."""
     with open(path, "ab+") as file:
         cut_off = file.tell() and (file.seek(-1, os.SEEK_END), file.read())[1] != b"\n"

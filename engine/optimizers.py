@@ -1,5 +1,6 @@
 """The optimisers: those of the paper's experiment, and Muon for the layers' matrices."""
 
+from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any
 
@@ -8,6 +9,7 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from layers.mixture import mean_rows
+from models import ImageTransformer
 from utils import has_bfloat16
 
 # The moments that an optimiser keeps of each parameter.
@@ -48,13 +50,13 @@ class Muon(torch.optim.Muon):
     """Muon, which on a CPU without bfloat16 instructions multiplies in float32: 11 to 31 times as
     fast there as emulated bfloat16."""
 
-    def __init__(self, matrices, lr, weight_decay):
+    def __init__(self, matrices: list[torch.Tensor], lr: float, weight_decay: float):
         super().__init__(matrices, lr, weight_decay)
         device = matrices[0].device
         emulated = device.type == "cpu" and not has_bfloat16(device)
         self.products = InsteadOfBfloat16 if emulated else nullcontext
 
-    def step(self):
+    def step(self) -> None:
         with self.products():
             super().step()
 
@@ -62,7 +64,9 @@ class Muon(torch.optim.Muon):
 class InsteadOfBfloat16(TorchFunctionMode):
     """Inside, `Tensor.bfloat16` returns a copy in float32, which torch's Muon changes in place."""
 
-    def __torch_function__(self, function, types, args=(), kwargs=None):
+    def __torch_function__(
+        self, function: Callable, types: Any, args: tuple = (), kwargs: dict | None = None
+    ) -> Any:
         if function is torch.Tensor.bfloat16:
             return args[0].to(torch.float32, copy=True)
         return function(*args, **kwargs or {})
@@ -71,11 +75,11 @@ class InsteadOfBfloat16(TorchFunctionMode):
 class SlowMeans(torch.optim.AdamW):
     """AdamW with a lower rate for the rows of the predictor that compute the `means`."""
 
-    def __init__(self, means, parameters, **options):
+    def __init__(self, means: list[torch.Tensor], parameters: list[torch.Tensor], **options: Any):
         super().__init__(parameters, **options)
         self.means = means
 
-    def step(self):
+    def step(self) -> None:
         before = [rows.clone() for rows in self.means]
         super().step()
         # The rows are parts of tensors, which can only have one rate: go most of the way back.
@@ -103,18 +107,18 @@ def is_muon(group: dict) -> bool:
 class OptimizerPair:
     """Two optimisers of different parameters that are used, saved and loaded as one."""
 
-    def __init__(self, first, second):
+    def __init__(self, first: torch.optim.Optimizer, second: torch.optim.Optimizer):
         self.parts = first, second
 
     @property
-    def param_groups(self):
+    def param_groups(self) -> list[dict]:
         return [group for part in self.parts for group in part.param_groups]
 
-    def zero_grad(self):
+    def zero_grad(self) -> None:
         for part in self.parts:
             part.zero_grad()
 
-    def step(self):
+    def step(self) -> None:
         for part in self.parts:
             part.step()
 

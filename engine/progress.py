@@ -2,12 +2,15 @@
 
 import sys
 import time
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
+from typing import Any
 
 import torch
 from tqdm import tqdm
 
 from engine import distributed
+from engine.metrics import Metrics
 from layers.mixture import NATS_PER_BIT
 from utils import is_first_process, say
 
@@ -27,24 +30,31 @@ class TrainingLog(AbstractContextManager):
     once a second, because reading one waits for the device.
     """
 
-    def __init__(self, metrics, start, iterations, images_per_iteration, frequency):
+    def __init__(
+        self,
+        metrics: Metrics,
+        start: int,
+        iterations: int,
+        images_per_iteration: int,
+        frequency: int,
+    ):
         self.metrics, self.iterations = metrics, iterations
         self.images_per_iteration, self.frequency = images_per_iteration, frequency
         self.losses = []
         self.start = self.shown = self.window = time.perf_counter()
         self.bar = progress_bar(total=iterations, initial=start, unit="it")
 
-    def __exit__(self, *exception):
+    def __exit__(self, *exception: Any) -> None:
         self.bar.close()
 
     @contextmanager
-    def paused(self):
+    def paused(self) -> Iterator[None]:
         """A context whose time does not count in the training speed."""
         start = time.perf_counter()
         yield
         self.window += time.perf_counter() - start
 
-    def step(self, iteration, loss, rates):
+    def step(self, iteration: int, loss: torch.Tensor, rates: dict[str, float]) -> None:
         """Record an iteration: its loss in nats per byte, and its learning rates by name."""
         self.losses.append(loss)
         self.iteration, self.rates = iteration, rates
@@ -54,7 +64,7 @@ class TrainingLog(AbstractContextManager):
         elif not self.bar.disable and time.perf_counter() - self.shown > 1:
             self.bar.set_postfix_str(self.summary()[0])
 
-    def summary(self):
+    def summary(self) -> tuple[str, dict[str, float]]:
         """The losses since the last record, as text and as values."""
         self.shown = time.perf_counter()
         bits = torch.stack(self.losses).mean().item() / NATS_PER_BIT
@@ -62,7 +72,7 @@ class TrainingLog(AbstractContextManager):
         text = f"{bits:.4f} bits/dim, lr {self.rates['lr']:.3g}, {rate:.1f} images/s"
         return text, {"bits_per_dim": bits, **self.rates, "images_per_second": rate}
 
-    def write(self):
+    def write(self) -> None:
         """Write a record of the losses since the last one, if there are any."""
         if not self.losses:
             return
@@ -77,7 +87,7 @@ class TrainingLog(AbstractContextManager):
         self.record("train", self.iteration, values)
         self.losses, self.window = [], time.perf_counter()
 
-    def record(self, split, iteration, values):
+    def record(self, split: str, iteration: int, values: dict[str, float]) -> None:
         """Write values to the metrics, with the images trained on and the seconds so far."""
         images, seconds = iteration * self.images_per_iteration, time.perf_counter() - self.start
         self.metrics.write(split, iteration, images=images, **values, seconds=seconds)
@@ -86,13 +96,13 @@ class TrainingLog(AbstractContextManager):
 class SamplingProgress(AbstractContextManager):
     """The speed of this process, on a bar or in plain lines, and at the end that of all."""
 
-    def __init__(self, n_images, bytes_per_image):
+    def __init__(self, n_images: int, bytes_per_image: int):
         self.n_images, self.bytes_per_image = n_images, bytes_per_image
         self.total, self.count = n_images * bytes_per_image, 0
         self.start = self.shown = time.perf_counter()
         self.bar = progress_bar(total=self.total, unit=" bytes", unit_scale=True)
 
-    def __exit__(self, failure, *details):
+    def __exit__(self, failure: type[BaseException] | None, *details: Any) -> None:
         self.bar.close()
         if failure:
             return
@@ -101,7 +111,7 @@ class SamplingProgress(AbstractContextManager):
             images = "1 image" if self.n_images == 1 else f"{self.n_images} images"
             say(f"sampled {images}, {self.count} bytes, {self.speed()}")
 
-    def advance(self, n):
+    def advance(self, n: int) -> None:
         self.count += n
         self.bar.update(n)
         if not self.bar.disable:
@@ -110,7 +120,7 @@ class SamplingProgress(AbstractContextManager):
             self.shown = time.perf_counter()
             say(f"{self.count} of {self.total} bytes, {self.speed()}")
 
-    def speed(self):
+    def speed(self) -> str:
         seconds = time.perf_counter() - self.start
         rate = self.count / seconds
         return f"{seconds:.1f} s, {rate:.0f} bytes/s, {rate / self.bytes_per_image:.3g} images/s"

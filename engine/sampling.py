@@ -138,14 +138,14 @@ class Batch:
     states: list  # one per layer, after the bytes before `position`
     finite: torch.Tensor  # (), bool: whether every distribution so far was finite
 
-    def draw(self, parameters, noise):
+    def draw(self, parameters: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
         """Bytes (N,) from distributions (N, 3K) with noise (N, 2), and 0 from those that are not
         finite, which `finite` then records without a device synchronisation."""
         known = parameters.isfinite()
         self.finite &= known.all()
         return mixture.sample(torch.where(known, parameters, 0), noise, self.temperature)
 
-    def check_finite(self):
+    def check_finite(self) -> None:
         if not self.finite:
             problem = "the model's distribution of a byte is not finite: the training diverged"
             raise UserError(f"{problem}: give an earlier checkpoint")
@@ -154,23 +154,23 @@ class Batch:
 class EagerDecoder:
     """Draws bytes with `ImageTransformer.step`, or a compiled `step` of the same signature."""
 
-    def __init__(self, model, step=None):
+    def __init__(self, model: ImageTransformer, step: Callable | None = None):
         self.step = step or model.step
 
-    def block(self, n_images):
+    def block(self, n_images: int) -> int:
         """How many bytes of each image one call should draw."""
         return BLOCK
 
-    def read(self, model, images, count):
+    def read(self, model: ImageTransformer, images: torch.Tensor, count: int) -> list:
         """The states after the first `count` bytes of images (N, L), read in one parallel pass."""
         return model.prefill(images[:, :count])[1] if count else model.empty_states(len(images))
 
-    def __call__(self, batch, count):
+    def __call__(self, batch: Batch, count: int) -> None:
         """Draw the next `count` bytes of the images of a `Batch`."""
         for _ in range(count):
             self.draw_next(batch)
 
-    def draw_next(self, batch):
+    def draw_next(self, batch: Batch) -> None:
         """Read byte `position` of each image, draw the byte after it, and advance `position`.
 
         Everything happens in place and on the device, so a CUDA graph can replay it.
@@ -189,7 +189,7 @@ class GraphDecoder(EagerDecoder):
 
     batch = None
 
-    def __call__(self, batch, count):
+    def __call__(self, batch: Batch, count: int) -> None:
         if batch is not self.batch:
             self.batch, self.drawn, self.graph = batch, 0, None
         for _ in range(count):

@@ -1,6 +1,7 @@
 """One step of training, and an evaluation."""
 
 import math
+from collections.abc import Iterable
 from functools import partial
 from typing import Any
 
@@ -11,17 +12,18 @@ from engine import distributed
 from engine.optimizers import rates
 from engine.progress import progress_bar
 from layers.mixture import NATS_PER_BIT
+from models import ImageTransformer
 from utils import UserError, autocast, to_device
 
 
 class NegativeLogLikelihood(torch.nn.Module):
     """`model.nll` as a module: what DistributedDataParallel wraps and torch.compile compiles."""
 
-    def __init__(self, model):
+    def __init__(self, model: ImageTransformer):
         super().__init__()
         self.model = model
 
-    def forward(self, images, keys=None):
+    def forward(self, images: torch.Tensor, keys: torch.Tensor | None = None) -> torch.Tensor:
         return self.model.nll(images, keys)
 
 
@@ -81,7 +83,7 @@ def seed_iteration(seed: int, iteration: int, n_images: int) -> torch.Tensor:
     return torch.from_numpy(keys)
 
 
-def clip(parameters, max_norm, loss):
+def clip(parameters: Iterable[torch.Tensor], max_norm: float, loss: torch.Tensor) -> bool:
     """Clip the global gradient norm at `max_norm` (0: never). Returns False, with the gradients
     unchanged, if the norm or the loss is not finite."""
     parameters = [p for p in parameters if p.grad is not None]
@@ -94,7 +96,7 @@ def clip(parameters, max_norm, loss):
 
 
 @torch.no_grad()
-def first_non_finite(model, images, keys):
+def first_non_finite(model: ImageTransformer, images: torch.Tensor, keys: torch.Tensor) -> str:
     """The first parameter, output of a module or gradient that was not finite, in words."""
     if name := non_finite_parameter(model):
         return f"the parameter {name}"

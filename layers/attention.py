@@ -4,6 +4,8 @@ Sizes: N images, L positions, H heads, E query/key size, M value size.
 Queries and keys are (N, L, H, E), values and outputs (N, L, H, M).
 """
 
+from typing import Any
+
 import torch
 from torch import nn
 from torch.nn.functional import pad, relu, scaled_dot_product_attention
@@ -126,7 +128,7 @@ class LinearAttention(nn.Module):
     `ops` computes it over a whole sequence (layers/ops.py).
     """
 
-    def __init__(self, ops):
+    def __init__(self, ops: Any):
         super().__init__()
         self.ops = ops
 

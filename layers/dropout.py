@@ -5,6 +5,8 @@ two keys of the image. A batch that is split, over time or over processes, there
 same elements as the whole batch.
 """
 
+from typing import Any
+
 import torch
 from torch import nn
 
@@ -62,7 +64,7 @@ def scale(threshold: int) -> float:
 class Dropout(nn.Module):
     """nn.Dropout on (N, ...), with noise from the keys of each image; `ops` computes it."""
 
-    def __init__(self, p: float, noise: DropoutNoise, ops):
+    def __init__(self, p: float, noise: DropoutNoise, ops: Any):
         super().__init__()
         self.threshold, self.noise, self.ops = round(p * 2**32), noise, ops
 

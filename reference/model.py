@@ -56,7 +56,7 @@ def check(config: ModelConfig, device: torch.device, precision: str, compiled: b
         raise UserError(f"--precision {precision}: {problem}: leave it out")
 
 
-def build(builder, config):
+def build(builder: type, config: ModelConfig) -> torch.nn.Module:
     """An encoder of the library, parallel or recurrent, of this configuration."""
     return builder.from_kwargs(
         attention_type=config.attention_type,
@@ -70,7 +70,7 @@ def build(builder, config):
     ).get()
 
 
-def share_layers(source, target):
+def share_layers(source: torch.nn.Module, target: torch.nn.Module) -> None:
     """Make the target use the source's leaf modules, and so its weights and its dropout."""
     for name, module in source.named_modules():
         if not any(module.children()):
@@ -95,7 +95,7 @@ class ReferenceTransformer(ImageTransformer):
             # A tuple hides it from torch, which would list the shared weights twice.
             self.recurrence = (recurrence,)
 
-    def encode(self, x, positions, states):
+    def encode(self, x: torch.Tensor, positions: torch.Tensor, states: list | None) -> torch.Tensor:
         """(N, L, D) -> (N, L, D), as the native model: by the parallel encoder or, with `states`,
         by the recurrent one, position after position, updating them in place. The library draws
         its dropout from torch's generator, not from the images' keys."""
@@ -108,11 +108,11 @@ class ReferenceTransformer(ImageTransformer):
             outputs.append(output)
         return torch.stack(outputs, dim=1)
 
-    def encode_all(self, x):
+    def encode_all(self, x: torch.Tensor) -> torch.Tensor:
         """(N, L, D) -> (N, L, D), every position from itself and those before it."""
         return self.transformer(x, attn_mask=TriangularCausalMask(x.shape[1], device=x.device))
 
-    def encode_hashed(self, x):
+    def encode_hashed(self, x: torch.Tensor) -> torch.Tensor:
         """As `encode_all`, for the reformer, which the library implements for whole chunks only.
 
         Copies of the last position fill the last chunk. They come after all others, so the causal
@@ -131,10 +131,10 @@ class ReferenceTransformer(ImageTransformer):
             return self.encode_all(torch.cat([x, filling], dim=1))[:, :L]
 
     @property
-    def has_constant_state(self):
+    def has_constant_state(self) -> bool:
         """The library's states are new tensors after every byte."""
         return False
 
-    def empty_states(self, n_images):
+    def empty_states(self, n_images: int) -> list:
         """One state per layer; the library's initial state is None."""
         return [None] * self.config.n_layers
