@@ -11,7 +11,6 @@ if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_
 import math
 from argparse import Namespace
 from dataclasses import asdict
-from typing import Any
 
 import torch
 

@@ -9,7 +9,6 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from layers.mixture import mean_rows
-from models import ImageTransformer
 from utils import has_bfloat16
 
 # The moments that an optimiser keeps of each parameter.
