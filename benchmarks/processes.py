@@ -31,12 +31,16 @@ def stream_from_process(
     # its first step: 150 MB that would count as memory of the step.
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["benchmarks.measure", "torch._dynamo"])
-    handler = signal.signal(signal.SIGINT, signal.SIG_IGN)  # which a new process inherits
+    # Blocked and not ignored: the new process inherits that, and here Ctrl-C comes a little later.
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     forkserver.ensure_running()
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
     receiver, sender = context.Pipe(duplex=False)
     process = context.Process(target=send, args=(sender, function, arguments))
     results, interrupts = [], []
-    signal.signal(signal.SIGINT, lambda *_: interrupts.append(1))  # until it can be killed
+    handler = signal.signal(
+        signal.SIGINT, lambda *_: interrupts.append(1)
+    )  # until it can be killed
     process.start()
     signal.signal(signal.SIGINT, handler)
     try:
@@ -63,6 +67,7 @@ def stream_from_process(
 def send(connection: Connection, function: Callable, arguments: tuple) -> None:
     """Send (result, None) for each result, and (None, the error or None) at the end."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
     error = None
     try:
         results = function(*arguments)
