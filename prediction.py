@@ -133,7 +133,12 @@ def open_images(
 
 def load_data(args: Namespace, checkpoint: Checkpoint, train: bool) -> datasets.ImageDataset:
     name = datasets.choose_name(args.dataset, checkpoint.dataset, may_differ=True)
-    return datasets.load_matching(name, args.dataset_directory, train, checkpoint.image_shape)
+    try:
+        return datasets.load_matching(name, args.dataset_directory, train, checkpoint.image_shape)
+    except UserError as error:
+        if checkpoint.first_byte_counts is None or args.save_surprisal:
+            raise
+        raise UserError(f"{error}; new images, with --offset 0, need no data set") from None
 
 
 def choose_offset(args: Namespace, length: int) -> int:
