@@ -10,12 +10,14 @@ import hashlib
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
+from datasets import write_array
 from engine import distributed
 from files import write_atomically
 from utils import say, warn
@@ -52,7 +54,7 @@ class UnfinishedSamples(AbstractContextManager):
         """Keep a batch. A failure is a warning."""
         try:
             if self.path:
-                write_atomically(self.file(), lambda file: np.save(file, batch.numpy()))
+                write_atomically(self.file(), partial(write_array, images=batch.numpy()))
         except OSError as error:
             warn(f"{error}: an interruption will lose the images from number {self.count} on")
             self.path = None
