@@ -28,7 +28,7 @@ def notebooks():
 def texts(notebook):
     """What each cell prints."""
     return [
-        [output.text for output in cell.get("outputs", []) if output.output_type == "stream"]
+        "".join(output.text for output in cell.get("outputs", []) if output.output_type == "stream")
         for cell in notebook.cells
     ]
 
@@ -48,8 +48,8 @@ def pictures(notebook):
 def test_it_prints_what_is_stored(notebooks):
     stored, executed = map(texts, notebooks)
     assert executed == stored
-    assert sum(map(len, stored)) >= 6
-    assert "equal at all positions: True" in str(stored)
+    assert sum(map(bool, stored)) >= 6
+    assert "equal at all positions: True" in "".join(stored)
 
 
 def test_its_pictures_are_stored(notebooks):
