@@ -77,8 +77,8 @@ def fit_image(
     image: Image.Image, path: Path, *, size: int, grey: bool
 ) -> tuple[np.ndarray, tuple[int, int]]:
     """The middle square of an image as viewers show it, upright and on white where it is
-    transparent, resized to (size, size, 3) or with `grey` (size, size), uint8; and the image's own
-    size. Raises `UserError` for several images and for 32-bit pixels."""
+    transparent, resized to (size, size, 3), uint8, with three equal channels if `grey`; and the
+    image's own size. Raises `UserError` for several images and for 32-bit pixels."""
     check_single(image, path)
     original, is_tiff = image.size, image.format == "TIFF"
     image.draft(None, (2 * size, 2 * size))  # decodes a large JPEG file at a fraction of its size
@@ -90,9 +90,9 @@ def fit_image(
     if image.has_transparency_data:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    image = image.convert("L") if grey else image
     # Resizing filters, so that several pixels of the image become one of the result.
-    image = ImageOps.fit(image.convert("L" if grey else "RGB"), (size, size))
-    return np.asarray(image), original
+    return np.asarray(ImageOps.fit(image.convert("RGB"), (size, size))), original
 
 
 def read_image(path: Path, convert: Callable[[Image.Image, Path], Any] = exact_image) -> Any:

@@ -1,6 +1,6 @@
 """Make a data set of a folder of pictures: train.npy, test.npy, and contact.png to look at.
 
-python prepare.py path/to/pictures own --size 32
+python prepare.py path/to/photos own --size 32
 python main.py --dataset own --recipe fast
 """
 
@@ -75,31 +75,33 @@ def read_pictures(folder: Path, size: int, grey: bool) -> np.ndarray:
     """The pictures below `folder`, (n, size, size) if all are grey, else (n, size, size, 3), uint8.
     A file that is left out is named with the reason."""
     paths = files_below(folder)
-    try:
-        images = allocate((len(paths), size, size, 3))
-    except MemoryError as error:
-        problem = f"{len(paths)} images of {size}x{size} do not fit in memory ({error})"
-        raise UserError(f"{problem}: give fewer, or a smaller --size") from None
-    n = enlarged = 0
+    images, n, enlarged = allocate_images(len(paths), size), 0, 0
     convert = partial(fit_image, size=size, grey=grey)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # about damaged metadata, which the pixels do not need
         for file in track(paths, "reading picture"):
             try:
-                image, original = read_image(file, convert)
+                images[n], original = read_image(file, convert)
             except UserError as error:
                 say(f"left out: {error}")
-                continue
-            images[n] = image if image.ndim == 3 else image[..., None]
-            enlarged += min(original) < size
-            n += 1
+            else:
+                n += 1
+                enlarged += min(original) < size
     if n < 2:
         raise UserError(f"{folder} holds {n} pictures that can be read: at least 2 are needed")
     if enlarged:
         say(f"{enlarged} of {n} pictures are smaller than {size}x{size} and were enlarged")
-    images = images[:n]
-    has_colour = any((image != image[..., :1]).any() for image in images)
-    return images if has_colour else images[..., 0]
+    has_colour = any((image != image[..., :1]).any() for image in images[:n])
+    return images[:n] if has_colour else images[:n, ..., 0]
+
+
+def allocate_images(n: int, size: int) -> np.ndarray:
+    """Memory for n colour images; raises `UserError` if this machine has less."""
+    try:
+        return allocate((n, size, size, 3))
+    except MemoryError as error:
+        problem = f"{n} images of {size}x{size} do not fit in memory ({error})"
+        raise UserError(f"{problem}: give fewer, or a smaller --size") from None
 
 
 def choose_test(n: int, fraction: float, seed: int) -> np.ndarray:

@@ -77,9 +77,10 @@ def folder(tmp_path_factory):
     wrote."""
     folder = tmp_path_factory.mktemp("readme")
     shutil.copytree(ROOT / "weights", folder / "weights")
-    (folder / "Pictures").mkdir()
+    (folder / "path/to/photos").mkdir(parents=True)
     for n in range(12):
-        imageio.v3.imwrite(folder / f"Pictures/{n}.jpg", np.full((60, 80, 3), 20 * n, np.uint8))
+        pixels = np.full((60, 80, 3), 20 * n, np.uint8)
+        imageio.v3.imwrite(folder / f"path/to/photos/{n}.jpg", pixels)
     return folder
 
 
@@ -102,7 +103,6 @@ def shortened(words, folder, colour_folder):
 @pytest.mark.parametrize("command", RUN)
 def test_command(command, folder, succeed, data_directory, colour_folder, monkeypatch, request):
     monkeypatch.chdir(folder)
-    monkeypatch.setenv("HOME", str(folder))
     if "theirs" in command or "reformer" in command:
         require_library()
     words = shortened(shlex.split(command), folder, colour_folder)
