@@ -26,7 +26,6 @@ from engine.checkpoint import NO_CHECKPOINT, Checkpoint
 from engine.construction import load_model
 from engine.sampling import complete_batches, complete_images, first_bytes, sample_images
 from engine.surprisal import surprisal
-from engine.unfinished import UnfinishedSamples, digest
 from models import ImageTransformer, ModelConfig
 from options import typed
 from utils import UserError, is_first_process, say, select_device, select_precision
@@ -75,24 +74,11 @@ def draw_samples(
     speed = {"batch_size": args.batch_size, "compile": args.compile}
     draw = partial(complete_batches, model, given, offset, **options, **speed)
     bits_of = partial(surprisal, model, precision=options["precision"])
-    with unfinished_samples(args, model, given[:, :offset], options) as unfinished:
+    with outputs.unfinished_samples(args, model, given[:, :offset], options) as unfinished:
         for batch in unfinished.continue_with(draw):
             written.add(batch)
         if is_first_process():  # the others have no images
             written.finish(bits_of)
-
-
-def unfinished_samples(
-    args: Namespace, model: ImageTransformer, given: torch.Tensor, options: dict
-) -> UnfinishedSamples:
-    """Where images are kept until all are written, if they take several batches: an interrupted
-    sampling of the same images continues with them."""
-    path = None
-    if len(given) > args.batch_size * distributed.world_size() and is_first_process():
-        weights = model.state_dict().values()
-        name = digest(*weights, model.config, args.backend, given, given.shape, options)
-        path = outputs.unfinished_folder(args, name)
-    return UnfinishedSamples(path, len(given))
 
 
 def load_checkpoint(args: Namespace) -> Checkpoint:

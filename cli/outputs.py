@@ -9,13 +9,16 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from engine import figures, pictures
+from engine import distributed, figures, pictures
 from engine.progress import track
+from engine.unfinished import UnfinishedSamples, digest
 from files import check_writable, count_fields
-from utils import UserError, one_line, say, warn
+from models import ImageTransformer
+from utils import UserError, is_first_process, one_line, say, warn
 
 # Limits of a figure: matplotlib needs about ten milliseconds for each row and image.
 MAX_FIGURE_ROWS, MAX_FIGURE_IMAGES = 200, 1000
+SLOW_FIGURE_IMAGES = 100  # more take seconds
 
 
 def check_outputs(args: Namespace) -> None:
@@ -83,10 +86,18 @@ def output_paths(args: Namespace) -> list[tuple[str, str]]:
     return [(flag, path) for flag, path in paths if path]
 
 
-def unfinished_folder(args: Namespace, digest: str) -> Path:
-    """Where an interrupted sampling keeps its images: beside its first output."""
-    outputs = output_paths(args) or [("--plot", "figure")]
-    return Path(outputs[0][1]).parent / f"unfinished-{digest}"
+def unfinished_samples(
+    args: Namespace, model: ImageTransformer, given: torch.Tensor, options: dict
+) -> UnfinishedSamples:
+    """Where images are kept until all are written, beside the first output, if they take several
+    batches. The model, the given bytes (N, offset) and the options determine them."""
+    path = None
+    if len(given) > args.batch_size * distributed.world_size() and is_first_process():
+        weights = model.state_dict().values()
+        name = digest(*weights, model.config, args.backend, given, given.shape, options)
+        _, first = (output_paths(args) or [("--plot", "figure")])[0]
+        path = Path(first).parent / f"unfinished-{name}"
+    return UnfinishedSamples(path, len(given))
 
 
 def image_files(args: Namespace, n: int) -> Iterator[tuple[str, str, str]]:
@@ -220,6 +231,7 @@ def write_samples(
     """Write --save_grid and show --plot."""
     if args.plot:
         import matplotlib.pyplot as plt
+    announce_figure(len(completions))
     figure = plt.figure() if args.plot else figures.new_figure()
     figures.draw_samples(figure, args.index, completions, originals, offset, caption)
     if args.save_grid:
@@ -230,11 +242,18 @@ def write_samples(
         plt.show()
 
 
+def announce_figure(n_images: int) -> None:
+    """Say that a figure is drawn, if that takes seconds."""
+    if n_images > SLOW_FIGURE_IMAGES:
+        say(f"drawing a figure of {n_images} images")
+
+
 def write_surprisal(args: Namespace, images: np.ndarray, bits: torch.Tensor) -> None:
     """Write --save_surprisal of images (N, H, W) or (N, H, W, 3), bits (N, L) of their bytes."""
     different = {i: n for n, i in enumerate(args.index)}  # an image is shown once
     numbers = list(different.values())
     images, bits = images[numbers], bits[numbers].numpy()
+    announce_figure(len(images))
     caption = f"surprisal: {bits[:, 1:].mean():.4f} bits/dim, {bits.mean():.4f} over all bytes"
     figure = figures.surprisal_figure(images, bits, list(map(str, different)), caption)
     figures.save_figure(figure, args.save_surprisal)

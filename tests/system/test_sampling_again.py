@@ -117,3 +117,5 @@ def test_every_part_shows_progress(sample, monkeypatch):
     assert counts[-1] == 3 * 63
     assert "writing image 2 of 2" in out
     assert out.count("evaluating batch 1 of 1") == 2  # samples and real images
+    _, out = sample("--index", "0*101", "--offset", 60, "--save_grid", "grid.png")
+    assert "drawing a figure of 101 images" in out
