@@ -15,6 +15,7 @@ from layers import mixture
 from layers.attention import KVCache, LinearAttention, SoftmaxAttention
 from layers.convolution import ShortConvolution, convolution_offsets
 from layers.dropout import Dropout, DropoutNoise, draw_keys
+from layers.gated_delta import GatedDeltaAttention, initialise_gates
 from layers.neighbours import Neighbours
 from layers.ops import PlainOps
 from options import COUNT, POSITIVE, PROBABILITY, changeable, option
@@ -22,7 +23,8 @@ from options import COUNT, POSITIVE, PROBABILITY, changeable, option
 # How many positions go through the layers at once when no gradient is needed: this bounds the
 # memory of long prefixes and keeps every tensor small enough for its memory to be reused.
 POSITIONS_AT_ONCE = 2**12
-NATIVE_ATTENTIONS = ("causal-linear", "full")
+CONSTANT_STATE = ("causal-linear", "gated-delta")  # do not need all earlier positions
+NATIVE_ATTENTIONS = (*CONSTANT_STATE, "full")
 ATTENTIONS = (*NATIVE_ATTENTIONS, "reformer")  # which needs pytorch-fast-transformers (reference/)
 SOFTMAX = "attention_type", ("full", "reformer")  # with which an option has an effect
 REFORMER = "attention_type", ("reformer",)
@@ -36,7 +38,7 @@ class ModelConfig:
     attention_type: str = option(
         "causal-linear",
         ATTENTIONS,
-        "linear, softmax (full), or with --backend fast-transformers reformer",
+        "linear, gated delta rule, softmax (full), or with --backend fast-transformers reformer",
     )
     n_layers: int = option(4, COUNT, "transformer layers")
     n_heads: int = option(6, COUNT, "attention heads")
@@ -97,7 +99,8 @@ class LayerState:
 
     @property
     def tensors(self) -> list[torch.Tensor]:
-        """S, Z and, with `neighbours`, the last inputs; of causal linear attention only."""
+        """S, with causal linear attention Z and, with `neighbours`, the last inputs; not for
+        softmax attention."""
         return [tensor for tensor in (*self.attention, self.inputs) if tensor is not None]
 
 
@@ -125,24 +128,28 @@ class AttentionLayer(nn.Module):
     def __init__(self, config: ModelConfig, ops: PlainOps):
         super().__init__()
         D = config.d_model
-        self.ops, self.n_heads = ops, config.n_heads
+        self.ops, H = ops, config.n_heads
+        n_gates = 2 * H if config.attention_type == "gated-delta" else 0
         self.query_projection = nn.Linear(D, D)
         self.key_projection = nn.Linear(D, D)
-        self.value_projection = nn.Linear(D, D)
+        # The gates of the heads follow the values, so that no layer of the original fits.
+        self.value_projection = nn.Linear(D, D + n_gates)
         self.out_projection = nn.Linear(D, D)
-        if config.attention_type == "causal-linear":
-            self.attend = LinearAttention(ops)
+        if config.attention_type == "gated-delta":
+            self.attend = GatedDeltaAttention(ops, H)
+            initialise_gates(self.value_projection, H)
+        elif config.attention_type == "causal-linear":
+            self.attend = LinearAttention(ops, H)
         else:
-            self.attend = SoftmaxAttention(config.softmax_temp, config.attention_dropout)
+            self.attend = SoftmaxAttention(H, config.softmax_temp, config.attention_dropout)
 
     @property
     def projections(self) -> tuple[nn.Linear, nn.Linear, nn.Linear]:
         return self.query_projection, self.key_projection, self.value_projection
 
     def forward(self, x: torch.Tensor, state: tuple | KVCache | None) -> torch.Tensor:
-        qkv = self.ops.linear(x, *self.projections)  # (N, L, 3D)
-        outputs = self.attend(qkv.unflatten(-1, (3, self.n_heads, -1)), state)  # (N, L, H, E)
-        return self.ops.linear(outputs.flatten(-2), self.out_projection)  # (N, L, D)
+        projected = self.ops.linear(x, *self.projections)  # (N, L, 3D) or, with gates, + 2H
+        return self.ops.linear(self.attend(projected, state), self.out_projection)  # (N, L, D)
 
 
 class EncoderLayer(nn.Module):
@@ -175,7 +182,7 @@ class EncoderLayer(nn.Module):
 
     def empty_state(self, n_images: int, config: ModelConfig, like: torch.Tensor) -> LayerState:
         """The `LayerState` before the first position; `like` has its type and device."""
-        sizes = n_images, config.n_heads, config.d_query, config.length - 1
+        sizes = n_images, config.d_query, config.length - 1
         inputs = self.convolution and self.convolution.empty_state(n_images, like)
         return LayerState(self.attention.attend.empty_state(*sizes, like=like), inputs)
 
@@ -303,7 +310,7 @@ class ImageTransformer(nn.Module):
     @property
     def has_constant_state(self) -> bool:
         """Whether the states are tensors that keep their addresses and never grow."""
-        return self.config.attention_type == "causal-linear"
+        return self.config.attention_type in CONSTANT_STATE
 
     def empty_states(self, n_images: int) -> list[LayerState]:
         """One state per layer, for `n_images` images before their first byte is read."""

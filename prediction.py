@@ -149,11 +149,11 @@ def check_flags(args: Namespace, config: ModelConfig, precision: str, device: to
     construction.check_backend(args.backend, config, device, precision, args.compile)
     compiles = recurrent
     if device.type == "cpu":
-        compiles = config.attention_type == "causal-linear" or not recurrent
+        compiles = config.attention_type != "full" or not recurrent
     if args.compile is not None and not compiles:
         raise UserError(
-            f"{typed('compile', args.compile)} has an effect only on a CPU with --attention_type "
-            "causal-linear or --recompute, and on a GPU without --recompute: leave it out"
+            f"{typed('compile', args.compile)} has no effect on a CPU with --attention_type full "
+            "and without --recompute, nor on a GPU with --recompute: leave it out"
         )
     n_states = min(args.batch_size, len(args.index)) if recurrent else 0
     construction.check_memory(construction.sampling_memory(config, n_states), device)

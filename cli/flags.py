@@ -150,7 +150,7 @@ def choose_model(args: argparse.Namespace, checkpoint: Checkpoint, recipe: dict)
     values = choose_all(ModelConfig, given_options(args, ModelConfig), stored, recipe)
     if values["attention_type"] not in NATIVE_ATTENTIONS and args.backend == "native":
         problem = f"--attention_type {values['attention_type']} needs --backend fast-transformers"
-        raise UserError(f"{problem}: give that, or use causal-linear or full")
+        raise UserError(f"{problem}: give that, or use {' or '.join(NATIVE_ATTENTIONS)}")
     if (d_model := values["n_heads"] * values["d_query"]) % 4:
         product = f"--n_heads {values['n_heads']} times --d_query {values['d_query']} is {d_model}"
         reason = "it must be a multiple of 4, since half of it holds sines and cosines"

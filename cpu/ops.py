@@ -1,12 +1,13 @@
 """The operations of layers/ops.py compiled for the CPU: ops.cpp for attention, norms and dropout,
 oneDNN for matrix products, each with its gradient. Float32 or bfloat16."""
 
+import math
 from collections.abc import Sequence
 
 import torch
 from torch import nn
 
-from cpu.build import NORM_EPSILON, Library, load_library
+from cpu.build import KEPT_EVERY, NORM_EPSILON, Library, load_library
 from cpu.torch_private import private_or_public
 from layers.dropout import scale
 from layers.ops import PlainOps
@@ -84,6 +85,22 @@ class CompiledOps(PlainOps):
         for tensor, shape in zip(state, ((N, H, E, E), (N, H, E)), strict=True):
             check_shape(tensor, shape)
         return attention(self.library, qkv, *state)
+
+    def gated_delta(
+        self,
+        projected: torch.Tensor,
+        n_heads: int,
+        state: Sequence[torch.Tensor] | None = None,
+    ) -> torch.Tensor:
+        N, L, _ = projected.shape
+        check_shape(projected, (N, L, n_heads * (3 * self.size + 2)))
+        if state is None and torch.is_grad_enabled():
+            return GatedDelta.apply(self.library, projected, n_heads)
+        if state is None:
+            return gated_delta(self.library, projected, n_heads)
+        (S,) = state
+        check_shape(S, (N, n_heads, self.size, self.size))
+        return gated_delta(self.library, projected, n_heads, S=S)
 
 
 class Linear(torch.autograd.Function):
@@ -225,6 +242,56 @@ def attention(
     check(*(x for x in (S, Z) if x is not None), types=(torch.float32,))
     name = f"forward_{TYPES[qkv.dtype]}"
     library.call(name, qkv, outputs, S, Z, *attention_numbers(qkv))
+    return outputs
+
+
+class GatedDelta(torch.autograd.Function):
+    """The gated delta rule of `projected` (N, L, 3HE + 2H) from its first position on."""
+
+    @staticmethod
+    def forward(ctx, library, projected, n_heads):
+        N, L, width = projected.shape
+        E = (width // n_heads - 2) // 3
+        # The factors of the outputs, and a part of the states.
+        scales = projected.new_empty(N, L, n_heads, dtype=torch.float32)
+        shape = N, n_heads, math.ceil(L / KEPT_EVERY), E, E
+        states = projected.new_empty(shape, dtype=torch.float32)
+        outputs = gated_delta(library, projected, n_heads, scales, states)
+        ctx.library = library
+        ctx.save_for_backward(projected, outputs, scales, states)
+        return outputs
+
+    @staticmethod
+    def backward(ctx, gradient):
+        projected, outputs, scales, states = ctx.saved_tensors
+        projected, gradient = projected.contiguous(), gradient.contiguous()
+        gradients = torch.empty_like(projected)
+        check(projected, outputs, gradient, gradients, types=(projected.dtype,))
+        name = f"gated_delta::delta_backward_{TYPES[projected.dtype]}"
+        tensors = projected, outputs, scales, states, gradient, gradients
+        ctx.library.call(name, *tensors, *scales.shape, torch.get_num_threads())
+        return None, gradients, None
+
+
+def gated_delta(
+    library: Library,
+    projected: torch.Tensor,
+    n_heads: int,
+    scales: torch.Tensor | None = None,
+    states: torch.Tensor | None = None,
+    S: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Outputs (N, L, HE) of `projected` (N, L, 3HE + 2H); updates the state `S` (N, H, E, E) in
+    place. `scales` and `states` are for the gradient."""
+    projected = projected.contiguous()
+    N, L, width = projected.shape
+    outputs = projected.new_empty(N, L, (width - 2 * n_heads) // 3)
+    check(projected, outputs)
+    if S is not None:
+        check(S, types=(torch.float32,))
+    name = f"gated_delta::delta_forward_{TYPES[projected.dtype]}"
+    numbers = N, L, n_heads, torch.get_num_threads()
+    library.call(name, projected, outputs, scales, states, S, *numbers)
     return outputs
 
 

@@ -1,8 +1,8 @@
-// The recurrent sampler with causal linear attention on CPUs, as one loop over the bytes: what
+// The recurrent sampler on CPUs, with causal linear attention or the gated delta rule, as one loop over the bytes: what
 // ImageTransformer.step and sample of layers/mixture.py compute, without returning to Python after
 // each byte.
 //
-// Compile-time constants, in addition to those of common.h: LAYERS, HEADS, MIXTURES, MIN_LOG_SCALE,
+// Compile-time constants, in addition to those of the headers: GATED (1: the gated delta rule), LAYERS, HEADS, MIXTURES, MIN_LOG_SCALE,
 // NEIGHBOURS (0: the model has none) and CHANNELS of layers/neighbours.py, OFFSETS of
 // layers/convolution.py in rising order (0: the model has none), and BF16: with 1 the operands of
 // the matrix products and the last inputs of the layers are bfloat16, with 0 float32. Everything
@@ -17,6 +17,7 @@
 #endif
 
 #include "common.h"
+#include "gated_delta.h"
 
 // ROWS * VECTORS registers hold sums: of 16 with AVX, of 32 with AVX-512 and on ARM.
 constexpr int VECTORS = LANES == 8 ? 2 : 4;
@@ -27,6 +28,7 @@ constexpr int ROWS_PER_TEAM = 8;
 // Given bytes are read several positions at a time, so that the weights are read for this many rows.
 constexpr int64_t ROWS_AT_ONCE = 64;
 constexpr int D = HEADS * SIZE;
+constexpr int PROJECTED = 3 * D + (GATED ? 2 * HEADS : 0);  // what attention reads of a position
 constexpr int offsets[] = {OFFSETS};
 constexpr int TAPS = std::size(offsets), RECENT = offsets[TAPS - 1] + 1;
 
@@ -51,7 +53,7 @@ struct Norm {
 };
 
 struct Layer {
-    Linear<D, 3 * D> qkv;
+    Linear<D, PROJECTED> projections;
     Linear<D, D> out;
     Norm norm1;
     Linear<D, 4 * D> linear1;
@@ -72,7 +74,10 @@ struct Model {
 };
 
 struct State {
-    float *S, *Z;  // (N, HEADS, SIZE, SIZE), (N, HEADS, SIZE), contiguous
+    float* S;  // (N, HEADS, SIZE, SIZE), contiguous
+#if !GATED
+    float* Z;  // (N, HEADS, SIZE)
+#endif
 #if NEIGHBOURS
     Operand* inputs;  // (RECENT, N, D): the layer's inputs at position p in row p mod RECENT
 #endif
@@ -125,14 +130,14 @@ struct Team {
     Barrier barrier;
     Rows<float, D> x;
     Rows<Operand, D> input, attended;
-    Rows<float, padded(3 * D)> qkv;
+    Rows<float, padded(PROJECTED)> projected;
     Rows<Operand, padded(4 * D)> hidden;
     Rows<float, padded(D)> y;
     Rows<float, padded(3 * MIXTURES)> parameters;
 
     Team(int64_t first, int64_t n, int64_t positions, int size)
         : first(first), n(n), positions(positions), barrier(size), x(n * positions),
-          input(n * positions), attended(n * positions), qkv(n * positions),
+          input(n * positions), attended(n * positions), projected(n * positions),
           hidden(n * positions), y(n * positions), parameters(n) {}
 };
 
@@ -328,15 +333,24 @@ struct Member {
         });
     }
 
+    // One head of row r; `at` is the number of its state.
+    void attend_head(const State& state, int64_t at, int64_t head, int64_t r) {
+        const float* q = team.projected[r] + head * SIZE;
+        float* S = state.S + at * SIZE * SIZE;
+        Operand* target = team.attended[r] + head * SIZE;
+#if GATED
+        const float* gates = team.projected[r] + 3 * D + head;
+        gated_delta::step(q, q + D, q + 2 * D, gates[0], gates[HEADS], S, target);
+#else
+        attend<1>(q, q + D, q + 2 * D, 0, S, state.Z + at * SIZE, target, 0);
+#endif
+    }
+
     void attention_block(const Layer& layer, const State& state) {
-        multiply(team.input, layer.qkv, team.qkv);
+        multiply(team.input, layer.projections, team.projected);
         share(team.n * HEADS, [&](int64_t task) {
-            int64_t head = task % HEADS, at = team.first * HEADS + task;
-            for (int64_t r = task / HEADS; r < rows(); r += team.n) {
-                const float* q = team.qkv[r] + head * SIZE;
-                attend<1>(q, q + D, q + 2 * D, 0, state.S + at * SIZE * SIZE,
-                          state.Z + at * SIZE, team.attended[r] + head * SIZE, 0);
-            }
+            for (int64_t r = task / HEADS; r < rows(); r += team.n)
+                attend_head(state, team.first * HEADS + task, task % HEADS, r);
         });
         multiply(team.attended, layer.out, team.y);
         add_and_normalise(layer.norm1);

@@ -23,6 +23,7 @@ BYTES_AT_ONCE = 2048
 def sizes(config: ModelConfig, precision: str) -> dict:
     """The sizes with which sampler.cpp is compiled for a model."""
     sizes = {"LAYERS": config.n_layers, "HEADS": config.n_heads, "SIZE": config.d_query}
+    sizes |= {"GATED": int(config.attention_type == "gated-delta")}
     sizes |= {"MIXTURES": config.mixtures, "BF16": int(precision == "bf16")}
     if not config.neighbours:
         return sizes | {"NEIGHBOURS": 0, "CHANNELS": 1, "OFFSETS": 0}
@@ -53,7 +54,7 @@ def pack_weights(weight, bias, panel, dtype):
 
 
 class CompiledDecoder:
-    """A decoder of engine/sampling.py for a causal-linear model on the CPU.
+    """A decoder of engine/sampling.py for a model with a constant state on the CPU.
 
     The weights are copied at construction. With bf16 the states' last inputs are bfloat16: those
     of a model whose linear layers are. Raises `UserError` if it cannot be compiled.
@@ -128,9 +129,8 @@ class CompiledDecoder:
             raise ValueError(f"there are {len(states)} states of {self.config.n_layers} layers")
         heads, size = self.config.n_heads, self.config.d_query
         for state in states:
-            S, Z = state.attention
-            check(S, torch.float32, (n, heads, size, size))
-            check(Z, torch.float32, (n, heads, size))
+            for tensor, sizes in zip(state.attention, [(size, size), (size,)], strict=False):
+                check(tensor, torch.float32, (n, heads, *sizes))
             if self.config.neighbours:
                 recent = max(offsets(self.config)) + 1
                 check(state.inputs, self.dtype, (recent, n, heads * size))

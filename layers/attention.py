@@ -128,25 +128,27 @@ class LinearAttention(nn.Module):
     `ops` computes it over a whole sequence (layers/ops.py).
     """
 
-    def __init__(self, ops: Any):
+    def __init__(self, ops: Any, n_heads: int):
         super().__init__()
-        self.ops = ops
+        self.ops, self.n_heads = ops, n_heads
 
-    def empty_state(
-        self, n_images: int, n_heads: int, size: int, length: int, like: torch.Tensor
-    ) -> State:
-        """The sums (S, Z) before the first position; their size does not depend on `length`."""
-        S = like.new_zeros(n_images, n_heads, size, size)
+    def empty_state(self, n_images: int, size: int, length: int, like: torch.Tensor) -> State:
+        """The sums (S, Z) before the first position, for heads of a `size`; their own size does
+        not depend on `length`."""
+        S = like.new_zeros(n_images, self.n_heads, size, size)
         return at_least_float32(S), at_least_float32(S[..., 0].clone())
 
-    def forward(self, qkv: torch.Tensor, state: State | None = None) -> torch.Tensor:
-        """Queries, keys and values (N, L, 3, H, E) -> outputs (N, L, H, E).
+    def forward(self, projected: torch.Tensor, state: State | None = None) -> torch.Tensor:
+        """Queries, keys and values of all heads side by side, (N, L, 3HE) -> outputs (N, L, HE).
 
         Attends to these positions and those already summed in `state`, updated in place.
         """
+        qkv = projected.unflatten(-1, (3, self.n_heads, -1))  # (N, L, 3, H, E)
         if state is not None and qkv.shape[1] == 1:
-            return linear_recurrent(*qkv.unbind(2), state)[0]
-        return self.ops.linear_attention(qkv, state)
+            outputs, _ = linear_recurrent(*qkv.unbind(2), state)
+        else:
+            outputs = self.ops.linear_attention(qkv, state)
+        return outputs.flatten(-2)  # (N, L, HE)
 
 
 class KVCache:
@@ -166,19 +168,18 @@ class KVCache:
 class SoftmaxAttention(nn.Module):
     """Softmax attention, the paper's "full"; `scale` is 1 / sqrt(E) unless given."""
 
-    def __init__(self, scale: float | None = None, dropout: float = 0.0):
+    def __init__(self, n_heads: int, scale: float | None = None, dropout: float = 0.0):
         super().__init__()
-        self.scale, self.dropout = scale, dropout
+        self.n_heads, self.scale, self.dropout = n_heads, scale, dropout
 
-    def empty_state(
-        self, n_images: int, n_heads: int, size: int, length: int, like: torch.Tensor
-    ) -> KVCache:
+    def empty_state(self, n_images: int, size: int, length: int, like: torch.Tensor) -> KVCache:
         """A cache with room for `length` positions."""
-        shape = n_images, n_heads, length, size
+        shape = n_images, self.n_heads, length, size
         return KVCache(like.new_zeros(shape), like.new_zeros(shape))
 
-    def forward(self, qkv: torch.Tensor, state: KVCache | None = None) -> torch.Tensor:
+    def forward(self, projected: torch.Tensor, state: KVCache | None = None) -> torch.Tensor:
         """As `LinearAttention.forward`; `state` is a `KVCache`, which grows."""
+        qkv = projected.unflatten(-1, (3, self.n_heads, -1))  # (N, L, 3, H, E)
         queries, keys, values = (x.transpose(1, 2) for x in qkv.unbind(2))  # (N, H, L, E)
         past, L = 0, queries.shape[2]
         if state is not None:
@@ -199,4 +200,4 @@ class SoftmaxAttention(nn.Module):
             is_causal=not past and L > 1,
             scale=self.scale,
         )
-        return outputs.transpose(1, 2)  # (N, L, H, E)
+        return outputs.transpose(1, 2).flatten(-2)  # (N, L, HE)

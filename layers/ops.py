@@ -12,6 +12,7 @@ from torch.nn.functional import pad, relu
 
 from layers.attention import linear_chunked
 from layers.dropout import drop
+from layers.gated_delta import gated_delta_chunked, split
 
 
 class PlainOps:
@@ -55,6 +56,27 @@ class PlainOps:
         place; without one, the sums start at zero.
         """
         outputs, final = linear_chunked(*qkv.unbind(2), state)
-        for old, new in zip(state or (), final, strict=False):
-            old.copy_(new)
+        update(state, final)
         return outputs
+
+    def gated_delta(
+        self,
+        projected: torch.Tensor,
+        n_heads: int,
+        state: Sequence[torch.Tensor] | None = None,
+    ) -> torch.Tensor:
+        """The gated delta rule for queries, keys, values, decays and betas that are side by side in
+        `projected` (N, L, 3HE + 2H): (N, L, HE).
+
+        `state`, S (N, H, E, E) after the earlier positions, is updated in place; without one, it
+        starts at zero.
+        """
+        outputs, final = gated_delta_chunked(*split(projected, n_heads), state)
+        update(state, final)
+        return outputs.flatten(-2)
+
+
+def update(state, final):
+    """Write the final state into the given one, if there is one."""
+    for old, new in zip(state or (), final, strict=False):
+        old.copy_(new)

@@ -39,6 +39,9 @@ def chunk_size(config: ModelConfig) -> int:
 
 def check(config: ModelConfig, device: torch.device, precision: str, compiled: bool | None) -> None:
     """Raise a `UserError` for flags with which the library cannot run this model."""
+    if config.attention_type == "gated-delta":
+        problem = "pytorch-fast-transformers has no gated delta rule"
+        raise UserError(f"--attention_type gated-delta: {problem}: change the backend")
     if config.neighbours:
         problem = "the layers of pytorch-fast-transformers have no short convolutions"
         raise UserError(f"--neighbours: {problem}: give --no-neighbours")

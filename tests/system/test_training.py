@@ -11,6 +11,7 @@ import torch
 from helpers import DIGITS, TINY, assert_equal_weights, load, losses, records, start, weights
 
 import datasets
+from models import NATIVE_ATTENTIONS
 
 
 def test_a_checkpoint_is_complete(succeed, tmp_path):
@@ -46,7 +47,7 @@ def test_tensorboard(succeed, tmp_path):
     assert [e.step for e in events.Scalars("test/bits_per_dim_all_bytes")] == [2]
 
 
-@pytest.mark.parametrize("attention_type", ["causal-linear", "full"])
+@pytest.mark.parametrize("attention_type", NATIVE_ATTENTIONS)
 @pytest.mark.parametrize(
     "flags",
     [
@@ -257,7 +258,7 @@ def test_a_moved_folder_may_replace_the_stored_one_if_its_shape_is_the_same(
     assert "6x5x3" in result.err
 
 
-@pytest.mark.parametrize("attention_type", ["causal-linear", "full"])
+@pytest.mark.parametrize("attention_type", NATIVE_ATTENTIONS)
 def test_accumulation_is_the_larger_batch(succeed, attention_type):
     """Also with dropout in the layers, which does not depend on how the batch is split."""
     command = ["main.py", *DIGITS, "--iterations", 5, "--attention_type", attention_type]

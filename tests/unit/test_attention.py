@@ -11,6 +11,7 @@ from layers.attention import (
     linear_quadratic,
     linear_recurrent,
 )
+from layers.gated_delta import GatedDeltaAttention
 from layers.ops import PlainOps
 from models import ModelConfig
 
@@ -176,44 +177,51 @@ def test_sums_are_float32_under_bfloat16():
     assert_close([outputs, S, Z], [expected[0], *expected[1]], 1e-5)
 
 
-def make_qkv(L, H=3, E=8):
-    """Queries, keys and values as an attention module takes them: (2, L, 3, H, E)."""
-    return torch.randn(2, L, 3, H, E, dtype=torch.float64)
+HEADS, SIZE = 3, 8
 
 
-def attend_in_parts(attention, qkv, lengths):
+def make_projected(L, gates=0):
+    """Queries, keys and values (and gates of each head) as an attention module takes them."""
+    return torch.randn(2, L, HEADS * (3 * SIZE + gates), dtype=torch.float64)
+
+
+def attend_in_parts(attention, projected, lengths):
     """Outputs of an attention with a state, called on consecutive parts of these lengths."""
-    N, L, _, H, E = qkv.shape
-    state = attention.empty_state(N, H, E, L, like=qkv)
-    return torch.cat([attention(part, state) for part in qkv.split(lengths, dim=1)], dim=1)
+    N, L, _ = projected.shape
+    state = attention.empty_state(N, SIZE, L, like=projected)
+    return torch.cat([attention(part, state) for part in projected.split(lengths, dim=1)], dim=1)
 
 
-@pytest.mark.parametrize(
-    "attention",
-    [LinearAttention(PlainOps()), SoftmaxAttention(), SoftmaxAttention(scale=0.3)],
-    ids=["linear", "softmax", "softmax-scaled"],
-)
+MODULES = {
+    "linear": LinearAttention(PlainOps(), HEADS),
+    "gated-delta": GatedDeltaAttention(PlainOps(), HEADS),
+    "softmax": SoftmaxAttention(HEADS),
+    "softmax-scaled": SoftmaxAttention(HEADS, scale=0.3),
+}
+
+
+@pytest.mark.parametrize("name", MODULES)
 @pytest.mark.parametrize(
     "lengths", [[12], [11, 1], [1] * 12, [5, 1, 1, 4, 1]], ids=["prefill", "last", "steps", "mixed"]
 )
-def test_states_in_place_equal_one_parallel_pass(attention, lengths):
-    qkv = make_qkv(12)
-    actual = attend_in_parts(attention, qkv, lengths)
-    assert_close([actual], [attention(qkv)], 1e-10)
+def test_states_in_place_equal_one_parallel_pass(name, lengths):
+    attention, projected = MODULES[name], make_projected(12, gates=2 * (name == "gated-delta"))
+    actual = attend_in_parts(attention, projected, lengths)
+    assert_close([actual], [attention(projected)], 1e-10)
 
 
 def test_softmax_equals_its_definition():
-    qkv = make_qkv(9)
-    queries, keys, values = qkv.unbind(2)
+    projected = make_projected(9)
+    queries, keys, values = projected.unflatten(-1, (3, HEADS, SIZE)).unbind(2)
     scores = torch.einsum("nlhe,nshe->nhls", queries, keys) * 0.25
     scores = scores.masked_fill(torch.ones(9, 9).triu(1).bool(), -torch.inf)
-    expected = torch.einsum("nhls,nshm->nlhm", scores.softmax(-1), values)
-    assert_close([SoftmaxAttention(scale=0.25)(qkv)], [expected], 1e-10)
+    expected = torch.einsum("nhls,nshm->nlhm", scores.softmax(-1), values).flatten(-2)
+    assert_close([SoftmaxAttention(HEADS, scale=0.25)(projected)], [expected], 1e-10)
 
 
 def test_attention_dropout_acts_in_training_only():
-    qkv = make_qkv(9)
-    attention = SoftmaxAttention(dropout=0.5)
-    expected = SoftmaxAttention()(qkv)
-    assert not torch.allclose(attention(qkv), expected)
-    assert_close([attention.eval()(qkv)], [expected], 1e-10)
+    projected = make_projected(9)
+    attention = SoftmaxAttention(HEADS, dropout=0.5)
+    expected = SoftmaxAttention(HEADS)(projected)
+    assert not torch.allclose(attention(projected), expected)
+    assert_close([attention.eval()(projected)], [expected], 1e-10)

@@ -169,12 +169,16 @@ def permuted(x):
     return x.transpose(0, 1).contiguous().transpose(0, 1)
 
 
+WIDTH = 2 * (3 * 8 + 2)  # two heads of 8, with their gates
 OPERATIONS = {
     "linear": lambda ops, x, layers: ops.linear(x, *layers["linear"]),
     "relu": lambda ops, x, layers: ops.linear(x, layers["linear"][0], activation="relu"),
     "add_norm": lambda ops, x, layers: ops.add_norm(x, x, layers["norm"]),
     "dropout": lambda ops, x, layers: ops.dropout(x, keys(len(x)), THRESHOLD),
-    "linear_attention": lambda ops, x, layers: ops.linear_attention(x.unflatten(-1, (3, 2, -1))),
+    "linear_attention": lambda ops, x, layers: ops.linear_attention(
+        x[..., :48].unflatten(-1, (3, 2, -1))
+    ),
+    "gated_delta": lambda ops, x, layers: ops.gated_delta(x, 2),
 }
 EVERY_OPERATION = pytest.mark.parametrize("operation", OPERATIONS.values(), ids=OPERATIONS)
 
@@ -192,7 +196,7 @@ def make_layers(width, dtype=torch.float32):
 @pytest.mark.parametrize("permute_gradient", [False, True], ids=["gradient", "permuted-gradient"])
 def test_tensors_that_are_not_contiguous_give_correct_results(operation, permute_gradient):
     """The C++ functions read consecutive rows, whatever the strides of a tensor are."""
-    x, layers = torch.randn(4, 9, 48), make_layers(48)
+    x, layers = torch.randn(4, 9, WIDTH), make_layers(WIDTH)
     results = []
     for ops, y in ((PLAIN, x), (compiled(), permuted(x))):
         y = y.detach().requires_grad_()
@@ -233,7 +237,7 @@ def test_tensors_of_another_type_or_device_are_a_type_error(operation, target, w
     """Regression: the C++ functions read float64 as float32, and crashed on the address of a tensor
     on another device."""
     with pytest.raises(TypeError, match=word):
-        operation(compiled(), torch.randn(2, 5, 48).to(target), make_layers(48))
+        operation(compiled(), torch.randn(2, 5, WIDTH).to(target), make_layers(WIDTH))
 
 
 @pytest.mark.parametrize("name", ["linear", "relu", "add_norm"])
@@ -241,7 +245,7 @@ def test_tensors_of_another_type_or_device_are_a_type_error(operation, target, w
 def test_parameters_of_another_type_or_device_are_a_type_error(name, target, word):
     """Regression: only the type of the inputs was checked."""
     with pytest.raises(TypeError, match=word):
-        OPERATIONS[name](compiled(), torch.randn(2, 5, 48), make_layers(48).to(target))
+        OPERATIONS[name](compiled(), torch.randn(2, 5, WIDTH), make_layers(WIDTH).to(target))
 
 
 @UNREADABLE
@@ -263,7 +267,7 @@ def with_nan(x, dtype=torch.float32):
 
 
 NAN_OPERATIONS = {**OPERATIONS, "short_convolution": lambda ops, x, layers: ops.short_convolution(
-    x, torch.ones(2, 48), (1, 2))}  # fmt: skip
+    x, torch.ones(2, WIDTH), (1, 2))}  # fmt: skip
 
 
 @pytest.mark.parametrize("operation", NAN_OPERATIONS.values(), ids=NAN_OPERATIONS)
@@ -271,9 +275,9 @@ NAN_OPERATIONS = {**OPERATIONS, "short_convolution": lambda ops, x, layers: ops.
 def test_nan_stays_nan(operation, dtype):
     """Regression: a NaN in queries or keys, before oneDNN's relu, or stored in bfloat16 became a
     finite number."""
-    layers = make_layers(48)
+    layers = make_layers(WIDTH)
     layers["linear"].to(dtype)
-    x = with_nan(torch.randn(2, 9, 48), dtype).requires_grad_()
+    x = with_nan(torch.randn(2, 9, WIDTH), dtype).requires_grad_()
     with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
         outputs = operation(compiled(), x, layers)
     assert outputs[0].isnan().any()
@@ -282,8 +286,10 @@ def test_nan_stays_nan(operation, dtype):
 
 def test_a_nan_is_stored_in_bfloat16():
     """Regression: NaN plus the rounding overflowed to -0. (The norm's input is float32.)"""
-    x = with_nan(torch.randn(2, 3, 48))
-    outputs = compiled().add_norm(x, torch.zeros(2, 3, 48).bfloat16(), make_layers(48)["norm"])
+    x = with_nan(torch.randn(2, 3, WIDTH))
+    outputs = compiled().add_norm(
+        x, torch.zeros(2, 3, WIDTH).bfloat16(), make_layers(WIDTH)["norm"]
+    )
     assert outputs[0, 0].isnan().all()
     qkv = with_nan(torch.randn(1, 4, 3, 2, 8), torch.bfloat16)
     assert compiled().linear_attention(qkv)[0, 0, 0].isnan().all()
@@ -303,6 +309,8 @@ REFUSED = {
     "taps": lambda ops: ops.short_convolution(torch.randn(2, 5, 8), torch.ones(2, 8), (1,)),
     "qkv": lambda ops: ops.linear_attention(torch.randn(2, 5, 2, 2, 8)),
     "size": lambda ops: ops.linear_attention(torch.randn(2, 5, 3, 2, 9)),
+    "gates": lambda ops: ops.gated_delta(torch.randn(2, 5, 48), 2),
+    "state": lambda ops: ops.gated_delta(torch.randn(2, 5, 52), 2, (torch.zeros(2, 2, 8, 7),)),
 }
 
 

@@ -15,6 +15,7 @@ from engine.sampling import (
     sample_recurrent,
 )
 from layers.attention import LinearAttention, SoftmaxAttention, linear_chunked
+from layers.gated_delta import GatedDeltaAttention
 from layers.ops import PlainOps
 from models import ImageTransformer, ModelConfig
 from utils import autocast
@@ -29,6 +30,7 @@ DTYPES = pytest.mark.parametrize("dtype", TOLERANCE, ids=["fp32", "bf16"])
 # Grey images of 12 x 10, or the bytes of a sequence.
 MODELS = {
     "linear": {},
+    "gated-delta": {"attention_type": "gated-delta"},
     "neighbours": {"neighbours": True, "width": 10, "channels": 1},
     "full": {"attention_type": "full"},
 }
@@ -46,19 +48,31 @@ def rounded(shape, dtype):
     return torch.randn(shape).to(dtype).double()
 
 
-def outputs_and_gradients(attention, qkv, weights):
-    qkv = qkv.detach().requires_grad_()
-    outputs = attention(qkv)
-    return [outputs, *torch.autograd.grad((outputs * weights).sum(), qkv)]
+def outputs_and_gradients(attention, projected, weights):
+    projected = projected.detach().requires_grad_()
+    outputs = attention(projected)
+    return [outputs, *torch.autograd.grad((outputs * weights).sum(), projected)]
+
+
+ATTENTIONS = {
+    "linear": LinearAttention(PlainOps(), H),
+    "gated-delta": GatedDeltaAttention(PlainOps(), H),
+    "full": SoftmaxAttention(H),
+}
+
+
+def make_projected(kind, dtype):
+    """What an attention takes: (N, L, 3HE), with gates + 2H."""
+    return rounded((N, L, H * (3 * E + 2 * (kind == "gated-delta"))), dtype)
 
 
 @DTYPES
-@pytest.mark.parametrize("kind", ["linear", "full"])
+@pytest.mark.parametrize("kind", ATTENTIONS)
 def test_attention_and_its_gradients(kind, dtype):
-    attention = LinearAttention(PlainOps()) if kind == "linear" else SoftmaxAttention()
-    qkv, weights = rounded((N, L, 3, H, E), dtype), rounded((N, L, H, E), dtype)
-    expected = outputs_and_gradients(attention, qkv, weights)
-    there = [x.to(DEVICE, dtype) for x in (qkv, weights)]
+    attention = ATTENTIONS[kind]
+    projected, weights = make_projected(kind, dtype), rounded((N, L, H * E), dtype)
+    expected = outputs_and_gradients(attention, projected, weights)
+    there = [x.to(DEVICE, dtype) for x in (projected, weights)]
     assert_close(outputs_and_gradients(attention, *there), expected, dtype)
 
 
@@ -77,17 +91,16 @@ def test_sums_of_linear_attention(chunk, dtype):
 
 
 @DTYPES
-@pytest.mark.parametrize("kind", ["linear", "full"])
+@pytest.mark.parametrize("kind", ATTENTIONS)
 @torch.no_grad()
 def test_prefill_and_steps(kind, dtype):
-    """Outputs, and the sums or the keys and values, of a prefix and then single positions."""
-    attention = LinearAttention(PlainOps()) if kind == "linear" else SoftmaxAttention()
-    qkv = rounded((N, L, 3, H, E), dtype)
+    """Outputs, and the state or the keys and values, of a prefix and then single positions."""
+    attention, projected = ATTENTIONS[kind], make_projected(kind, dtype)
     results = []
-    for x in (qkv, qkv.to(DEVICE, dtype)):
-        state = attention.empty_state(N, H, E, L, like=x)
+    for x in (projected, projected.to(DEVICE, dtype)):
+        state = attention.empty_state(N, E, L, like=x)
         parts = [attention(part, state) for part in x.split([L - 3, 1, 1, 1], dim=1)]
-        kept = state if kind == "linear" else (state.keys, state.values)
+        kept = (state.keys, state.values) if kind == "full" else state
         results.append([torch.cat(parts, dim=1), *kept])
     assert_close(*reversed(results), dtype)
 
@@ -148,7 +161,8 @@ def test_samples_are_those_of_the_cpu(kind, sampler):
 @pytest.mark.skipif(DEVICE.type != "cuda", reason="needs CUDA graphs")
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize(
-    ("kind", "compiled"), [("linear", False), ("neighbours", False), ("neighbours", True)]
+    ("kind", "compiled"),
+    [("linear", False), ("gated-delta", False), ("neighbours", False), ("neighbours", True)],
 )
 def test_a_graph_equals_the_plain_loop(kind, precision, compiled):
     """Bit for bit; for two batches, each of which has a graph of its own."""

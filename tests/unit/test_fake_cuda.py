@@ -32,6 +32,8 @@ MODELS = {
     "linear": ("causal-linear", None),
     "linear-neighbours": ("causal-linear", (6, 5, 1)),
     "linear-colour": ("causal-linear", (4, 3, 3)),
+    "gated-delta": ("gated-delta", None),
+    "gated-delta-colour": ("gated-delta", (4, 3, 3)),
     "full": ("full", None),
     "full-neighbours": ("full", (6, 5, 1)),
 }
@@ -94,10 +96,10 @@ def make_images(model):
 
 
 def assert_product_types(types, attention_type):
-    """bfloat16 in linear layers; float32 in the sums of linear attention. (Softmax attention has a
+    """bfloat16 in linear layers; float32 in the sums of linear attentions. (Softmax attention has a
     kernel of its own, which only a real GPU chooses.)"""
     assert types.get("mm", set()) | types.get("addmm", set()) == {torch.bfloat16}
-    if attention_type == "causal-linear":
+    if attention_type != "full":
         assert types["bmm"] == {torch.float32}
 
 

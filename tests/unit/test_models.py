@@ -8,9 +8,9 @@ import torch
 import datasets
 import models
 from layers import mixture
-from models import ImageTransformer, ModelConfig
+from models import NATIVE_ATTENTIONS, ImageTransformer, ModelConfig
 
-ATTENTIONS = pytest.mark.parametrize("attention_type", ["causal-linear", "full"])
+ATTENTIONS = pytest.mark.parametrize("attention_type", NATIVE_ATTENTIONS)
 
 
 def make_model(length=40, dtype=torch.float64, **kwargs):

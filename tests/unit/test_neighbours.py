@@ -19,12 +19,12 @@ from layers import neighbours
 from layers.dropout import draw_keys
 from layers.neighbours import Neighbours
 from layers.ops import PlainOps
-from models import ImageTransformer, ModelConfig
+from models import NATIVE_ATTENTIONS, ImageTransformer, ModelConfig
 from utils import UserError
 
 SHAPES = {"grey": (6, 5, 1), "colour": (4, 3, 3)}  # height, width, channels
 EVERY_SHAPE = pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
-ATTENTIONS = pytest.mark.parametrize("attention_type", ["causal-linear", "full"])
+ATTENTIONS = pytest.mark.parametrize("attention_type", NATIVE_ATTENTIONS)
 
 
 def make_config(shape, **changes):

@@ -15,7 +15,7 @@ from engine.sampling import (
     sample_recurrent,
 )
 from layers import mixture
-from models import ImageTransformer, ModelConfig
+from models import NATIVE_ATTENTIONS, ImageTransformer, ModelConfig
 from utils import UserError
 
 LENGTH = 30
@@ -24,7 +24,7 @@ BOTH = pytest.mark.parametrize(
 )
 
 
-@pytest.fixture(params=["causal-linear", "full"])
+@pytest.fixture(params=NATIVE_ATTENTIONS)
 def model(request):
     config = ModelConfig(
         LENGTH, attention_type=request.param, n_layers=2, n_heads=2, d_query=8, mixtures=3

@@ -37,8 +37,12 @@ def make_model(**changes):
 
 @pytest.mark.parametrize(
     "changes",
-    [{"dropout": 0.2, **SHAPE}, {"attention_type": "full", "attention_dropout": 0.0}],
-    ids=["linear", "full"],
+    [
+        {"dropout": 0.2, **SHAPE},
+        {"attention_type": "gated-delta"},
+        {"attention_type": "full", "attention_dropout": 0.0},
+    ],
+    ids=["linear", "gated-delta", "full"],
 )
 def test_training_and_evaluation(changes):
     """main.py's loss: values and gradients, and an evaluation of another number of images."""
