@@ -7,6 +7,7 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import torch
@@ -265,7 +266,8 @@ def load_folder(folder: Path, split: str) -> np.ndarray:
         return load_image_files(images)
     raise UserError(
         f"the data set {folder} has neither {split}.npy nor a folder {split}: "
-        "it needs train.npy and test.npy, or train/ and test/ with image files"
+        "it needs train.npy and test.npy, which prepare.py makes of pictures, or train/ and test/ "
+        "with image files"
     )
 
 
@@ -301,3 +303,11 @@ def load_array(path: Path, shape: tuple[int, ...] | None = None) -> np.ndarray:
     if len(array) == 0 or array[0].size < 2:
         raise UserError(f"{path} has the shape {array.shape}: it holds no images")
     return array
+
+
+def write_array(file: BinaryIO, images: np.ndarray) -> None:
+    """Write an array for `load_array`, as numpy.save does, which hides why a disk refuses it."""
+    images = np.ascontiguousarray(images)
+    header = np.lib.format.header_data_from_array_1_0(images)
+    np.lib.format.write_array_header_1_0(file, header)
+    file.write(images.data)

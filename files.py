@@ -5,6 +5,7 @@ import fcntl
 import os
 import re
 import secrets
+import shutil
 import stat
 import tempfile
 import time
@@ -61,6 +62,21 @@ def write_atomically(
     except OSError as error:  # it names no file, or the temporary one
         reason = error.strerror or str(error)
         raise OSError(error.errno or errno.EIO, reason, str(path)) from None
+
+
+@contextmanager
+def new_folder(path: Path) -> Iterator[Path]:
+    """A temporary folder, which is renamed to `path` if no exception leaves the context, and else
+    removed: `path` has all that is written there or nothing. It must not exist, or be empty."""
+    path = Path(os.path.realpath(path))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.parent / f"unfinished-{MACHINE}-{secrets.token_hex(4)}"
+    temporary.mkdir()
+    try:
+        yield temporary
+        temporary.rename(path)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def output_file(path: str | Path) -> Path:

@@ -106,13 +106,13 @@ class Trainer:
         checkpoint.warn_about_threads(device)
 
         self.training, self.test = load_data(args, checkpoint)
-        config = ModelConfig.for_images(self.training.image_shape, **model_options)
+        config = ModelConfig.for_images(self.test.image_shape, **model_options)
         self.model = build_model(config, args, self.precision, device, self.seed, checkpoint)
         if checkpoint.first_byte_counts is None:
             self.model.first_byte_counts.copy_(self.training.first_byte_counts())
-        self.training = self.training.on_device_if_small(device)
-        self.optimizer = make_optimizer(self.model, self.settings)
         if not args.evaluate_only:
+            self.training = self.training.on_device_if_small(device)
+            self.optimizer = make_optimizer(self.model, self.settings)
             checkpoint.restore_optimizer(self.optimizer)
         self.nll = parallel_nll(self.model, args, device)
 
@@ -197,10 +197,9 @@ class Trainer:
             f"model: {config.attention_type}, {config.n_layers} layers, {config.n_heads} heads of "
             f"{config.d_query}, {config.mixtures} mixture components, {parameters:.2f} M parameters"
         )
-        say(
-            f"data: {training.name}, {len(training)} training and {len(self.test)} test images of "
-            f"{datasets.describe(training.image_shape)}"
-        )
+        numbers = f"{len(training)} training and " if training else ""
+        numbers += f"{len(self.test)} test images of {datasets.describe(self.test.image_shape)}"
+        say(f"data: {self.test.name}, {numbers}")
         threads = f" ({torch.get_num_threads()} threads)" if self.device.type == "cpu" else ""
         say(f"machine: {self.device}{threads}, {self.precision}")
         if not (self.args.save_to or self.args.evaluate_only):
@@ -241,11 +240,15 @@ def choose_seed(args: Namespace, checkpoint: Checkpoint) -> int:
 
 def load_data(
     args: Namespace, checkpoint: Checkpoint
-) -> tuple[datasets.ImageDataset, datasets.ImageDataset]:
-    """The training and the test images; only an evaluation may use another data set."""
+) -> tuple[datasets.ImageDataset | None, datasets.ImageDataset]:
+    """The training and the test images. An evaluation may use another data set, and has no training
+    images, if the checkpoint has their histogram of first bytes."""
     name = datasets.choose_name(args.dataset, checkpoint.dataset, may_differ=args.evaluate_only)
+    place = args.dataset_directory
     with distributed.first_process_first():
-        return datasets.load_both(name, args.dataset_directory, checkpoint.image_shape)
+        if args.evaluate_only and checkpoint.first_byte_counts is not None:
+            return None, datasets.load_matching(name, place, False, checkpoint.image_shape)
+        return datasets.load_both(name, place, checkpoint.image_shape)
 
 
 def build_model(

@@ -24,11 +24,11 @@ from cli.process import run
 from engine import construction, distributed
 from engine.checkpoint import NO_CHECKPOINT, Checkpoint
 from engine.construction import load_model
-from engine.sampling import complete_images, sample_images
+from engine.sampling import complete_batches, complete_images, first_bytes, sample_images
 from engine.surprisal import surprisal
 from models import ImageTransformer, ModelConfig
 from options import typed
-from utils import UserError, say, select_device, select_precision
+from utils import UserError, is_first_process, say, select_device, select_precision
 
 __all__ = ["complete_images", "load_model", "sample_images", "surprisal"]
 
@@ -54,21 +54,31 @@ def complete(args: Namespace, device: torch.device) -> None:
     model = build_model(args, config, checkpoint, device)
     if counts is not None:
         model.first_byte_counts.copy_(counts)
-    completed = draw_samples(args, model, real, offset, precision)
-    if completed is not None:  # only the first process writes images
-        bits_of = partial(surprisal, model, precision=precision)
-        outputs.write_outputs(args, completed, real, args.image_shape or shape, offset, bits_of)
+    noise = {"seed": args.seed, "temperature": args.temperature}
+    given = first_bytes(model, args.index, **noise) if real is None else real
+    options = noise | {"index": args.index, "precision": precision, "recompute": args.recompute}
+    written = outputs.Outputs(args, real, args.image_shape or shape, offset)
+    draw_samples(args, model, given, max(1, offset), options, written)
 
 
 def draw_samples(
-    args: Namespace, model: ImageTransformer, real: torch.Tensor | None, offset: int, precision: str
-) -> torch.Tensor | None:
-    """The images, completed from byte `offset` on; None in all processes but the first."""
-    options = {"seed": args.seed, "temperature": args.temperature, "precision": precision}
-    options |= {name: getattr(args, name) for name in ("batch_size", "recompute", "compile")}
-    if real is None:
-        return sample_images(model, len(args.index), **options)
-    return complete_images(model, real, max(1, offset), **options)
+    args: Namespace,
+    model: ImageTransformer,
+    given: torch.Tensor,
+    offset: int,
+    options: dict,
+    written: outputs.Outputs,
+) -> None:
+    """Complete images (N, L) from byte `offset` on, with `options` that determine them, and write
+    each as soon as it is finished."""
+    speed = {"batch_size": args.batch_size, "compile": args.compile}
+    draw = partial(complete_batches, model, given, offset, **options, **speed)
+    bits_of = partial(surprisal, model, precision=options["precision"])
+    with outputs.unfinished_samples(args, model, given[:, :offset], options) as unfinished:
+        for batch in unfinished.continue_with(draw):
+            written.add(batch)
+        if is_first_process():  # the others have no images
+            written.finish(bits_of)
 
 
 def load_checkpoint(args: Namespace) -> Checkpoint:
@@ -109,7 +119,12 @@ def open_images(
 
 def load_data(args: Namespace, checkpoint: Checkpoint, train: bool) -> datasets.ImageDataset:
     name = datasets.choose_name(args.dataset, checkpoint.dataset, may_differ=True)
-    return datasets.load_matching(name, args.dataset_directory, train, checkpoint.image_shape)
+    try:
+        return datasets.load_matching(name, args.dataset_directory, train, checkpoint.image_shape)
+    except UserError as error:
+        if checkpoint.first_byte_counts is None or args.save_surprisal:
+            raise
+        raise UserError(f"{error}; new images, with --offset 0, need no data set") from None
 
 
 def choose_offset(args: Namespace, length: int) -> int:

@@ -1,4 +1,4 @@
-"""The output flags of prediction.py, checked before sampling and carried out after it."""
+"""The output flags of prediction.py: checked before sampling, carried out during and after it."""
 
 import os
 from argparse import Namespace
@@ -9,12 +9,16 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from engine import figures, pictures
+from engine import distributed, figures, pictures
+from engine.progress import track
+from engine.unfinished import UnfinishedSamples, digest
 from files import check_writable, count_fields
-from utils import UserError, one_line, say, warn
+from models import ImageTransformer
+from utils import UserError, is_first_process, one_line, say, warn
 
 # Limits of a figure: matplotlib needs about ten milliseconds for each row and image.
 MAX_FIGURE_ROWS, MAX_FIGURE_IMAGES = 200, 1000
+SLOW_FIGURE_IMAGES = 100  # more take seconds
 
 
 def check_outputs(args: Namespace) -> None:
@@ -67,15 +71,33 @@ def image_pattern(pattern: str) -> str:
 
 def check_paths(args: Namespace) -> None:
     """Raise a `UserError` if an output could not be written, or is also another flag's."""
+    flags = {}
+    for flag, path in output_paths(args):
+        check_writable(path, flag)
+        if flags.setdefault(os.path.realpath(path), flag) != flag:
+            raise UserError(f"{flag} {path} is also written by another flag: give another path")
+
+
+def output_paths(args: Namespace) -> list[tuple[str, str]]:
+    """(flag, path) of each figure and of the files of the first and the last image."""
     paths = [("--save_grid", args.save_grid), ("--save_surprisal", args.save_surprisal)]
     for n in {0, len(args.index) - 1}:
         paths += [(flag, path) for flag, _, path in image_files(args, n)]
-    flags = {}
-    for flag, path in paths:
-        if path:
-            check_writable(path, flag)
-            if flags.setdefault(os.path.realpath(path), flag) != flag:
-                raise UserError(f"{flag} {path} is also written by another flag: give another path")
+    return [(flag, path) for flag, path in paths if path]
+
+
+def unfinished_samples(
+    args: Namespace, model: ImageTransformer, given: torch.Tensor, options: dict
+) -> UnfinishedSamples:
+    """Where images are kept until all are written, beside the first output, if they take several
+    batches. The model, the given bytes (N, offset) and the options determine them."""
+    path = None
+    if len(given) > args.batch_size * distributed.world_size() and is_first_process():
+        weights = model.state_dict().values()
+        name = digest(*weights, model.config, args.backend, given, given.shape, options)
+        _, first = (output_paths(args) or [("--plot", "figure")])[0]
+        path = Path(first).parent / f"unfinished-{name}"
+    return UnfinishedSamples(path, len(given))
 
 
 def image_files(args: Namespace, n: int) -> Iterator[tuple[str, str, str]]:
@@ -114,45 +136,61 @@ def check_display() -> None:
         raise UserError(f"--plot finds no display ({reason}): {way_out}")
 
 
-def write_outputs(
-    args: Namespace,
-    completed: torch.Tensor,
-    real: torch.Tensor | None,
-    shape: tuple[int, ...],
-    offset: int,
-    bits_of: Callable[[torch.Tensor], torch.Tensor],
-) -> None:
-    """Write and show what the output flags ask for.
+class Outputs:
+    """Writes and shows what the output flags ask for: image files and animations while images are
+    sampled, figures in the end.
 
-    `completed` and `real` are images (N, L), uint8, of a shape (H, W) or (H, W, 3);
-    `bits_of(images)` is what their bytes cost, (N, L), in bits. An output that fails does not lose
-    the others: the first error is raised in the end.
+    `real` are the images (N, L), uint8, None with --offset 0, of a `shape` (H, W) or (H, W, 3). An
+    output that fails does not lose the others: `finish` raises the first error.
     """
-    completions = completed.view(-1, *shape).numpy()
-    originals = None if real is None else real.view(-1, *shape).numpy()
-    errors, written = [], []
-    for n, image in enumerate(completions):
-        for _, kind, name in image_files(args, n):
-            with keep_error(errors):
-                path = Path(name)
-                if kind == "animation":
-                    pictures.save_gif(path, image, offset, args.gif_seconds)
-                else:
-                    pictures.save_image(path, image if kind == "pred" else originals[n])
-                written.append(path)
-    if written:
-        say(f"wrote {written[0]}" + (f" to {written[-1]}" if len(written) > 1 else ""))
-    if args.save_grid or args.plot:
-        with keep_error(errors):
-            caption = describe_samples(args, completed, real, offset, bits_of)
-            write_samples(args, completions, originals, offset, caption, errors)
-    if args.save_surprisal:
-        with keep_error(errors):
-            write_surprisal(args, originals, bits_of(real))
-    if len(errors) > 1:
-        warn(f"{len(errors)} outputs could not be written; the error is that of the first")
-    if errors:
-        raise errors[0]
+
+    def __init__(
+        self, args: Namespace, real: torch.Tensor | None, shape: tuple[int, ...], offset: int
+    ):
+        self.args, self.shape, self.offset = args, shape, offset
+        self.real, self.completed = real, []
+        self.count, self.written, self.errors = 0, [], []
+
+    def add(self, completed: torch.Tensor) -> None:
+        """Write the files of the next completed images (n, L)."""
+        had_errors = bool(self.errors)
+        for n, image in enumerate(track(completed, "writing image"), self.count):
+            for _, kind, name in image_files(self.args, n):
+                with keep_error(self.errors):
+                    self.write(kind, Path(name), image if kind != "real" else self.real[n])
+        self.completed.append(completed)
+        self.count += len(completed)
+        if self.errors and not had_errors and self.count < len(self.args.index):
+            warn(f"sampling continues after an error: {one_line(self.errors[0])}")
+
+    def write(self, kind: str, path: Path, image: torch.Tensor) -> None:
+        image = image.view(self.shape).numpy()
+        if kind == "animation":
+            pictures.save_gif(path, image, self.offset, self.args.gif_seconds)
+        else:
+            pictures.save_image(path, image)
+        self.written.append(path)
+
+    def finish(self, bits_of: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        """Write and show the figures. `bits_of(images)` is what the bytes of images (N, L) cost,
+        (N, L), in bits."""
+        args, real = self.args, self.real
+        if written := self.written:
+            say(f"wrote {written[0]}" + (f" to {written[-1]}" if len(written) > 1 else ""))
+        completed = torch.cat(self.completed)
+        originals = None if real is None else real.view(-1, *self.shape).numpy()
+        if args.save_grid or args.plot:
+            with keep_error(self.errors):
+                caption = describe_samples(args, completed, real, self.offset, bits_of)
+                completions = completed.view(-1, *self.shape).numpy()
+                write_samples(args, completions, originals, self.offset, caption, self.errors)
+        if args.save_surprisal:
+            with keep_error(self.errors):
+                write_surprisal(args, originals, bits_of(real))
+        if len(self.errors) > 1:
+            warn(f"{len(self.errors)} outputs could not be written; the error is that of the first")
+        if self.errors:
+            raise self.errors[0]
 
 
 @contextmanager
@@ -171,10 +209,15 @@ def describe_samples(
     offset: int,
     bits_of: Callable[[torch.Tensor], torch.Tensor],
 ) -> str:
-    """The caption of the figure: how the samples were drawn, and the model's bits/dim of them."""
-    text = f"seed {args.seed}, offset {offset}, temperature {args.temperature:g}; "
-    text += f"samples {bits_of(completed)[:, 1:].mean():.3f} bits/dim"
-    return text if real is None else f"{text}, real images {bits_of(real)[:, 1:].mean():.3f}"
+    """The caption of the figure: how the samples were drawn and, on a second line, the model's
+    bits/dim of them, without the given bytes and, as everywhere, the first."""
+    length, first = completed.shape[1], max(1, offset)
+    text = f"seed {args.seed}, offset {offset}, temperature {args.temperature:g}"
+    if first == length:
+        return f"{text}\nall bytes are given"
+    text += f"\nbits/dim of bytes {first + 1} to {length}: "
+    text += f"samples {bits_of(completed)[:, first:].mean():.3f}"
+    return text if real is None else f"{text}, real images {bits_of(real)[:, first:].mean():.3f}"
 
 
 def write_samples(
@@ -188,14 +231,21 @@ def write_samples(
     """Write --save_grid and show --plot."""
     if args.plot:
         import matplotlib.pyplot as plt
+    announce_figure(len(completions))
     figure = plt.figure() if args.plot else figures.new_figure()
     figures.draw_samples(figure, args.index, completions, originals, offset, caption)
     if args.save_grid:
         with keep_error(errors):  # a window may show what no file can hold
             figures.save_figure(figure, args.save_grid)
-            say(f"wrote {args.save_grid} ({caption})")
+            say(f"wrote {args.save_grid} ({'; '.join(caption.splitlines())})")
     if args.plot:
         plt.show()
+
+
+def announce_figure(n_images: int) -> None:
+    """Say that a figure is drawn, if that takes seconds."""
+    if n_images > SLOW_FIGURE_IMAGES:
+        say(f"drawing a figure of {n_images} images")
 
 
 def write_surprisal(args: Namespace, images: np.ndarray, bits: torch.Tensor) -> None:
@@ -203,6 +253,7 @@ def write_surprisal(args: Namespace, images: np.ndarray, bits: torch.Tensor) -> 
     different = {i: n for n, i in enumerate(args.index)}  # an image is shown once
     numbers = list(different.values())
     images, bits = images[numbers], bits[numbers].numpy()
+    announce_figure(len(images))
     caption = f"surprisal: {bits[:, 1:].mean():.4f} bits/dim, {bits.mean():.4f} over all bytes"
     figure = figures.surprisal_figure(images, bits, list(map(str, different)), caption)
     figures.save_figure(figure, args.save_surprisal)

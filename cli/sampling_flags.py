@@ -42,8 +42,8 @@ def shape_list(text: str) -> tuple[int, ...]:
 
 SAMPLING = {
     "index": flag(
-        "which images (only how many, if no bytes are given): 0-10 is 0 to 9; 3,5; 7*4 is 7 four "
-        "times",
+        "which images (of those that can be drawn, if no bytes are given): 0-10 is 0 to 9; 3,5; "
+        "7*4 is 7 four times",
         "I",
         "0",
         type=index_list,
@@ -59,7 +59,9 @@ SAMPLING = {
         "below 1 for more likely, above for more varied images", Number(float, 1e-3, 1e3), 1.0
     ),
     "seed": flag("random seed of the samples", SEED, 0),
-    "batch_size": flag("images at a time; changes speed only", COUNT, 64),
+    "batch_size": flag(
+        "images at a time; changes speed, and how many images an interruption loses", COUNT, 64
+    ),
 }
 OUTPUT = {
     "save_image": flag(
@@ -92,7 +94,8 @@ def parse(argv: list[str] | None = None) -> Namespace:
     """The arguments of prediction.py, checked as far as the command line alone allows."""
     parser = Parser(
         description="Sample images from a trained model: the first --offset bytes of real images "
-        "are given, the model draws the rest. The same seed gives the same images."
+        "are given, the model draws the rest. The same seed gives the same images. After an "
+        "interruption the same command continues."
     )
     model = "a checkpoint, a pattern such as weights.{}.pth for the newest, or - for random weights"
     parser.add_argument("model", type=path, help=model)

@@ -1,7 +1,7 @@
 """The inner loop of the recurrent sampler compiled for the CPU: sampler.cpp, for one model."""
 
 import ctypes
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -90,7 +90,9 @@ class CompiledDecoder:
         batch.position += count
         return parameters
 
-    def read(self, model: ImageTransformer, images: torch.Tensor, count: int) -> list:
+    def read(
+        self, model: ImageTransformer, images: torch.Tensor, count: int, advance: Callable
+    ) -> list:
         """The states after the first `count` bytes of images (N, L), int64.
 
         The loop reads the bytes one by one as it reads those that it draws, so the rounding of
@@ -98,7 +100,9 @@ class CompiledDecoder:
         """
         states, block = model.empty_states(len(images)), self.block(len(images))
         for first in range(0, count, block):
-            self.loop(images, states, first, min(first + block, count))
+            last = min(first + block, count)
+            self.loop(images, states, first, last)
+            advance(len(images) * (last - first), drawn=False)
         return states
 
     def loop(self, images, states, first, last, noise=None, parameters=None, temperature=1.0):

@@ -77,7 +77,7 @@ def draw_table(
     cells: list[Sequence[np.ndarray | None]],
     caption: str,
     titles: Sequence[str] = (),
-    labels: Iterable[int] = (),
+    labels: Iterable[int | str] = (),
 ) -> None:
     """Draw a table of images (None for an empty cell)."""
     n_rows, n_columns = len(cells), max(map(len, cells))

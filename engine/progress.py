@@ -2,7 +2,7 @@
 
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
@@ -21,6 +21,18 @@ def progress_bar(**kwargs) -> tqdm:
     """A tqdm bar on a terminal; elsewhere a silent one (its `disable` is True)."""
     shown = sys.stderr.isatty() and is_first_process()
     return tqdm(dynamic_ncols=True, disable=not shown, **kwargs)
+
+
+def track(items: Sequence, description: str) -> Iterator:
+    """The items, with progress: a bar on a terminal, elsewhere a line every ten seconds."""
+    shown = time.perf_counter()
+    with progress_bar(total=len(items), desc=description, leave=False) as bar:
+        for n, item in enumerate(items, 1):
+            yield item
+            bar.update()
+            if bar.disable and time.perf_counter() - shown > SECONDS_PER_LINE:
+                shown = time.perf_counter()
+                say(f"{description} {n} of {len(items)}")
 
 
 class TrainingLog(AbstractContextManager):
@@ -94,11 +106,13 @@ class TrainingLog(AbstractContextManager):
 
 
 class SamplingProgress(AbstractContextManager):
-    """The speed of this process, on a bar or in plain lines, and at the end that of all."""
+    """The speed of this process, on a bar or in plain lines, and at the end that of all.
 
-    def __init__(self, n_images: int, bytes_per_image: int):
-        self.n_images, self.bytes_per_image = n_images, bytes_per_image
-        self.total, self.count = n_images * bytes_per_image, 0
+    `drawn` and `given` are the bytes of each image that are drawn and that are read before."""
+
+    def __init__(self, n_images: int, drawn: int, given: int):
+        self.n_images, self.bytes_per_image = n_images, drawn
+        self.total, self.done, self.count = n_images * (drawn + given), 0, 0
         self.start = self.shown = time.perf_counter()
         self.bar = progress_bar(total=self.total, unit=" bytes", unit_scale=True)
 
@@ -111,14 +125,23 @@ class SamplingProgress(AbstractContextManager):
             images = "1 image" if self.n_images == 1 else f"{self.n_images} images"
             say(f"sampled {images}, {self.count} bytes, {self.speed()}")
 
-    def advance(self, n: int) -> None:
-        self.count += n
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """A context whose time does not count in the speed."""
+        start = time.perf_counter()
+        yield
+        self.start += time.perf_counter() - start
+
+    def advance(self, n: int, drawn: bool = True) -> None:
+        """Count n more bytes, which were drawn, or else read."""
+        self.done += n
+        self.count += n * drawn
         self.bar.update(n)
         if not self.bar.disable:
             self.bar.set_postfix_str(self.speed().rpartition(", ")[2], refresh=False)
         elif time.perf_counter() - self.shown > SECONDS_PER_LINE:
             self.shown = time.perf_counter()
-            say(f"{self.count} of {self.total} bytes, {self.speed()}")
+            say(f"{self.done} of {self.total} bytes, {self.speed()}")
 
     def speed(self) -> str:
         seconds = time.perf_counter() - self.start

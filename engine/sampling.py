@@ -1,13 +1,16 @@
 """Sampling images byte by byte, in two ways that give the same images.
 
-The noise depends on the image and the position: image number n draws from (seed, n) alone, so
-the same seed gives the same images with any batch size and in either way, up to rounding.
+The noise depends on the image and the position: image i draws from (seed, i, repetition) alone, so
+the same seed gives the same images with any batch size, among any others and in either way, up to
+rounding. The repetition is 0 unless an image is completed several times.
 """
 
 import math
-from collections.abc import Callable, Iterable
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import count, repeat
 
 import numpy as np
 import torch
@@ -18,7 +21,7 @@ from engine import distributed
 from engine.progress import SamplingProgress
 from layers import mixture
 from models import ImageTransformer
-from utils import UserError, autocast
+from utils import UserError, autocast, is_first_process
 
 # Compiling takes two seconds, once, and saves some milliseconds per step of a batch.
 STEPS_WORTH_COMPILING = 200
@@ -29,57 +32,85 @@ BLOCK = 32  # bytes of each image between two checks and reports, which synchron
 def sample_images(model: ImageTransformer, n: int, **options) -> torch.Tensor | None:
     """New images (n, L), uint8; the model and `options` are those of `complete_images`."""
     noise = {name: options[name] for name in ("seed", "temperature") if name in options}
-    return complete_images(model, first_bytes(model, n, **noise), 1, **options)
+    index = options.get("index", range(n))
+    return complete_images(model, first_bytes(model, index, **noise), 1, **options)
 
 
 def first_bytes(
-    model: ImageTransformer, n: int, *, seed: int = 0, temperature: float = 1.0
+    model: ImageTransformer, index: Sequence[int], *, seed: int = 0, temperature: float = 1.0
 ) -> torch.Tensor:
-    """Images (n, L), uint8, that are black but for their first byte, which is drawn from the
-    histogram of first bytes in the training set."""
-    images = torch.zeros(n, model.config.length, dtype=torch.uint8)
-    noise = image_noise(seed, range(n), 1)[:, 0, 0]
+    """Images (N, L), uint8, that are black but for their first byte, which is drawn from the
+    histogram of first bytes in the training set. Their numbers are an `index` of N."""
+    images = torch.zeros(len(index), model.config.length, dtype=torch.uint8)
+    noise = image_noise(seed, index, 1, repetitions(index))[:, 0, 0]
     images[:, 0] = sample_first_byte(model.first_byte_counts.cpu(), noise, temperature)
     return images
 
 
 def complete_images(
+    model: ImageTransformer, images: torch.Tensor, offset: int, **options
+) -> torch.Tensor | None:
+    """Images (N, L), uint8, with all bytes from `offset`, at least 1, on drawn by the model. The
+    `options` are those of `complete_batches`. Of several processes the first one gets the images,
+    the others None."""
+    batches = list(complete_batches(model, images, offset, **options))
+    return torch.cat([images[:0], *batches]) if is_first_process() else None
+
+
+def complete_batches(
     model: ImageTransformer,
     images: torch.Tensor,
     offset: int,
     *,
+    index: Sequence[int] | None = None,
+    first: int = 0,
     seed: int = 0,
     temperature: float = 1.0,
     batch_size: int = 64,
     precision: str = "fp32",
     recompute: bool = False,
     compile: bool | None = None,
-) -> torch.Tensor | None:
-    """Images (N, L), uint8, with all bytes from `offset`, at least 1, on drawn by the model.
+) -> Iterator[torch.Tensor | None]:
+    """As `complete_images`, one batch after the other, from image number `first` on.
 
-    The model is in evaluation mode. `recompute` recomputes the prefix for every byte instead of
-    keeping a state. `compile` is --compile. With "bf16" the weights of the model are rounded. Of
-    several processes each draws its shard; the first one gets all images, the others None.
+    The model is in evaluation mode. The noise of the images belongs to their numbers in the data
+    set, the `index` (default: 0, 1, ...), and differs where a number comes again. `recompute`
+    recomputes the prefix for every byte instead of keeping a state. `compile` is --compile. With
+    "bf16" the weights of the model are rounded. Of several processes each draws its shard of a
+    batch, which is `batch_size` times as large as their number.
     """
     N, L = images.shape
+    index = range(N) if index is None else index
+    times = repetitions(index)
     device = model.first_byte_counts.device
-    steps = math.ceil(N / batch_size) * (L - offset)
+    size = batch_size * distributed.world_size()
+    batches = [range(start, min(start + size, N)) for start in range(first, N, size)]
+    steps = len(batches) * (L - offset)
     if model.config.has_recurrence and not recompute:
         decoder = choose_decoder(model, precision, compile, steps)
         draw = partial(sample_recurrent, model, decoder=decoder)
     else:
         draw = partial(sample_recomputing, model)
     convert_weights(model, precision)
-    own = torch.arange(N)[distributed.shard(N)]
-    completed = [images[:0]]
-    with SamplingProgress(len(own), L - offset) as progress:
-        for numbers in own.split(batch_size) if len(own) else ():
-            part = images[numbers].to(device).long()
-            noise = image_noise(seed, numbers.tolist(), L).to(device)
-            with autocast(device, precision):
-                draw(part, offset, noise, temperature, advance=progress.advance)
-            completed.append(part.to("cpu", torch.uint8))
-    return distributed.gather(torch.cat(completed))
+    shards = [batch[distributed.shard(len(batch))] for batch in batches]
+    given = 0 if recompute or offset == L else offset - 1
+    with SamplingProgress(sum(map(len, shards)), L - offset, given) as progress:
+        for shard in shards:
+            own = slice(shard.start, shard.stop)
+            part = images[own].to(device).long()
+            if shard:
+                noise = image_noise(seed, index[own], L, times[own]).to(device)
+                with autocast(device, precision):
+                    draw(part, offset, noise, temperature, advance=progress.advance)
+            batch = distributed.gather(part.to("cpu", torch.uint8))
+            with progress.paused():
+                yield batch
+
+
+def repetitions(index: Iterable[int]) -> list[int]:
+    """How often each number has occurred before in an index: [7, 3, 7] gives [0, 0, 1]."""
+    counters = defaultdict(count)
+    return [next(counters[i]) for i in index]
 
 
 def choose_decoder(
@@ -112,9 +143,12 @@ def convert_weights(model: ImageTransformer, precision: str) -> None:
             module.bfloat16()
 
 
-def image_noise(seed: int, numbers: Iterable[int], length: int) -> torch.Tensor:
+def image_noise(
+    seed: int, index: Iterable[int], length: int, repetitions: Iterable[int] = repeat(0)
+) -> torch.Tensor:
     """Uniform noise (N, length, 2), float32 on [0, 1), of the images with these numbers."""
-    draws = [np.random.default_rng((seed, n)).random((length, 2), np.float32) for n in numbers]
+    keys = zip(repeat(seed), index, repetitions, strict=False)
+    draws = [np.random.default_rng(key).random((length, 2), np.float32) for key in keys]
     return torch.from_numpy(np.stack(draws))
 
 
@@ -161,9 +195,15 @@ class EagerDecoder:
         """How many bytes of each image one call should draw."""
         return BLOCK
 
-    def read(self, model: ImageTransformer, images: torch.Tensor, count: int) -> list:
+    def read(
+        self, model: ImageTransformer, images: torch.Tensor, count: int, advance: Callable
+    ) -> list:
         """The states after the first `count` bytes of images (N, L), read in one parallel pass."""
-        return model.prefill(images[:, :count])[1] if count else model.empty_states(len(images))
+        if not count:
+            return model.empty_states(len(images))
+        states = model.prefill(images[:, :count])[1]
+        advance(len(images) * count, drawn=False)
+        return states
 
     def __call__(self, batch: Batch, count: int) -> None:
         """Draw the next `count` bytes of the images of a `Batch`."""
@@ -201,6 +241,10 @@ class GraphDecoder(EagerDecoder):
             self.drawn += 1
 
 
+def ignore_progress(n: int, drawn: bool = True) -> None:
+    """The default `advance` of the samplers."""
+
+
 @torch.no_grad()
 def sample_recurrent(
     model: ImageTransformer,
@@ -210,19 +254,20 @@ def sample_recurrent(
     temperature: float = 1.0,
     *,
     decoder: EagerDecoder | None = None,
-    advance: Callable[[int], None] = lambda n: None,
+    advance: Callable = ignore_progress,
 ) -> None:
     """Fill in bytes `offset`, ... of `images` (N, L), int64, in place: the fast way.
 
     The `decoder` reads the given bytes but the last, and then reads the bytes from there on and
     draws those after them, one by one. `offset` is at least 1; `advance(n)` is called after each
-    n bytes. Raises `UserError` if a distribution is not finite.
+    n bytes that were drawn, `advance(n, drawn=False)` after those that were read. Raises
+    `UserError` if a distribution is not finite.
     """
     n, length = images.shape
     if offset == length:
         return
     decoder = decoder or EagerDecoder(model)
-    states = decoder.read(model, images, offset - 1)
+    states = decoder.read(model, images, offset - 1, advance)
     position = torch.tensor([offset - 1], device=images.device)
     finite = torch.ones((), dtype=torch.bool, device=images.device)
     batch = Batch(images, noise, temperature, position, states, finite)
@@ -242,7 +287,7 @@ def sample_recomputing(
     noise: torch.Tensor,
     temperature: float = 1.0,
     *,
-    advance: Callable[[int], None] = lambda n: None,
+    advance: Callable = ignore_progress,
 ) -> None:
     """As `sample_recurrent`, recomputing the whole prefix for every byte: slow, for comparison."""
     finite = torch.ones((), dtype=torch.bool, device=images.device)

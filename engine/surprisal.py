@@ -2,6 +2,7 @@
 
 import torch
 
+from engine.progress import track
 from layers.mixture import NATS_PER_BIT
 from models import POSITIONS_AT_ONCE, ImageTransformer
 from utils import UserError, autocast
@@ -21,7 +22,10 @@ def surprisal(
     nats = [model.first_byte_nll(images)[:, None].cpu()]
     parts = images.split(max(1, POSITIONS_AT_ONCE // images.shape[1]))  # bounds the memory
     with autocast(device, precision):
-        others = [model.nll_per_byte(part.to(device)).cpu().double() for part in parts]
+        others = [
+            model.nll_per_byte(part.to(device)).cpu().double()
+            for part in track(parts, "evaluating batch")
+        ]
     nats = torch.cat([*nats, torch.cat(others)], dim=1)
     if not nats.isfinite().all():
         raise UserError("the model's probabilities are not finite: its weights have diverged")

@@ -14,9 +14,10 @@ import torch
 
 import main
 import prediction
+import prepare
 
 ROOT = Path(__file__).parent.parent
-SCRIPTS = {"main.py": main.main, "prediction.py": prediction.main}
+SCRIPTS = {"main.py": main.main, "prediction.py": prediction.main, "prepare.py": prepare.main}
 
 # Where the tests marked `cuda` run; TEST_DEVICE=cpu runs most of them without a GPU.
 DEVICE = torch.device(os.environ.get("TEST_DEVICE", "cuda"))

@@ -67,7 +67,7 @@ def test_two_processes_train_the_fast_recipe_as_one(succeed):
 @pytest.mark.parametrize(("index", "sampler"), [("0-5", "--recurrent"), ("3", "--recompute")])
 def test_two_processes_sample_what_one_samples(succeed, tiny_checkpoint, tmp_path, index, sampler):
     """Even if there are fewer images than processes."""
-    flags = [tiny_checkpoint, "--index", index, "--offset", 30, sampler]
+    flags = [tiny_checkpoint, "--index", index, "--offset", 30, sampler, "--batch_size", 1]
     out = run_two("prediction.py", *flags, "--save_image", "two.{}.{}.png")
     assert ("sampled 5 images," if index == "0-5" else "sampled 1 image,") in out
     succeed("prediction.py", *flags, "--save_image", "one.{}.{}.png")

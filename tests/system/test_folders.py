@@ -117,9 +117,9 @@ def write_socket(path):
 ANIMATION = {"save_all": True, "append_images": [Image.fromarray(255 - GREY)]}
 REFUSED = {
     "a.png": (partial(write_bytes, content=b""), "it is empty"),
-    "b.png": (partial(write_bytes, content=b"<!DOCTYPE html><html>"), "no image begins like it"),
+    "b.png": (partial(write_bytes, content=b"<!DOCTYPE html><html>"), "it is none of BMP, GIF"),
     "c.jpg": (write_half, "image file is truncated"),
-    "d.png": (partial(write_bytes, content=b"\x89PNG\r\n\x1a\n broken"), "no image begins like it"),
+    "d.png": (partial(write_bytes, content=b"\x89PNG\r\n\x1a\n broken"), "it is none of BMP, GIF"),
     "e.gif": (partial(write, **ANIMATION), "holds 2 images: save each as a file of its own"),
     "f.tif": (partial(write, **ANIMATION), "holds 2 images"),
     "g.png": (partial(write, pixels=np.dstack([COLOUR, GREY])), "has transparent pixels"),

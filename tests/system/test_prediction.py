@@ -1,6 +1,7 @@
 """Sampling through the command line: the images, the files and the equality of the samplers."""
 
 import re
+import shutil
 
 import imageio.v3
 import numpy as np
@@ -76,15 +77,46 @@ def test_training_images(sample):
     assert np.array_equal(sample("--index", "2", "--offset", 64, "--training_set")[0], real[2])
 
 
-def test_unconditional_images_need_no_data(sample, succeed, colour_folder, tmp_path):
-    """The checkpoint has the shape and the histogram of first bytes: the folder may be gone."""
-    folder = tmp_path / "gone"
-    folder.symlink_to(colour_folder)
+@pytest.fixture
+def without_data(succeed, colour_folder, tmp_path):
+    """A checkpoint of a folder that is gone."""
+    folder = shutil.copytree(colour_folder, tmp_path / "gone")
     command = ["main.py", *TINY, "--iterations", 1, "--save_to", "c.pth"]
     succeed(*command, "--dataset", folder)
-    folder.unlink()
-    images = sample("--index", "0*3", "--offset", 0, model="c.pth")
+    shutil.rmtree(folder)
+    return "c.pth"
+
+
+def test_unconditional_images_need_no_data(sample, without_data):
+    """The checkpoint has the shape and the histogram of first bytes: the folder may be gone."""
+    images = sample("--index", "0*3", "--offset", 0, model=without_data)
     assert images.shape == (3, 6, 5, 3)
+
+
+def test_a_data_set_that_is_gone_is_an_error_with_two_ways_out(call, without_data, tmp_path):
+    """Regression: it did not say that new images need none."""
+    result = call("prediction.py", without_data)
+    assert (result.status, result.err.count("\n")) == (2, 1)
+    assert f"{tmp_path}/gone does not exist: give it with --dataset; " in result.err
+    assert "new images, with --offset 0, need no data set\n" in result.err
+    # A surprisal is that of real images.
+    assert "--offset 0" not in call("prediction.py", without_data, "--save_surprisal", "s.png").err
+
+
+def test_an_evaluation_needs_test_images_alone(
+    call, succeed, without_data, colour_folder, tmp_path
+):
+    """Neither training images nor the optimiser's moments. Regression: train.npy was missing."""
+    command = ["main.py", "--continue_from", without_data]
+    before = succeed(*command, "--evaluate_only", "--dataset", colour_folder).out
+    (tmp_path / "test").mkdir()
+    (tmp_path / "test" / "test.npy").symlink_to(colour_folder / "test.npy")
+    succeed(*command, "--export", "weights.pth")
+    command = ["main.py", "--continue_from", "weights.pth", "--dataset", tmp_path / "test"]
+    out = succeed(*command, "--evaluate_only").out
+    assert ", 4 test images of 6x5x3\n" in out
+    assert out.splitlines()[-1] == before.splitlines()[-1]
+    assert "has neither train.npy nor" in call(*command, "--iterations", 2).err
 
 
 @pytest.fixture
@@ -280,7 +312,7 @@ def test_the_caption_evaluates_a_few_images_at_a_time(succeed, tiny_checkpoint, 
         return nll(model, images, keys)
 
     monkeypatch.setattr(models.ImageTransformer, "nll_per_byte", watched)
-    many = ["--index", "0-150", "--offset", 63, "--save_grid", "a.png"]
+    many = ["--index", "0-150", "--offset", 1, "--save_grid", "a.png"]
     out = succeed("prediction.py", tiny_checkpoint, *many).out
     assert sum(sizes) == 2 * 150 * 64  # samples and real images
     assert max(sizes) <= models.POSITIONS_AT_ONCE

@@ -8,6 +8,7 @@ import subprocess
 import sys
 
 import imageio.v3
+import numpy as np
 import pytest
 import standins
 from helpers import (
@@ -66,7 +67,7 @@ COMMANDS = [
 RUN = [
     pytest.param(join(lines), id=f"{path.stem}-{join(lines)[:50]}")
     for path, lines in COMMANDS
-    if {"main.py", "prediction.py"} & set(join(lines).split())
+    if {"main.py", "prediction.py", "prepare.py"} & set(join(lines).split())
 ]
 
 
@@ -76,6 +77,10 @@ def folder(tmp_path_factory):
     wrote."""
     folder = tmp_path_factory.mktemp("readme")
     shutil.copytree(ROOT / "weights", folder / "weights")
+    (folder / "path/to/photos").mkdir(parents=True)
+    for n in range(12):
+        pixels = np.full((60, 80, 3), 20 * n, np.uint8)
+        imageio.v3.imwrite(folder / f"path/to/photos/{n}.jpg", pixels)
     return folder
 
 
@@ -110,7 +115,8 @@ def test_command(command, folder, succeed, data_directory, colour_folder, monkey
         standins.serve_cifar(*request.getfixturevalue("server"), monkeypatch)
     for path in folder.glob("*.png"):
         path.unlink()
-    data = [] if "--export" in words else ["--dataset_directory", directory]
+    no_data = {"--export", "prepare.py"} & set(words)
+    data = [] if no_data else ["--dataset_directory", directory]
     result = succeed(*words[1:], *data)
     check(words, result.out, folder)
 
@@ -130,6 +136,10 @@ def check(words, out, folder):
     """Whether the command wrote what it should."""
     given = {flag: value for flag, value in itertools.pairwise(words) if flag[:2] == "--"}
     images = range(len(index_list(given.get("--index", "0"))))
+    if words[1] == "prepare.py":
+        shape = int(given["--size"]), int(given["--size"])
+        assert np.load(folder / words[3] / "train.npy").shape[1:3] == shape
+        return
     if "--save_to" in given:
         path = folder / given["--save_to"].format(2)
         assert load(path)["iteration"] == 2

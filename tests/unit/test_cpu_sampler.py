@@ -19,7 +19,13 @@ import datasets
 from cpu.build import find_compiler
 from cpu.sampler import CompiledDecoder
 from engine import sampling
-from engine.sampling import Batch, EagerDecoder, image_noise, sample_recurrent
+from engine.sampling import (
+    Batch,
+    EagerDecoder,
+    ignore_progress,
+    image_noise,
+    sample_recurrent,
+)
 from layers import mixture
 from models import CONSTANT_STATE, NATIVE_ATTENTIONS, ImageTransformer, ModelConfig
 from utils import UserError
@@ -192,7 +198,7 @@ def test_samples_do_not_depend_on_the_batch(
             for state in states:
                 state.inputs = state.inputs.bfloat16()
         monkeypatch.setattr(model, "empty_states", lambda n, states=states: states)
-        decoder.read(model, images[:n], offset - 1)
+        decoder.read(model, images[:n], offset - 1, ignore_progress)
         batch = make_batch(model, n, images[:n].clone(), offset - 1, noise[:n], states)
         parameters = decoder.run(batch, LENGTH - offset)
         monkeypatch.undo()

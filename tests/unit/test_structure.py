@@ -15,7 +15,7 @@ LEVELS = [
     {"cpu", "reference"},
     {"engine"},
     {"cli"},
-    {"main", "prediction"},
+    {"main", "prediction", "prepare"},
 ]
 LEVEL = {package: level for level, names in enumerate(LEVELS) for package in names}
 
