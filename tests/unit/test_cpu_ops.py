@@ -320,7 +320,7 @@ REFUSED = {
 @pytest.mark.parametrize("operation", REFUSED.values(), ids=REFUSED)
 def test_shapes_that_would_be_misread_are_a_value_error(operation):
     """Regression: keys of fewer images, among others, were read beyond their end."""
-    with pytest.raises(ValueError, match=r"should be|compiled for heads|later positions"):
+    with pytest.raises(ValueError, match=r"should be|compiled for|later positions"):
         operation(compiled())
 
 
