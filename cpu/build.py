@@ -25,11 +25,8 @@ FOLDER = Path(__file__).parent
 HEADERS = "common.h", "gated.h"  # included by every source
 # The eps of torch.nn.LayerNorm.
 NORM_EPSILON = 1e-5
-# Positions between two states that gated attention keeps for its gradient.
-KEPT_EVERY = 128
 CONSTANTS = {
     "ATTENTION_EPSILON": attention.EPSILON,
-    "KEPT_EVERY": KEPT_EVERY,
     "LENGTH_EPSILON": gated.LENGTH_EPSILON,
     "MIN_LOG_SCALE": mixture.MIN_LOG_SCALE,
     "NORM_EPSILON": NORM_EPSILON,

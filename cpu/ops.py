@@ -1,13 +1,12 @@
 """The operations of layers/ops.py compiled for the CPU: ops.cpp for attention, norms and dropout,
 oneDNN for matrix products, each with its gradient. Float32 or bfloat16."""
 
-import math
 from collections.abc import Sequence
 
 import torch
 from torch import nn
 
-from cpu.build import KEPT_EVERY, NORM_EPSILON, Library, load_library
+from cpu.build import NORM_EPSILON, Library, load_library
 from cpu.torch_private import private_or_public
 from layers.dropout import scale
 from layers.ops import PlainOps
@@ -19,12 +18,7 @@ TYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
 
 def sizes(config: ModelConfig) -> dict:
     """The sizes with which ops.cpp is compiled for a model."""
-    return {"SIZE": config.d_query, "DELTA": is_delta(config)}
-
-
-def is_delta(config: ModelConfig) -> int:
-    """1 for the gated delta rule, 0 for gated linear attention (and where it does not matter)."""
-    return int(config.attention_type == "gated-delta")
+    return {"SIZE": config.d_query}
 
 
 class CompiledOps(PlainOps):
@@ -37,7 +31,7 @@ class CompiledOps(PlainOps):
     """
 
     def __init__(self, config: ModelConfig):
-        self.size, self.delta = config.d_query, bool(is_delta(config))
+        self.size = config.d_query
         self.library, self.compile_seconds = load_library(SOURCE, sizes(config))
         private_or_public(torch.float32)  # warn now, not in the first step
 
@@ -96,17 +90,11 @@ class CompiledOps(PlainOps):
         projected: torch.Tensor,
         n_heads: int,
         state: Sequence[torch.Tensor] | None = None,
-        *,
-        delta: bool,
     ) -> torch.Tensor:
-        if delta != self.delta:
-            raise ValueError(f"ops.cpp is compiled for delta={self.delta}, not {delta}")
         N, L, _ = projected.shape
         check_shape(projected, (N, L, n_heads * (3 * self.size + 2)))
-        if state is None and torch.is_grad_enabled():
-            return GatedAttention.apply(self.library, projected, n_heads)
         if state is None:
-            return gated_attention(self.library, projected, n_heads)
+            return GatedAttention.apply(self.library, projected, n_heads)
         (S,) = state
         check_shape(S, (N, n_heads, self.size, self.size))
         return gated_attention(self.library, projected, n_heads, S=S)
@@ -255,29 +243,24 @@ def attention(
 
 
 class GatedAttention(torch.autograd.Function):
-    """Gated attention of `projected` (N, L, 3HE + 2H) from its first position on."""
+    """Gated linear attention of `projected` (N, L, 3HE + 2H) from its first position on."""
 
     @staticmethod
     def forward(ctx, library, projected, n_heads):
-        N, L, width = projected.shape
-        E = (width // n_heads - 2) // 3
-        # The factors of the outputs, and a part of the states.
-        scales = projected.new_empty(N, L, n_heads, dtype=torch.float32)
-        shape = N, n_heads, math.ceil(L / KEPT_EVERY), E, E
-        states = projected.new_empty(shape, dtype=torch.float32)
-        outputs = gated_attention(library, projected, n_heads, scales, states)
         ctx.library = library
-        ctx.save_for_backward(projected, outputs, scales, states)
+        scales = projected.new_empty(*projected.shape[:2], n_heads, dtype=torch.float32)
+        outputs = gated_attention(library, projected, n_heads, scales)
+        ctx.save_for_backward(projected, outputs, scales)
         return outputs
 
     @staticmethod
     def backward(ctx, gradient):
-        projected, outputs, scales, states = ctx.saved_tensors
+        projected, outputs, scales = ctx.saved_tensors
         projected, gradient = projected.contiguous(), gradient.contiguous()
         gradients = torch.empty_like(projected)
         check(projected, outputs, gradient, gradients, types=(projected.dtype,))
-        name = f"gated::backward_{TYPES[projected.dtype]}"
-        tensors = projected, outputs, scales, states, gradient, gradients
+        name = f"gated_backward_{TYPES[projected.dtype]}"
+        tensors = projected, outputs, scales, gradient, gradients
         ctx.library.call(name, *tensors, *scales.shape, torch.get_num_threads())
         return None, gradients, None
 
@@ -287,20 +270,18 @@ def gated_attention(
     projected: torch.Tensor,
     n_heads: int,
     scales: torch.Tensor | None = None,
-    states: torch.Tensor | None = None,
     S: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Outputs (N, L, HE) of `projected` (N, L, 3HE + 2H); updates the state `S` (N, H, E, E) in
-    place. `scales` and `states` are for the gradient."""
+    """Outputs (N, L, HE) of `projected` (N, L, 3HE + 2H), with their factors in `scales` (N, L, H);
+    updates the state `S` (N, H, E, E) in place."""
     projected = projected.contiguous()
     N, L, width = projected.shape
     outputs = projected.new_empty(N, L, (width - 2 * n_heads) // 3)
     check(projected, outputs)
     if S is not None:
         check(S, types=(torch.float32,))
-    name = f"gated::forward_{TYPES[projected.dtype]}"
     numbers = N, L, n_heads, torch.get_num_threads()
-    library.call(name, projected, outputs, scales, states, S, *numbers)
+    library.call(f"gated_forward_{TYPES[projected.dtype]}", projected, outputs, scales, S, *numbers)
     return outputs
 
 

@@ -1,13 +1,14 @@
-// The recurrent sampler on CPUs, with causal linear or gated attention, as one loop over the bytes: what
-// ImageTransformer.step and sample of layers/mixture.py compute, without returning to Python after
-// each byte.
+// The recurrent sampler on CPUs, with causal linear or gated linear attention, as one loop over the
+// bytes: what ImageTransformer.step and sample of layers/mixture.py compute, without returning to
+// Python after each byte.
 //
-// Compile-time constants, in addition to those of the headers: GATED (1: gated attention), LAYERS, HEADS, MIXTURES, MIN_LOG_SCALE,
-// NEIGHBOURS (0: the model has none) and CHANNELS of layers/neighbours.py, OFFSETS of
-// layers/convolution.py in rising order (0: the model has none), and BF16: with 1 the operands of
-// the matrix products and the last inputs of the layers are bfloat16, with 0 float32. Everything
-// else, including the sums of the products, is float32. Loops over constant sizes are left to the
-// compiler's vectoriser; only the matrix product lays out its registers explicitly.
+// Compile-time constants, in addition to those of the headers: GATED (1: gated linear attention),
+// LAYERS, HEADS, MIXTURES, MIN_LOG_SCALE, NEIGHBOURS (0: the model has none) and CHANNELS of
+// layers/neighbours.py, OFFSETS of layers/convolution.py in rising order (0: the model has none),
+// and BF16: with 1 the operands of the matrix products and the last inputs of the layers are
+// bfloat16, with 0 float32. Everything else, including the sums of the products, is float32. Loops
+// over constant sizes are left to the compiler's vectoriser; only the matrix product lays out its
+// registers explicitly.
 
 #include <deque>
 #include <iterator>
@@ -340,7 +341,12 @@ struct Member {
         Operand* target = team.attended[r] + head * SIZE;
 #if GATED
         const float* gates = team.projected[r] + 3 * D + head;
-        gated::step(q, q + D, q + 2 * D, gates[0], gates[HEADS], S, target);
+        gated::Positions<1> position;
+        float output[1][SIZE];
+        position.load(q, gates, 0, D, HEADS);
+        gated::attend(position, S, output);
+        float scale = gated::output_scale(output[0]);
+        for (int m = 0; m < SIZE; m++) store(target + m, scale * output[0][m]);
 #else
         attend<1>(q, q + D, q + 2 * D, 0, S, state.Z + at * SIZE, target, 0);
 #endif

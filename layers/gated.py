@@ -1,19 +1,14 @@
-"""Two successors of linear attention, whose sum S forgets: gated linear attention and the gated
-delta rule.
+"""Gated linear attention: linear attention whose sum S forgets.
 
-The sum of linear attention only grows. In gated linear attention (the scalar decay of "Mamba-2",
-Dao and Gu, 2024) it decays by a factor a at every position:
+The sum of linear attention only grows. Here a position first lets it decay by a factor a, then adds
+to it, and reads it:
 
-    S' = a S,    S = S' + beta k v^T,    out = norm(S^T q)
-
-The gated delta rule (Yang et al., 2024) then also replaces what S' returns for the key, by a part
-beta of the difference to the value:
-
-    S = S' + beta k (v - S'^T k)^T
+    S_i = a_i S_(i-1) + beta_i k_i v_i^T,    out_i = norm(S_i^T q_i)
 
 The key k has unit length; a = exp(-softplus(decay)) and beta = sigmoid(beta) are numbers of each
-head and position. `norm` divides a head's output by ten times its root mean square, where linear
-attention divides by a sum of weights.
+head and position that depend on the input, as the decays of "Mamba-2" do (Dao and Gu, 2024). `norm`
+divides a head's output by ten times its root mean square, where linear attention divides by a sum
+of weights.
 
 Sizes: N images, L positions, H heads, E query/key size, M value size. Queries and keys are
 (N, L, H, E), values and outputs (N, L, H, M), decays and betas (N, L, H); the state is (S,) with S
@@ -28,11 +23,10 @@ import torch
 from torch import nn
 from torch.nn.functional import logsigmoid, pad
 
-from layers.attention import at_least_float32, without_autocast
+from layers.attention import at_least_float32, chunk_length, without_autocast
 
-# Keeps the lengths of keys and outputs that are 0 from dividing by 0.
+# Keeps keys and outputs of length 0 from dividing by 0.
 LENGTH_EPSILON = 1e-6
-CHUNK = 64  # positions that go together in `gated_chunked`
 # The root mean square of a head's output: about that of the averages that linear attention returns.
 # Beside outputs of 1, which are as large as what they are added to, the model learns more slowly.
 OUTPUT_SIZE = 0.1
@@ -64,31 +58,39 @@ def normalise(outputs: torch.Tensor) -> torch.Tensor:
     )
 
 
-def gated_loop(
+def gated_quadratic(
     queries: torch.Tensor,
     keys: torch.Tensor,
     values: torch.Tensor,
     decays: torch.Tensor,
     betas: torch.Tensor,
     state: State | None = None,
-    *,
-    delta: bool,
 ) -> tuple[torch.Tensor, State]:
-    """The equations position by position: slow and obvious, the reference for the other forms.
+    """Gated linear attention as a masked product of all pairs: slow and obvious, the reference for
+    the other forms. S_i is the sum of d_ij beta_j k_j v_j^T over j <= i, with d_ij the product of
+    the decays from j + 1 to i.
 
-    `state` is that after the positions before the first. Returns the outputs and the state after
+    `state` holds S after the positions before the first. Returns the outputs and the state after
     the last position.
     """
-    N, L, H, E = queries.shape
     q, k, v, log_a, beta = activate(queries, keys, values, decays, betas)
-    (S,) = state or (k.new_zeros(N, H, E, values.shape[-1]),)
-    outputs = []
-    for i in range(L):
-        S = log_a[:, i, :, None, None].exp() * S
-        value = v[:, i] - torch.einsum("nhem,nhe->nhm", S, k[:, i]) if delta else v[:, i]
-        S = S + torch.einsum("nh,nhe,nhm->nhem", beta[:, i], k[:, i], value)
-        outputs.append(torch.einsum("nhem,nhe->nhm", S, q[:, i]))
-    return normalise(torch.stack(outputs, dim=1)), (S,)
+    k = beta[..., None] * k
+    since_start = log_a.cumsum(1).transpose(1, 2)  # (N, H, L): log d_i0
+    weights = torch.einsum("nlhe,nshe->nhls", q, k) * decays_between(since_start)
+    outputs = torch.einsum("nhls,nshm->nlhm", weights, v)
+    until_end = (since_start[..., -1:] - since_start).exp()  # (N, H, L)
+    S = torch.einsum("nhl,nlhe,nlhm->nhem", until_end, k, v)
+    if state is not None:
+        decay = since_start.exp()
+        outputs = outputs + torch.einsum("nhl,nlhe,nhem->nlhm", decay, q, state[0])
+        S = S + decay[..., -1, None, None] * state[0]
+    return normalise(outputs), (S,)
+
+
+def decays_between(since_start: torch.Tensor) -> torch.Tensor:
+    """d_ij of positions i and j <= i, else 0: (..., L, L), of log d_i0 (..., L)."""
+    # The first tril keeps the exponential of what is masked from overflowing.
+    return (since_start[..., :, None] - since_start[..., None, :]).tril().exp().tril()
 
 
 def gated_chunked(
@@ -98,23 +100,13 @@ def gated_chunked(
     decays: torch.Tensor,
     betas: torch.Tensor,
     state: State | None = None,
-    *,
-    delta: bool,
-    chunk: int = CHUNK,
+    chunk: int | None = None,
 ) -> tuple[torch.Tensor, State]:
-    """The same function in products of matrices, `chunk` positions at a time. Training,
-    evaluation and prefill use this form.
-
-    Rows u_i are added to S: S_i = S'_i + k_i u_i^T. Without the delta rule, u_i = beta_i v_i. With
-    it, u_i = beta_i (v_i - S'_i^T k_i) depends on the earlier rows of the chunk, and on S_0, the
-    state before it; with d_ij the product of the decays from j + 1 to i,
-
-        u_i + beta_i sum_(j<i) d_ij (k_i . k_j) u_j = beta_i (v_i - d_i0 S_0^T k_i).
-
-    This triangular system of equations is solved for the values and the keys before S_0 is known.
+    """The same function in O(L): products of pairs inside a chunk, sums across chunks. Training,
+    evaluation and prefill use this form. `chunk` positions go together, by default `chunk_length`.
     """
     N, L, H, E = queries.shape
-    chunk = max(1, min(chunk, L))
+    chunk = max(1, min(chunk or chunk_length(queries.device), L))
 
     def chunks(x):  # (N, L, H, ...) -> (N, H, chunks, C, ...)
         # Pad after the last position: a zero key changes no state, nor does a decay of 1.
@@ -124,31 +116,19 @@ def gated_chunked(
     with without_autocast(queries):
         activated = activate(queries, keys, values, decays, betas)
         q, k, v, log_a, beta = map(chunks, activated)
-        since_start = log_a.cumsum(-1)  # (N, H, chunks, C), as are log_a and beta
-        pairs = (since_start[..., :, None] - since_start[..., None, :]).tril().exp().tril()
-        right = beta[..., None] * torch.cat([v, since_start.exp()[..., None] * k], dim=-1)
-        if delta:
-            system = (beta[..., None] * (k @ k.transpose(-2, -1)) * pairs).tril(-1)
-            right = torch.linalg.solve_triangular(
-                system + torch.eye(chunk, dtype=k.dtype, device=k.device),
-                right,  # (N, H, chunks, C, M + E)
-                upper=False,
-                unitriangular=True,
-            )
-        from_values, from_keys = right.split([values.shape[-1], E], dim=-1)
-        weights = (q @ k.transpose(-2, -1)) * pairs
-        q = q * since_start.exp()[..., None]
-        k = k * (since_start[..., -1:] - since_start).exp()[..., None]
-        kept = since_start[..., -1].exp()[..., None, None]  # of S, through the whole chunk
+        k = beta[..., None] * k
+        since_start = log_a.cumsum(-1)  # (N, H, chunks, C)
+        until_end = (since_start[..., -1:] - since_start).exp()
+        added = (until_end[..., None] * k).transpose(-2, -1) @ v  # (N, H, chunks, E, M)
+        kept = since_start[..., -1, None, None].exp()  # of S, through a whole chunk
         (S,) = state or (k.new_zeros(N, H, E, values.shape[-1]),)
-        outputs = []
-        for i in range(q.shape[2]):
-            updates = from_values[:, :, i]  # (N, H, C, M)
-            if delta:
-                updates = updates - from_keys[:, :, i] @ S
-            outputs.append(q[:, :, i] @ S + weights[:, :, i] @ updates)
-            S = kept[:, :, i] * S + k[:, :, i].transpose(-2, -1) @ updates
-        outputs = torch.cat(outputs, dim=2)[:, :, :L].transpose(1, 2)  # (N, L, H, M)
+        before = []
+        for i in range(added.shape[2]):
+            before.append(S)
+            S = kept[:, :, i] * S + added[:, :, i]
+        weights = (q @ k.transpose(-2, -1)) * decays_between(since_start)
+        outputs = weights @ v + (since_start.exp()[..., None] * q) @ torch.stack(before, dim=2)
+        outputs = outputs.flatten(2, 3)[:, :, :L].transpose(1, 2)  # (N, L, H, M)
         return normalise(outputs), (S,)
 
 
@@ -159,8 +139,6 @@ def gated_recurrent(
     decays: torch.Tensor,
     betas: torch.Tensor,
     state: State,
-    *,
-    delta: bool,
 ) -> tuple[torch.Tensor, State]:
     """The same function for one position, L = 1: updates `state` in place."""
     (S,) = state
@@ -168,8 +146,6 @@ def gated_recurrent(
         activated = activate(queries, keys, values, decays, betas)
         q, k, v, log_a, beta = (x[:, 0] for x in activated)  # (N, H, E), (N, H, M) or (N, H)
         S.mul_(log_a.exp()[..., None, None])
-        if delta:
-            v = v - (k[..., None, :] @ S).squeeze(-2)  # (N, H, M)
         S.addcmul_((beta[..., None] * k)[..., :, None], v[..., None, :])
         return normalise((q[..., None, :] @ S).squeeze(-2))[:, None], state
 
@@ -191,15 +167,14 @@ def split(projected: torch.Tensor, n_heads: int) -> Sequence[torch.Tensor]:
 
 
 class GatedAttention(nn.Module):
-    """Gated linear attention or, with `delta`, the gated delta rule, with the same interface as
-    `LinearAttention`.
+    """Gated linear attention, with the same interface as `LinearAttention`.
 
     `ops` computes it over a whole sequence (layers/ops.py).
     """
 
-    def __init__(self, ops: Any, n_heads: int, delta: bool):
+    def __init__(self, ops: Any, n_heads: int):
         super().__init__()
-        self.ops, self.n_heads, self.delta = ops, n_heads, delta
+        self.ops, self.n_heads = ops, n_heads
 
     def empty_state(self, n_images: int, size: int, length: int, like: torch.Tensor) -> State:
         """The state (S,) before the first position; its size does not depend on `length`."""
@@ -209,6 +184,5 @@ class GatedAttention(nn.Module):
         """Queries, keys and values of all heads, their decays and their betas, side by side,
         (N, L, 3HE + 2H) -> outputs (N, L, HE). The `state` is updated in place."""
         if state is not None and projected.shape[1] == 1:
-            parts = split(projected, self.n_heads)
-            return gated_recurrent(*parts, state, delta=self.delta)[0].flatten(-2)
-        return self.ops.gated_attention(projected, self.n_heads, state, delta=self.delta)
+            return gated_recurrent(*split(projected, self.n_heads), state)[0].flatten(-2)
+        return self.ops.gated_attention(projected, self.n_heads, state)

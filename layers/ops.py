@@ -64,17 +64,14 @@ class PlainOps:
         projected: torch.Tensor,
         n_heads: int,
         state: Sequence[torch.Tensor] | None = None,
-        *,
-        delta: bool,
     ) -> torch.Tensor:
-        """Gated linear attention or, with `delta`, the gated delta rule (layers/gated.py) for
-        queries, keys, values, decays and betas that are side by side in `projected`
-        (N, L, 3HE + 2H): (N, L, HE).
+        """Gated linear attention of queries, keys, values, decays and betas that are side by side
+        in `projected` (N, L, 3HE + 2H): (N, L, HE).
 
         `state`, S (N, H, E, E) after the earlier positions, is updated in place; without one, it
         starts at zero.
         """
-        outputs, final = gated_chunked(*split(projected, n_heads), state, delta=delta)
+        outputs, final = gated_chunked(*split(projected, n_heads), state)
         update(state, final)
         return outputs.flatten(-2)
 

@@ -40,10 +40,10 @@ def all_losses(path):
     "flags",
     [
         ["--accumulate", 2],
-        ["--attention_type", "gated-delta", "--recipe", "fast"],
+        ["--attention_type", "gated-linear", "--recipe", "fast"],
         ["--attention_type", "full", "--optimizer", "adam", "--attention_dropout", 0.2],
     ],
-    ids=["linear-radam-accumulated", "gated-delta-fast", "full-adam"],
+    ids=["linear-radam-accumulated", "gated-linear-fast", "full-adam"],
 )
 def test_killed_twenty_times(flags, succeed):
     """Every loss of every start equals the uninterrupted run's, and so do the final weights."""

@@ -194,8 +194,7 @@ def attend_in_parts(attention, projected, lengths):
 
 MODULES = {
     "linear": LinearAttention(PlainOps(), HEADS),
-    "gated-linear": GatedAttention(PlainOps(), HEADS, delta=False),
-    "gated-delta": GatedAttention(PlainOps(), HEADS, delta=True),
+    "gated-linear": GatedAttention(PlainOps(), HEADS),
     "softmax": SoftmaxAttention(HEADS),
     "softmax-scaled": SoftmaxAttention(HEADS, scale=0.3),
 }

@@ -31,7 +31,6 @@ DTYPES = pytest.mark.parametrize("dtype", TOLERANCE, ids=["fp32", "bf16"])
 MODELS = {
     "linear": {},
     "gated-linear": {"attention_type": "gated-linear"},
-    "gated-delta": {"attention_type": "gated-delta"},
     "neighbours": {"neighbours": True, "width": 10, "channels": 1},
     "full": {"attention_type": "full"},
 }
@@ -57,8 +56,7 @@ def outputs_and_gradients(attention, projected, weights):
 
 ATTENTIONS = {
     "linear": LinearAttention(PlainOps(), H),
-    "gated-linear": GatedAttention(PlainOps(), H, delta=False),
-    "gated-delta": GatedAttention(PlainOps(), H, delta=True),
+    "gated-linear": GatedAttention(PlainOps(), H),
     "full": SoftmaxAttention(H),
 }
 
@@ -167,7 +165,6 @@ def test_samples_are_those_of_the_cpu(kind, sampler):
     [
         ("linear", False),
         ("gated-linear", False),
-        ("gated-delta", False),
         ("neighbours", False),
         ("neighbours", True),
     ],

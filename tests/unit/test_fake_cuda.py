@@ -33,8 +33,7 @@ MODELS = {
     "linear-neighbours": ("causal-linear", (6, 5, 1)),
     "linear-colour": ("causal-linear", (4, 3, 3)),
     "gated-linear": ("gated-linear", None),
-    "gated-delta": ("gated-delta", None),
-    "gated-delta-colour": ("gated-delta", (4, 3, 3)),
+    "gated-linear-colour": ("gated-linear", (4, 3, 3)),
     "full": ("full", None),
     "full-neighbours": ("full", (6, 5, 1)),
 }
