@@ -15,7 +15,7 @@ from layers import mixture
 from layers.attention import KVCache, LinearAttention, SoftmaxAttention
 from layers.convolution import ShortConvolution, convolution_offsets
 from layers.dropout import Dropout, DropoutNoise, draw_keys
-from layers.gated_delta import GatedDeltaAttention, initialise_gates
+from layers.gated import GatedAttention, initialise_gates
 from layers.neighbours import Neighbours
 from layers.ops import PlainOps
 from options import COUNT, POSITIVE, PROBABILITY, changeable, option
@@ -23,7 +23,8 @@ from options import COUNT, POSITIVE, PROBABILITY, changeable, option
 # How many positions go through the layers at once when no gradient is needed: this bounds the
 # memory of long prefixes and keeps every tensor small enough for its memory to be reused.
 POSITIONS_AT_ONCE = 2**12
-CONSTANT_STATE = ("causal-linear", "gated-delta")  # do not need all earlier positions
+GATED = ("gated-linear", "gated-delta")
+CONSTANT_STATE = ("causal-linear", *GATED)  # do not need all earlier positions
 NATIVE_ATTENTIONS = (*CONSTANT_STATE, "full")
 ATTENTIONS = (*NATIVE_ATTENTIONS, "reformer")  # which needs pytorch-fast-transformers (reference/)
 SOFTMAX = "attention_type", ("full", "reformer")  # with which an option has an effect
@@ -38,7 +39,8 @@ class ModelConfig:
     attention_type: str = option(
         "causal-linear",
         ATTENTIONS,
-        "linear, gated delta rule, softmax (full), or with --backend fast-transformers reformer",
+        "linear, its successors gated linear and gated delta rule, softmax (full), or with "
+        "--backend fast-transformers reformer",
     )
     n_layers: int = option(4, COUNT, "transformer layers")
     n_heads: int = option(6, COUNT, "attention heads")
@@ -129,14 +131,14 @@ class AttentionLayer(nn.Module):
         super().__init__()
         D = config.d_model
         self.ops, H = ops, config.n_heads
-        n_gates = 2 * H if config.attention_type == "gated-delta" else 0
+        n_gates = 2 * H if config.attention_type in GATED else 0
         self.query_projection = nn.Linear(D, D)
         self.key_projection = nn.Linear(D, D)
         # The gates of the heads follow the values, so that no layer of the original fits.
         self.value_projection = nn.Linear(D, D + n_gates)
         self.out_projection = nn.Linear(D, D)
-        if config.attention_type == "gated-delta":
-            self.attend = GatedDeltaAttention(ops, H)
+        if config.attention_type in GATED:
+            self.attend = GatedAttention(ops, H, delta=config.attention_type == "gated-delta")
             initialise_gates(self.value_projection, H)
         elif config.attention_type == "causal-linear":
             self.attend = LinearAttention(ops, H)

@@ -18,22 +18,22 @@ from typing import Any
 import torch
 
 from files import write_atomically
-from layers import attention, gated_delta, mixture
+from layers import attention, gated, mixture
 from utils import UserError, one_line, say, warn
 
 FOLDER = Path(__file__).parent
-HEADERS = "common.h", "gated_delta.h"  # included by every source
+HEADERS = "common.h", "gated.h"  # included by every source
 # The eps of torch.nn.LayerNorm.
 NORM_EPSILON = 1e-5
-# Positions between two states that the gated delta rule keeps for its gradient.
+# Positions between two states that gated attention keeps for its gradient.
 KEPT_EVERY = 128
 CONSTANTS = {
     "ATTENTION_EPSILON": attention.EPSILON,
     "KEPT_EVERY": KEPT_EVERY,
-    "LENGTH_EPSILON": gated_delta.LENGTH_EPSILON,
+    "LENGTH_EPSILON": gated.LENGTH_EPSILON,
     "MIN_LOG_SCALE": mixture.MIN_LOG_SCALE,
     "NORM_EPSILON": NORM_EPSILON,
-    "OUTPUT_SIZE": gated_delta.OUTPUT_SIZE,
+    "OUTPUT_SIZE": gated.OUTPUT_SIZE,
 }
 # Letters of the argument types in common.h's table of functions.
 ARGUMENTS = {"p": ctypes.c_void_p, "i": ctypes.c_int64, "f": ctypes.c_float}

@@ -9,7 +9,7 @@
 #include <memory>
 
 #include "common.h"
-#include "gated_delta.h"
+#include "gated.h"
 
 // Positions per call of `update`: as many as keep their rows in registers.
 #ifdef __AVX512F__
@@ -315,8 +315,8 @@ extern "C" const Export* exports() {
     static const Export table[] = {
         FOR_EACH_TYPE(forward),
         FOR_EACH_TYPE(backward),
-        FOR_EACH_TYPE(gated_delta::delta_forward),
-        FOR_EACH_TYPE(gated_delta::delta_backward),
+        FOR_EACH_TYPE(gated::forward),
+        FOR_EACH_TYPE(gated::backward),
         FOR_EACH_TYPE(convolve),
         FOR_EACH_TYPE(convolve_backward),
         FOR_EACH_TYPE(drop),

@@ -19,7 +19,12 @@ TYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
 
 def sizes(config: ModelConfig) -> dict:
     """The sizes with which ops.cpp is compiled for a model."""
-    return {"SIZE": config.d_query}
+    return {"SIZE": config.d_query, "DELTA": is_delta(config)}
+
+
+def is_delta(config: ModelConfig) -> int:
+    """1 for the gated delta rule, 0 for gated linear attention (and where it does not matter)."""
+    return int(config.attention_type == "gated-delta")
 
 
 class CompiledOps(PlainOps):
@@ -32,7 +37,7 @@ class CompiledOps(PlainOps):
     """
 
     def __init__(self, config: ModelConfig):
-        self.size = config.d_query
+        self.size, self.delta = config.d_query, bool(is_delta(config))
         self.library, self.compile_seconds = load_library(SOURCE, sizes(config))
         private_or_public(torch.float32)  # warn now, not in the first step
 
@@ -86,21 +91,25 @@ class CompiledOps(PlainOps):
             check_shape(tensor, shape)
         return attention(self.library, qkv, *state)
 
-    def gated_delta(
+    def gated_attention(
         self,
         projected: torch.Tensor,
         n_heads: int,
         state: Sequence[torch.Tensor] | None = None,
+        *,
+        delta: bool,
     ) -> torch.Tensor:
+        if delta != self.delta:
+            raise ValueError(f"ops.cpp is compiled for delta={self.delta}, not {delta}")
         N, L, _ = projected.shape
         check_shape(projected, (N, L, n_heads * (3 * self.size + 2)))
         if state is None and torch.is_grad_enabled():
-            return GatedDelta.apply(self.library, projected, n_heads)
+            return GatedAttention.apply(self.library, projected, n_heads)
         if state is None:
-            return gated_delta(self.library, projected, n_heads)
+            return gated_attention(self.library, projected, n_heads)
         (S,) = state
         check_shape(S, (N, n_heads, self.size, self.size))
-        return gated_delta(self.library, projected, n_heads, S=S)
+        return gated_attention(self.library, projected, n_heads, S=S)
 
 
 class Linear(torch.autograd.Function):
@@ -245,8 +254,8 @@ def attention(
     return outputs
 
 
-class GatedDelta(torch.autograd.Function):
-    """The gated delta rule of `projected` (N, L, 3HE + 2H) from its first position on."""
+class GatedAttention(torch.autograd.Function):
+    """Gated attention of `projected` (N, L, 3HE + 2H) from its first position on."""
 
     @staticmethod
     def forward(ctx, library, projected, n_heads):
@@ -256,7 +265,7 @@ class GatedDelta(torch.autograd.Function):
         scales = projected.new_empty(N, L, n_heads, dtype=torch.float32)
         shape = N, n_heads, math.ceil(L / KEPT_EVERY), E, E
         states = projected.new_empty(shape, dtype=torch.float32)
-        outputs = gated_delta(library, projected, n_heads, scales, states)
+        outputs = gated_attention(library, projected, n_heads, scales, states)
         ctx.library = library
         ctx.save_for_backward(projected, outputs, scales, states)
         return outputs
@@ -267,13 +276,13 @@ class GatedDelta(torch.autograd.Function):
         projected, gradient = projected.contiguous(), gradient.contiguous()
         gradients = torch.empty_like(projected)
         check(projected, outputs, gradient, gradients, types=(projected.dtype,))
-        name = f"gated_delta::delta_backward_{TYPES[projected.dtype]}"
+        name = f"gated::backward_{TYPES[projected.dtype]}"
         tensors = projected, outputs, scales, states, gradient, gradients
         ctx.library.call(name, *tensors, *scales.shape, torch.get_num_threads())
         return None, gradients, None
 
 
-def gated_delta(
+def gated_attention(
     library: Library,
     projected: torch.Tensor,
     n_heads: int,
@@ -289,7 +298,7 @@ def gated_delta(
     check(projected, outputs)
     if S is not None:
         check(S, types=(torch.float32,))
-    name = f"gated_delta::delta_forward_{TYPES[projected.dtype]}"
+    name = f"gated::forward_{TYPES[projected.dtype]}"
     numbers = N, L, n_heads, torch.get_num_threads()
     library.call(name, projected, outputs, scales, states, S, *numbers)
     return outputs

@@ -1,8 +1,8 @@
-// The recurrent sampler on CPUs, with causal linear attention or the gated delta rule, as one loop over the bytes: what
+// The recurrent sampler on CPUs, with causal linear or gated attention, as one loop over the bytes: what
 // ImageTransformer.step and sample of layers/mixture.py compute, without returning to Python after
 // each byte.
 //
-// Compile-time constants, in addition to those of the headers: GATED (1: the gated delta rule), LAYERS, HEADS, MIXTURES, MIN_LOG_SCALE,
+// Compile-time constants, in addition to those of the headers: GATED (1: gated attention), LAYERS, HEADS, MIXTURES, MIN_LOG_SCALE,
 // NEIGHBOURS (0: the model has none) and CHANNELS of layers/neighbours.py, OFFSETS of
 // layers/convolution.py in rising order (0: the model has none), and BF16: with 1 the operands of
 // the matrix products and the last inputs of the layers are bfloat16, with 0 float32. Everything
@@ -17,7 +17,7 @@
 #endif
 
 #include "common.h"
-#include "gated_delta.h"
+#include "gated.h"
 
 // ROWS * VECTORS registers hold sums: of 16 with AVX, of 32 with AVX-512 and on ARM.
 constexpr int VECTORS = LANES == 8 ? 2 : 4;
@@ -340,7 +340,7 @@ struct Member {
         Operand* target = team.attended[r] + head * SIZE;
 #if GATED
         const float* gates = team.projected[r] + 3 * D + head;
-        gated_delta::step(q, q + D, q + 2 * D, gates[0], gates[HEADS], S, target);
+        gated::step(q, q + D, q + 2 * D, gates[0], gates[HEADS], S, target);
 #else
         attend<1>(q, q + D, q + 2 * D, 0, S, state.Z + at * SIZE, target, 0);
 #endif

@@ -9,10 +9,10 @@ from torch import nn
 from torch.nn.functional import pad
 
 from cpu.build import load_library
-from cpu.ops import check_shape
+from cpu.ops import check_shape, is_delta
 from layers.convolution import convolution_offsets
 from layers.neighbours import neighbour_count
-from models import ImageTransformer, ModelConfig
+from models import GATED, ImageTransformer, ModelConfig
 
 SOURCE = "sampler.cpp"
 # Bytes of images that one call of the library draws: enough that starting its threads costs
@@ -23,7 +23,7 @@ BYTES_AT_ONCE = 2048
 def sizes(config: ModelConfig, precision: str) -> dict:
     """The sizes with which sampler.cpp is compiled for a model."""
     sizes = {"LAYERS": config.n_layers, "HEADS": config.n_heads, "SIZE": config.d_query}
-    sizes |= {"GATED": int(config.attention_type == "gated-delta")}
+    sizes |= {"GATED": int(config.attention_type in GATED), "DELTA": is_delta(config)}
     sizes |= {"MIXTURES": config.mixtures, "BF16": int(precision == "bf16")}
     if not config.neighbours:
         return sizes | {"NEIGHBOURS": 0, "CHANNELS": 1, "OFFSETS": 0}

@@ -12,7 +12,7 @@ from torch.nn.functional import pad, relu
 
 from layers.attention import linear_chunked
 from layers.dropout import drop
-from layers.gated_delta import gated_delta_chunked, split
+from layers.gated import gated_chunked, split
 
 
 class PlainOps:
@@ -59,19 +59,22 @@ class PlainOps:
         update(state, final)
         return outputs
 
-    def gated_delta(
+    def gated_attention(
         self,
         projected: torch.Tensor,
         n_heads: int,
         state: Sequence[torch.Tensor] | None = None,
+        *,
+        delta: bool,
     ) -> torch.Tensor:
-        """The gated delta rule for queries, keys, values, decays and betas that are side by side in
-        `projected` (N, L, 3HE + 2H): (N, L, HE).
+        """Gated linear attention or, with `delta`, the gated delta rule (layers/gated.py) for
+        queries, keys, values, decays and betas that are side by side in `projected`
+        (N, L, 3HE + 2H): (N, L, HE).
 
         `state`, S (N, H, E, E) after the earlier positions, is updated in place; without one, it
         starts at zero.
         """
-        outputs, final = gated_delta_chunked(*split(projected, n_heads), state)
+        outputs, final = gated_chunked(*split(projected, n_heads), state, delta=delta)
         update(state, final)
         return outputs.flatten(-2)
 

@@ -7,7 +7,7 @@ said about the library refers to 0.4.0, its last version.
 
 import torch
 
-from models import ImageTransformer, ModelConfig
+from models import GATED, ImageTransformer, ModelConfig
 from options import typed
 from utils import UserError
 
@@ -39,9 +39,9 @@ def chunk_size(config: ModelConfig) -> int:
 
 def check(config: ModelConfig, device: torch.device, precision: str, compiled: bool | None) -> None:
     """Raise a `UserError` for flags with which the library cannot run this model."""
-    if config.attention_type == "gated-delta":
-        problem = "pytorch-fast-transformers has no gated delta rule"
-        raise UserError(f"--attention_type gated-delta: {problem}: change the backend")
+    if config.attention_type in GATED:
+        problem = "pytorch-fast-transformers does not have it"
+        raise UserError(f"--attention_type {config.attention_type}: {problem}: change the backend")
     if config.neighbours:
         problem = "the layers of pytorch-fast-transformers have no short convolutions"
         raise UserError(f"--neighbours: {problem}: give --no-neighbours")

@@ -17,7 +17,7 @@ from engine.recipes import Settings
 from engine.training import NegativeLogLikelihood, evaluate, train_step
 from utils import to_device
 
-METHODS = ["linear", "softmax", "reformer (library)"]
+METHODS = ["linear", "gated linear", "gated delta", "softmax", "reformer (library)"]
 SEEDS = [0, 1]
 MODEL = {"length": 784, "n_layers": 3, "n_heads": 3}
 BATCH_SIZE = 16

@@ -30,6 +30,8 @@ METHODS = {
     "softmax": Method("full"),
     "softmax, KV cache": Method("full", recurrent=True),
     "linear": Method("causal-linear", recurrent=True),
+    "gated linear": Method("gated-linear", recurrent=True),
+    "gated delta": Method("gated-delta", recurrent=True),
     "linear (library)": Method("causal-linear", "fast-transformers", recurrent=True),
     "reformer (library)": Method("reformer", "fast-transformers"),
 }

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
 COLOURS = {
     "softmax": "tab:red", "softmax, KV cache": "tab:orange", "linear": "tab:blue",
+    "gated linear": "tab:purple", "gated delta": "tab:brown",
     "linear (library)": "tab:cyan", "reformer (library)": "tab:green",
 }  # fmt: skip
 

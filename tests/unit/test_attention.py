@@ -11,7 +11,7 @@ from layers.attention import (
     linear_quadratic,
     linear_recurrent,
 )
-from layers.gated_delta import GatedDeltaAttention
+from layers.gated import GatedAttention
 from layers.ops import PlainOps
 from models import ModelConfig
 
@@ -194,7 +194,8 @@ def attend_in_parts(attention, projected, lengths):
 
 MODULES = {
     "linear": LinearAttention(PlainOps(), HEADS),
-    "gated-delta": GatedDeltaAttention(PlainOps(), HEADS),
+    "gated-linear": GatedAttention(PlainOps(), HEADS, delta=False),
+    "gated-delta": GatedAttention(PlainOps(), HEADS, delta=True),
     "softmax": SoftmaxAttention(HEADS),
     "softmax-scaled": SoftmaxAttention(HEADS, scale=0.3),
 }
@@ -205,7 +206,7 @@ MODULES = {
     "lengths", [[12], [11, 1], [1] * 12, [5, 1, 1, 4, 1]], ids=["prefill", "last", "steps", "mixed"]
 )
 def test_states_in_place_equal_one_parallel_pass(name, lengths):
-    attention, projected = MODULES[name], make_projected(12, gates=2 * (name == "gated-delta"))
+    attention, projected = MODULES[name], make_projected(12, gates=2 * name.startswith("gated"))
     actual = attend_in_parts(attention, projected, lengths)
     assert_close([actual], [attention(projected)], 1e-10)
 

@@ -178,7 +178,7 @@ OPERATIONS = {
     "linear_attention": lambda ops, x, layers: ops.linear_attention(
         x[..., :48].unflatten(-1, (3, 2, -1))
     ),
-    "gated_delta": lambda ops, x, layers: ops.gated_delta(x, 2),
+    "gated_attention": lambda ops, x, layers: ops.gated_attention(x, 2, delta=False),
 }
 EVERY_OPERATION = pytest.mark.parametrize("operation", OPERATIONS.values(), ids=OPERATIONS)
 
@@ -309,15 +309,18 @@ REFUSED = {
     "taps": lambda ops: ops.short_convolution(torch.randn(2, 5, 8), torch.ones(2, 8), (1,)),
     "qkv": lambda ops: ops.linear_attention(torch.randn(2, 5, 2, 2, 8)),
     "size": lambda ops: ops.linear_attention(torch.randn(2, 5, 3, 2, 9)),
-    "gates": lambda ops: ops.gated_delta(torch.randn(2, 5, 48), 2),
-    "state": lambda ops: ops.gated_delta(torch.randn(2, 5, 52), 2, (torch.zeros(2, 2, 8, 7),)),
+    "gates": lambda ops: ops.gated_attention(torch.randn(2, 5, 48), 2, delta=False),
+    "delta": lambda ops: ops.gated_attention(torch.randn(2, 5, 52), 2, delta=True),
+    "state": lambda ops: ops.gated_attention(
+        torch.randn(2, 5, 52), 2, (torch.zeros(2, 2, 8, 7),), delta=False
+    ),
 }
 
 
 @pytest.mark.parametrize("operation", REFUSED.values(), ids=REFUSED)
 def test_shapes_that_would_be_misread_are_a_value_error(operation):
     """Regression: keys of fewer images, among others, were read beyond their end."""
-    with pytest.raises(ValueError, match=r"should be|compiled for heads|later positions"):
+    with pytest.raises(ValueError, match=r"should be|compiled for|later positions"):
         operation(compiled())
 
 

@@ -15,7 +15,7 @@ from engine.sampling import (
     sample_recurrent,
 )
 from layers.attention import LinearAttention, SoftmaxAttention, linear_chunked
-from layers.gated_delta import GatedDeltaAttention
+from layers.gated import GatedAttention
 from layers.ops import PlainOps
 from models import ImageTransformer, ModelConfig
 from utils import autocast
@@ -30,6 +30,7 @@ DTYPES = pytest.mark.parametrize("dtype", TOLERANCE, ids=["fp32", "bf16"])
 # Grey images of 12 x 10, or the bytes of a sequence.
 MODELS = {
     "linear": {},
+    "gated-linear": {"attention_type": "gated-linear"},
     "gated-delta": {"attention_type": "gated-delta"},
     "neighbours": {"neighbours": True, "width": 10, "channels": 1},
     "full": {"attention_type": "full"},
@@ -56,14 +57,15 @@ def outputs_and_gradients(attention, projected, weights):
 
 ATTENTIONS = {
     "linear": LinearAttention(PlainOps(), H),
-    "gated-delta": GatedDeltaAttention(PlainOps(), H),
+    "gated-linear": GatedAttention(PlainOps(), H, delta=False),
+    "gated-delta": GatedAttention(PlainOps(), H, delta=True),
     "full": SoftmaxAttention(H),
 }
 
 
 def make_projected(kind, dtype):
     """What an attention takes: (N, L, 3HE), with gates + 2H."""
-    return rounded((N, L, H * (3 * E + 2 * (kind == "gated-delta"))), dtype)
+    return rounded((N, L, H * (3 * E + 2 * kind.startswith("gated"))), dtype)
 
 
 @DTYPES
@@ -162,7 +164,13 @@ def test_samples_are_those_of_the_cpu(kind, sampler):
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize(
     ("kind", "compiled"),
-    [("linear", False), ("gated-delta", False), ("neighbours", False), ("neighbours", True)],
+    [
+        ("linear", False),
+        ("gated-linear", False),
+        ("gated-delta", False),
+        ("neighbours", False),
+        ("neighbours", True),
+    ],
 )
 def test_a_graph_equals_the_plain_loop(kind, precision, compiled):
     """Bit for bit; for two batches, each of which has a graph of its own."""

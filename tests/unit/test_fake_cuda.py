@@ -32,6 +32,7 @@ MODELS = {
     "linear": ("causal-linear", None),
     "linear-neighbours": ("causal-linear", (6, 5, 1)),
     "linear-colour": ("causal-linear", (4, 3, 3)),
+    "gated-linear": ("gated-linear", None),
     "gated-delta": ("gated-delta", None),
     "gated-delta-colour": ("gated-delta", (4, 3, 3)),
     "full": ("full", None),

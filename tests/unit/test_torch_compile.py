@@ -39,10 +39,11 @@ def make_model(**changes):
     "changes",
     [
         {"dropout": 0.2, **SHAPE},
+        {"attention_type": "gated-linear"},
         {"attention_type": "gated-delta"},
         {"attention_type": "full", "attention_dropout": 0.0},
     ],
-    ids=["linear", "gated-delta", "full"],
+    ids=["linear", "gated-linear", "gated-delta", "full"],
 )
 def test_training_and_evaluation(changes):
     """main.py's loss: values and gradients, and an evaluation of another number of images."""

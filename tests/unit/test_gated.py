@@ -1,4 +1,5 @@
-"""The forms of the gated delta rule against each other: outputs, states and gradients."""
+"""The forms of gated linear attention and of the gated delta rule against each other: outputs,
+states and gradients."""
 
 import math
 
@@ -6,13 +7,13 @@ import pytest
 import torch
 
 from cpu.ops import CompiledOps
-from layers.gated_delta import (
+from layers.gated import (
     FASTEST_DECAY,
     OUTPUT_SIZE,
     SLOWEST_DECAY,
-    gated_delta_chunked,
-    gated_delta_loop,
-    gated_delta_recurrent,
+    gated_chunked,
+    gated_loop,
+    gated_recurrent,
     initialise_gates,
     split,
 )
@@ -21,6 +22,7 @@ from models import ModelConfig
 
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-4}
 PRECISIONS = pytest.mark.parametrize("dtype", TOLERANCE, ids=["float64", "float32"])
+BOTH = pytest.mark.parametrize("delta", [False, True], ids=["linear", "delta"])
 H = 3
 
 
@@ -47,78 +49,86 @@ def assert_close(actual, expected, tolerance):
         assert (a - e).abs().max() <= tolerance * max(1, e.abs().max())
 
 
-def test_the_loop_equals_the_definition():
+@BOTH
+def test_the_loop_equals_the_definition(delta):
     """The reference itself, against the equations with numbers and vectors, for one head."""
     inputs = [x.detach()[:, :, :1] for x in make_inputs(6, N=1)[:5]]
     S = torch.zeros(8, 5, dtype=torch.float64)
-    outputs, (final,) = gated_delta_loop(*inputs)
+    outputs, (final,) = gated_loop(*inputs, delta=delta)
     for i in range(6):
         query, key, value, decay, beta = (x[0, i, 0] for x in inputs)
         key = key / key.norm()
         S = S / (1 + math.exp(decay))
-        S = S + torch.outer(key, value - S.T @ key) / (1 + math.exp(-beta))
+        value = value - S.T @ key if delta else value
+        S = S + torch.outer(key, value) / (1 + math.exp(-beta))
         expected = S.T @ query
         expected = OUTPUT_SIZE * expected / expected.square().mean().sqrt()
         torch.testing.assert_close(outputs[0, i, 0], expected, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(final[0, 0], S, rtol=1e-4, atol=1e-4)
 
 
+@BOTH
 @PRECISIONS
 @pytest.mark.parametrize("L", [1, 2, 63, 64, 65, 130])
-def test_chunks_equal_the_loop(L, dtype):
+def test_chunks_equal_the_loop(L, dtype, delta):
     inputs = make_inputs(L, dtype)
-    expected = results(gated_delta_loop, inputs)
-    assert_close(results(gated_delta_chunked, inputs), expected, TOLERANCE[dtype])
+    expected = results(gated_loop, inputs, delta=delta)
+    assert_close(results(gated_chunked, inputs, delta=delta), expected, TOLERANCE[dtype])
 
 
+@BOTH
 @pytest.mark.parametrize("chunk", [1, 2, 7, 16, 100])
-def test_any_chunk_size_gives_the_same(chunk):
+def test_any_chunk_size_gives_the_same(chunk, delta):
     inputs = make_inputs(33)
-    expected = results(gated_delta_loop, inputs)
-    assert_close(results(gated_delta_chunked, inputs, chunk=chunk), expected, 1e-10)
+    expected = results(gated_loop, inputs, delta=delta)
+    assert_close(results(gated_chunked, inputs, chunk=chunk, delta=delta), expected, 1e-10)
 
 
+@BOTH
 @pytest.mark.parametrize("split_at", range(1, 20))
-def test_two_parts_with_a_state_equal_one_pass(split_at):
-    def in_two_parts(*inputs):
+def test_two_parts_with_a_state_equal_one_pass(split_at, delta):
+    def in_two_parts(*inputs, delta):
         *inputs, state = inputs
         parts = zip(*(x.split([split_at, 20 - split_at], dim=1) for x in inputs), strict=True)
         outputs = []
         for part in parts:
-            output, state = gated_delta_chunked(*part, state, chunk=6)
+            output, state = gated_chunked(*part, state, chunk=6, delta=delta)
             outputs.append(output)
         return torch.cat(outputs, dim=1), state
 
     inputs = make_inputs(20)
-    assert_close(results(in_two_parts, inputs), results(gated_delta_loop, inputs), 1e-10)
+    expected = results(gated_loop, inputs, delta=delta)
+    assert_close(results(in_two_parts, inputs, delta=delta), expected, 1e-10)
 
 
+@BOTH
 @torch.no_grad()
-def test_steps_equal_the_loop_and_update_the_state_in_place():
+def test_steps_equal_the_loop_and_update_the_state_in_place(delta):
     *inputs, S = make_inputs(20)
-    expected, (final,) = gated_delta_loop(*inputs, (S,))
-    state = (S.clone(),)
-    outputs = [gated_delta_recurrent(*(x[:, i : i + 1] for x in inputs), state)[0]
-               for i in range(20)]  # fmt: skip
+    expected, (final,) = gated_loop(*inputs, (S,), delta=delta)
+    state, parts = (S.clone(),), zip(*(x.split(1, dim=1) for x in inputs), strict=True)
+    outputs = [gated_recurrent(*part, state, delta=delta)[0] for part in parts]
     assert_close([torch.cat(outputs, dim=1), *state], [expected, final], 1e-10)
 
 
+@BOTH
 @pytest.mark.parametrize("decay", [-60.0, 60.0], ids=["kept", "forgotten"])
-def test_extreme_decays_neither_overflow_nor_lose_the_state(decay):
+def test_extreme_decays_neither_overflow_nor_lose_the_state(decay, delta):
     """Ratios of products of decays would be 0 / 0 after a few positions."""
     *inputs, S = make_inputs(40, torch.float32)
     inputs[3] = torch.full_like(inputs[3], decay).requires_grad_()
-    expected = results(gated_delta_loop, [*inputs, S])
-    actual = results(gated_delta_chunked, [*inputs, S])
+    expected = results(gated_loop, [*inputs, S], delta=delta)
+    actual = results(gated_chunked, [*inputs, S], delta=delta)
     assert all(x.isfinite().all() for x in actual)
     assert_close(actual, expected, 1e-4)
 
 
-def test_the_state_is_float32_under_bfloat16():
+@BOTH
+def test_the_state_is_float32_under_bfloat16(delta):
     *inputs, _ = (x.detach().bfloat16() for x in make_inputs(300))
-    expected, (S,) = gated_delta_loop(*(x.float() for x in inputs))
+    expected, (S,) = gated_loop(*(x.float() for x in inputs), delta=delta)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        outputs, (final,) = gated_delta_chunked(*inputs)
+        outputs, (final,) = gated_chunked(*inputs, delta=delta)
     assert final.dtype == torch.float32
     assert_close([outputs, final], [expected, S], 1e-4)
 
@@ -135,32 +145,34 @@ def test_the_heads_begin_with_decays_of_different_time_scales(n_heads):
     assert (betas == 0).all()
 
 
-# The compiled form (cpu/gated_delta.h) against the plain one.
+# The compiled form (cpu/gated.h) against the plain one.
 
 
-def compiled(E=8):
-    return CompiledOps(ModelConfig(400, n_heads=H, d_query=E))
+def compiled(delta, E=8):
+    attention_type = "gated-delta" if delta else "gated-linear"
+    return CompiledOps(ModelConfig(400, attention_type=attention_type, n_heads=H, d_query=E))
 
 
-def with_gradients(ops, projected, weights):
+def with_gradients(ops, projected, weights, delta):
     projected = projected.detach().requires_grad_()
-    outputs = ops.gated_delta(projected, H)
+    outputs = ops.gated_attention(projected, H, delta=delta)
     gradient = torch.autograd.grad((outputs * weights).sum(), projected)
     return [outputs, *(x.flatten(2) for x in split(*gradient, H))]
 
 
 @pytest.mark.slow
+@BOTH
 @pytest.mark.parametrize("E", [2, 5, 8, 12, 32, 64])
 @pytest.mark.parametrize("L", [1, 2, 15, 16, 17, 128, 129, 300])
 @pytest.mark.parametrize(
     ("dtype", "tolerance"), [(torch.float32, 2e-5), (torch.bfloat16, 4e-2)], ids=["fp32", "bf16"]
 )
-def test_the_compiled_form_and_its_gradients(L, E, dtype, tolerance):
+def test_the_compiled_form_and_its_gradients(L, E, dtype, tolerance, delta):
     """Lengths around a chunk (16) and around a block of chunks, whose states are kept (128)."""
     projected = torch.randn(2, L, H * (3 * E + 2)).to(dtype)
     weights = torch.randn(2, L, H * E).to(dtype)
-    expected = with_gradients(PlainOps(), projected.double(), weights.double())
-    actual = with_gradients(compiled(E), projected, weights)
+    expected = with_gradients(PlainOps(), projected.double(), weights.double(), delta)
+    actual = with_gradients(compiled(delta, E), projected, weights, delta)
     assert {x.dtype for x in actual} == {dtype}
     # Relative to the largest gradient: that of a first query is 0 but for rounding.
     scale = [expected[0].norm(), *[max(e.norm() for e in expected[1:])] * 5]
@@ -169,25 +181,28 @@ def test_the_compiled_form_and_its_gradients(L, E, dtype, tolerance):
 
 
 @pytest.mark.slow
+@BOTH
 @pytest.mark.parametrize("lengths", [[40], [16, 24], [1, 38, 1], [1] * 40])
 @torch.no_grad()
-def test_the_compiled_form_with_a_state(lengths):
-    projected = torch.randn(2, 40, H * 26)
-    state, exact = torch.randn(2, H, 8, 8), torch.randn(2, H, 8, 8).double()
-    exact = state.double()
-    expected = PlainOps().gated_delta(projected.double(), H, (exact,))
+def test_the_compiled_form_with_a_state(lengths, delta):
+    projected, state = torch.randn(2, 40, H * 26), torch.randn(2, H, 8, 8)
+    exact, ops = state.double(), compiled(delta)
+    expected = PlainOps().gated_attention(projected.double(), H, (exact,), delta=delta)
     parts = projected.split(lengths, dim=1)
-    outputs = torch.cat([compiled().gated_delta(part, H, (state,)) for part in parts], dim=1)
+    outputs = [ops.gated_attention(part, H, (state,), delta=delta) for part in parts]
+    outputs = torch.cat(outputs, dim=1)
     assert_close([outputs.double(), state.double()], [expected, exact], 1e-5)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("part", range(5), ids=["query", "key", "value", "decay", "beta"])
-@pytest.mark.parametrize("ops", [PlainOps, compiled], ids=["plain", "compiled"])
-def test_a_nan_is_seen(ops, part):
+@pytest.mark.parametrize("is_compiled", [False, True], ids=["plain", "compiled"])
+@BOTH
+def test_a_nan_is_seen(delta, is_compiled, part):
     """In the outputs from its position on, and in the gradients."""
     projected = torch.randn(1, 40, H * 26)
     split(projected, H)[part][0, 20, 1] = torch.nan
-    outputs, *gradients = with_gradients(ops(), projected, torch.ones(1, 40, H * 8))
+    ops, weights = compiled(delta) if is_compiled else PlainOps(), torch.ones(1, 40, H * 8)
+    outputs, *gradients = with_gradients(ops, projected, weights, delta)
     assert not outputs[0, 20].isfinite().all()
     assert not any(x.isfinite().all() for x in gradients)

@@ -1,9 +1,15 @@
-"""The gated delta rule ("Gated Delta Networks", Yang et al., 2024), after linear attention.
+"""Two successors of linear attention, whose sum S forgets: gated linear attention and the gated
+delta rule.
 
-The sum S of linear attention only grows. Here a position first lets S decay by a factor a, then
-replaces what S returns for its key, by a part beta of the difference to its value, and reads S:
+The sum of linear attention only grows. In gated linear attention (the scalar decay of "Mamba-2",
+Dao and Gu, 2024) it decays by a factor a at every position:
 
-    S' = a S,    S = S' + beta k (v - S'^T k)^T,    out = norm(S^T q)
+    S' = a S,    S = S' + beta k v^T,    out = norm(S^T q)
+
+The gated delta rule (Yang et al., 2024) then also replaces what S' returns for the key, by a part
+beta of the difference to the value:
+
+    S = S' + beta k (v - S'^T k)^T
 
 The key k has unit length; a = exp(-softplus(decay)) and beta = sigmoid(beta) are numbers of each
 head and position. `norm` divides a head's output by ten times its root mean square, where linear
@@ -26,7 +32,7 @@ from layers.attention import at_least_float32, without_autocast
 
 # Keeps the lengths of keys and outputs that are 0 from dividing by 0.
 LENGTH_EPSILON = 1e-6
-CHUNK = 64  # positions that go together in `gated_delta_chunked`
+CHUNK = 64  # positions that go together in `gated_chunked`
 # The root mean square of a head's output: about that of the averages that linear attention returns.
 # Beside outputs of 1, which are as large as what they are added to, the model learns more slowly.
 OUTPUT_SIZE = 0.1
@@ -58,13 +64,15 @@ def normalise(outputs: torch.Tensor) -> torch.Tensor:
     )
 
 
-def gated_delta_loop(
+def gated_loop(
     queries: torch.Tensor,
     keys: torch.Tensor,
     values: torch.Tensor,
     decays: torch.Tensor,
     betas: torch.Tensor,
     state: State | None = None,
+    *,
+    delta: bool,
 ) -> tuple[torch.Tensor, State]:
     """The equations position by position: slow and obvious, the reference for the other forms.
 
@@ -77,28 +85,33 @@ def gated_delta_loop(
     outputs = []
     for i in range(L):
         S = log_a[:, i, :, None, None].exp() * S
-        difference = v[:, i] - torch.einsum("nhem,nhe->nhm", S, k[:, i])
-        S = S + torch.einsum("nh,nhe,nhm->nhem", beta[:, i], k[:, i], difference)
+        value = v[:, i] - torch.einsum("nhem,nhe->nhm", S, k[:, i]) if delta else v[:, i]
+        S = S + torch.einsum("nh,nhe,nhm->nhem", beta[:, i], k[:, i], value)
         outputs.append(torch.einsum("nhem,nhe->nhm", S, q[:, i]))
     return normalise(torch.stack(outputs, dim=1)), (S,)
 
 
-def gated_delta_chunked(
+def gated_chunked(
     queries: torch.Tensor,
     keys: torch.Tensor,
     values: torch.Tensor,
     decays: torch.Tensor,
     betas: torch.Tensor,
     state: State | None = None,
+    *,
+    delta: bool,
     chunk: int = CHUNK,
 ) -> tuple[torch.Tensor, State]:
     """The same function in products of matrices, `chunk` positions at a time. Training,
     evaluation and prefill use this form.
 
-    Within a chunk, the rows u_i = beta_i (v_i - S'_i^T k_i) that are added to S depend on those
-    before them: u_i + beta_i sum_(j<i) d_ij (k_i . k_j) u_j = beta_i (v_i - d_i0 S_0^T k_i), with
-    S_0 the state before the chunk and d_ij the product of the decays from j + 1 to i. That is a
-    triangular system of equations, solved for the values and the keys before S_0 is known.
+    Rows u_i are added to S: S_i = S'_i + k_i u_i^T. Without the delta rule, u_i = beta_i v_i. With
+    it, u_i = beta_i (v_i - S'_i^T k_i) depends on the earlier rows of the chunk, and on S_0, the
+    state before it; with d_ij the product of the decays from j + 1 to i,
+
+        u_i + beta_i sum_(j<i) d_ij (k_i . k_j) u_j = beta_i (v_i - d_i0 S_0^T k_i).
+
+    This triangular system of equations is solved for the values and the keys before S_0 is known.
     """
     N, L, H, E = queries.shape
     chunk = max(1, min(chunk, L))
@@ -113,13 +126,16 @@ def gated_delta_chunked(
         q, k, v, log_a, beta = map(chunks, activated)
         since_start = log_a.cumsum(-1)  # (N, H, chunks, C), as are log_a and beta
         pairs = (since_start[..., :, None] - since_start[..., None, :]).tril().exp().tril()
-        system = (beta[..., None] * (k @ k.transpose(-2, -1)) * pairs).tril(-1)
-        right = torch.cat([v, since_start.exp()[..., None] * k], dim=-1)  # (..., C, M + E)
-        system = system + torch.eye(chunk, dtype=k.dtype, device=k.device)
-        solved = torch.linalg.solve_triangular(
-            system, beta[..., None] * right, upper=False, unitriangular=True
-        )
-        from_values, from_keys = solved.split([values.shape[-1], E], dim=-1)
+        right = beta[..., None] * torch.cat([v, since_start.exp()[..., None] * k], dim=-1)
+        if delta:
+            system = (beta[..., None] * (k @ k.transpose(-2, -1)) * pairs).tril(-1)
+            right = torch.linalg.solve_triangular(
+                system + torch.eye(chunk, dtype=k.dtype, device=k.device),
+                right,  # (N, H, chunks, C, M + E)
+                upper=False,
+                unitriangular=True,
+            )
+        from_values, from_keys = right.split([values.shape[-1], E], dim=-1)
         weights = (q @ k.transpose(-2, -1)) * pairs
         q = q * since_start.exp()[..., None]
         k = k * (since_start[..., -1:] - since_start).exp()[..., None]
@@ -127,20 +143,24 @@ def gated_delta_chunked(
         (S,) = state or (k.new_zeros(N, H, E, values.shape[-1]),)
         outputs = []
         for i in range(q.shape[2]):
-            updates = from_values[:, :, i] - from_keys[:, :, i] @ S  # (N, H, C, M)
+            updates = from_values[:, :, i]  # (N, H, C, M)
+            if delta:
+                updates = updates - from_keys[:, :, i] @ S
             outputs.append(q[:, :, i] @ S + weights[:, :, i] @ updates)
             S = kept[:, :, i] * S + k[:, :, i].transpose(-2, -1) @ updates
         outputs = torch.cat(outputs, dim=2)[:, :, :L].transpose(1, 2)  # (N, L, H, M)
         return normalise(outputs), (S,)
 
 
-def gated_delta_recurrent(
+def gated_recurrent(
     queries: torch.Tensor,
     keys: torch.Tensor,
     values: torch.Tensor,
     decays: torch.Tensor,
     betas: torch.Tensor,
     state: State,
+    *,
+    delta: bool,
 ) -> tuple[torch.Tensor, State]:
     """The same function for one position, L = 1: updates `state` in place."""
     (S,) = state
@@ -148,8 +168,9 @@ def gated_delta_recurrent(
         activated = activate(queries, keys, values, decays, betas)
         q, k, v, log_a, beta = (x[:, 0] for x in activated)  # (N, H, E), (N, H, M) or (N, H)
         S.mul_(log_a.exp()[..., None, None])
-        difference = v - (k[..., None, :] @ S).squeeze(-2)  # (N, H, M)
-        S.addcmul_((beta[..., None] * k)[..., :, None], difference[..., None, :])
+        if delta:
+            v = v - (k[..., None, :] @ S).squeeze(-2)  # (N, H, M)
+        S.addcmul_((beta[..., None] * k)[..., :, None], v[..., None, :])
         return normalise((q[..., None, :] @ S).squeeze(-2))[:, None], state
 
 
@@ -169,15 +190,16 @@ def split(projected: torch.Tensor, n_heads: int) -> Sequence[torch.Tensor]:
     return *qkv.unflatten(-1, (3, n_heads, -1)).unbind(2), *gates.chunk(2, dim=-1)
 
 
-class GatedDeltaAttention(nn.Module):
-    """The gated delta rule, with the same interface as `LinearAttention`.
+class GatedAttention(nn.Module):
+    """Gated linear attention or, with `delta`, the gated delta rule, with the same interface as
+    `LinearAttention`.
 
     `ops` computes it over a whole sequence (layers/ops.py).
     """
 
-    def __init__(self, ops: Any, n_heads: int):
+    def __init__(self, ops: Any, n_heads: int, delta: bool):
         super().__init__()
-        self.ops, self.n_heads = ops, n_heads
+        self.ops, self.n_heads, self.delta = ops, n_heads, delta
 
     def empty_state(self, n_images: int, size: int, length: int, like: torch.Tensor) -> State:
         """The state (S,) before the first position; its size does not depend on `length`."""
@@ -187,5 +209,6 @@ class GatedDeltaAttention(nn.Module):
         """Queries, keys and values of all heads, their decays and their betas, side by side,
         (N, L, 3HE + 2H) -> outputs (N, L, HE). The `state` is updated in place."""
         if state is not None and projected.shape[1] == 1:
-            return gated_delta_recurrent(*split(projected, self.n_heads), state)[0].flatten(-2)
-        return self.ops.gated_delta(projected, self.n_heads, state)
+            parts = split(projected, self.n_heads)
+            return gated_recurrent(*parts, state, delta=self.delta)[0].flatten(-2)
+        return self.ops.gated_attention(projected, self.n_heads, state, delta=self.delta)

@@ -1,6 +1,6 @@
-// The gated delta rule of layers/gated_delta.py on CPUs: over a sequence, with its gradient, as in
-// `gated_delta_chunked`, and for one position, as in `gated_delta_recurrent`. The names are those of
-// layers/gated_delta.py. Further compile-time constants, set by Python: LENGTH_EPSILON, OUTPUT_SIZE,
+// Gated linear attention and the gated delta rule of layers/gated.py on CPUs: over a sequence, with
+// the gradient, as in `gated_chunked`, and for one position, as in `gated_recurrent`. The names are
+// those of layers/gated.py. Further compile-time constants, set by Python: DELTA (1: the delta rule), LENGTH_EPSILON, OUTPUT_SIZE,
 // and KEPT_EVERY, the positions between two states that are kept for the gradient.
 
 #pragma once
@@ -9,7 +9,7 @@
 
 #include "common.h"
 
-namespace gated_delta {
+namespace gated {
 
 // Positions that go together: few, since the work on pairs of positions grows with them, but a whole
 // vector of the widest.
@@ -98,10 +98,13 @@ inline void transpose(const float* from, float* to) {
         for (int j = 0; j < J; j += W) transpose_block<W>(from + i * J + j, J, to + j * I + i, I);
 }
 
-// to = factors[t] * from for rows t.
-inline void scale_rows(Row* __restrict to, const float* factors, const Row* __restrict from) {
-    for (int t = 0; t < CHUNK; t++)
-        for (int e = 0; e < SIZE; e++) to[t][e] = factors[t] * from[t][e];
+// to = factors[t] * from for rows t; `to` may be `from`.
+inline void scale_rows(Row* to, const float* factors, const Row* from) {
+    for (int t = 0; t < CHUNK; t++) {
+        float factor = factors[t];
+#pragma omp simd
+        for (int e = 0; e < SIZE; e++) to[t][e] = factor * from[t][e];
+    }
 }
 
 inline void subtract(float* __restrict row, float factor, const float* __restrict other) {
@@ -142,7 +145,7 @@ inline void step(const float* q, const float* k, const float* v, float decay, fl
     float inverse = 1 / length(k);
     for (int e = 0; e < SIZE; e++) key[e] = inverse * k[e];
     RowVector sums[COUNT] = {};
-    for (int e = 0; e < SIZE; e++)
+    for (int e = 0; DELTA && e < SIZE; e++)
         for (int i = 0; i < COUNT; i++) sums[i] += key[e] * ((RowVector*)(S + e * SIZE))[i];
     memcpy(row, sums, sizeof row);
     beta = sigmoid(beta);
@@ -201,14 +204,14 @@ struct Chunk {
     int64_t first;
     int count;
     alignas(64) Row q[CHUNK], k[CHUNK], v[CHUNK];
-    // k and q times the decay since the chunk's start, and k times the decay until its end.
-    Row read_k[CHUNK], read_q[CHUNK], written_k[CHUNK];
     float inverse_lengths[CHUNK], beta[CHUNK], a[CHUNK];
     float since_start[CHUNK], until_end[CHUNK], kept;  // products of decays
     // Of positions t and s <= t: the decay between them, the matrix of the equations for u (s < t),
     // and the weight of u_s in the output of t.
     Pairs decay[CHUNK], system[CHUNK], weights[CHUNK];
-    Row u[CHUNK], S[SIZE];  // the rows that are added to the state, and the state before
+    // The rows that are added to the state, also times the decay until the chunk's end, and the
+    // state before.
+    Row u[CHUNK], scaled_u[CHUNK], S[SIZE];
 
     template <class T>
     void load_positions(const T* projected, Head head, int64_t index) {
@@ -260,16 +263,14 @@ struct Chunk {
     }
 
     void multiply_pairs() {
-        scale_rows(read_k, since_start, k);
-        scale_rows(read_q, since_start, q);
-        scale_rows(written_k, until_end, k);
         alignas(64) float transposed[SIZE][CHUNK];
         transpose<CHUNK, SIZE>(k[0], transposed[0]);
-        memset(system, 0, sizeof system);
         memset(weights, 0, sizeof weights);
-        multiply_add<CHUNK, CHUNK, SIZE>(system[0], k[0], SIZE, 1, transposed[0]);
         multiply_add<CHUNK, CHUNK, SIZE>(weights[0], q[0], SIZE, 1, transposed[0]);
         scale_pairs(weights, nullptr);
+        if (!DELTA) return;
+        memset(system, 0, sizeof system);
+        multiply_add<CHUNK, CHUNK, SIZE>(system[0], k[0], SIZE, 1, transposed[0]);
         scale_pairs(system, beta);
     }
 
@@ -286,12 +287,14 @@ struct Chunk {
     // The rows u that are added to the state S (E, M), which then is that of the chunk's end.
     void update(Row* S) {
         alignas(64) Row read[CHUNK] = {};
-        multiply_add<CHUNK, SIZE, SIZE>(read[0], read_k[0], SIZE, 1, S[0]);
+        if (DELTA) multiply_add<CHUNK, SIZE, SIZE>(read[0], k[0], SIZE, 1, S[0]);
         for (int t = 0; t < CHUNK; t++)
-            for (int m = 0; m < SIZE; m++) u[t][m] = beta[t] * (v[t][m] - read[t][m]);
-        for (int s = 0; s < CHUNK; s++)
+            for (int m = 0; m < SIZE; m++)
+                u[t][m] = beta[t] * (v[t][m] - since_start[t] * read[t][m]);
+        for (int s = 0; DELTA && s < CHUNK; s++)
             for (int t = s + 1; t < CHUNK; t++) subtract(u[t], system[t][s], u[s]);
-        multiply_add<SIZE, SIZE, CHUNK>(S[0], written_k[0], 1, SIZE, u[0], kept);
+        scale_rows(scaled_u, until_end, u);
+        multiply_add<SIZE, SIZE, CHUNK>(S[0], k[0], 1, SIZE, scaled_u[0], kept);
     }
 };
 
@@ -307,7 +310,8 @@ void forward_head(const T* projected, T* out, float* scales, float* states, Row*
             memcpy(states + i / BLOCK * SIZE * SIZE, S, sizeof(Row[SIZE]));
         chunk->load_positions(projected, head, i);
         alignas(64) Row sums[CHUNK] = {};
-        multiply_add<CHUNK, SIZE, SIZE>(sums[0], chunk->read_q[0], SIZE, 1, S[0]);
+        multiply_add<CHUNK, SIZE, SIZE>(sums[0], chunk->q[0], SIZE, 1, S[0]);
+        scale_rows(sums, chunk->since_start, sums);
         chunk->update(S);
         multiply_add<CHUNK, SIZE, CHUNK>(sums[0], chunk->weights[0], CHUNK, 1, chunk->u[0]);
         for (int t = 0; t < chunk->count; t++) {
@@ -385,41 +389,43 @@ struct Backward {
     // The gradients of u, and from them, through the equations for u, those of their right sides.
     void solve(const Chunk& chunk) {
         memset(g_u, 0, sizeof g_u);
+        multiply_add<CHUNK, SIZE, SIZE>(g_u[0], chunk.k[0], SIZE, 1, G[0]);
+        scale_rows(g_u, chunk.until_end, g_u);
         multiply_add<CHUNK, SIZE, CHUNK>(g_u[0], chunk.weights[0], 1, CHUNK, g_out[0]);
-        multiply_add<CHUNK, SIZE, SIZE>(g_u[0], chunk.written_k[0], SIZE, 1, G[0]);
-        for (int t = CHUNK - 1; t > 0; t--)
+        for (int t = CHUNK - 1; DELTA && t > 0; t--)
             for (int s = 0; s < t; s++) subtract(g_u[s], chunk.system[t][s], g_u[t]);
     }
 
     // What q and k get from the products of pairs.
     void gradients_of_pairs(const Chunk& chunk) {
         alignas(64) Pairs weights[CHUNK] = {}, system[CHUNK] = {};
-        multiply_add<CHUNK, CHUNK, SIZE>(weights[0], g_out[0], SIZE, 1, transposed_u[0]);
-        multiply_add<CHUNK, CHUNK, SIZE>(system[0], g_u[0], SIZE, 1, transposed_u[0]);
-        chunk.scale_pairs(weights, nullptr);
-        chunk.scale_pairs(system, minus_beta);
         memset(g_q, 0, sizeof g_q);
         memset(g_read, 0, sizeof g_read);
         memset(g_written, 0, sizeof g_written);
+        multiply_add<CHUNK, CHUNK, SIZE>(weights[0], g_out[0], SIZE, 1, transposed_u[0]);
+        chunk.scale_pairs(weights, nullptr);
         multiply_add<CHUNK, SIZE, CHUNK>(g_q[0], weights[0], CHUNK, 1, chunk.k[0]);
-        multiply_add<CHUNK, SIZE, CHUNK>(g_read[0], system[0], CHUNK, 1, chunk.k[0]);
         multiply_add<CHUNK, SIZE, CHUNK>(g_written[0], weights[0], 1, CHUNK, chunk.q[0]);
+        if (!DELTA) return;
+        multiply_add<CHUNK, CHUNK, SIZE>(system[0], g_u[0], SIZE, 1, transposed_u[0]);
+        chunk.scale_pairs(system, minus_beta);
+        multiply_add<CHUNK, SIZE, CHUNK>(g_read[0], system[0], CHUNK, 1, chunk.k[0]);
         multiply_add<CHUNK, SIZE, CHUNK>(g_written[0], system[0], 1, CHUNK, chunk.k[0]);
     }
 
     // What q and k get from the state before the chunk and from that after it; G becomes the
     // gradient of the one before.
     void gradients_of_state(const Chunk& chunk) {
-        alignas(64) Row scaled[CHUNK], read[CHUNK];  // scaled g_out, u, and gradients of S'^T k
-        scale_rows(scaled, chunk.since_start, g_out);
-        multiply_add<CHUNK, SIZE, SIZE>(g_q[0], scaled[0], SIZE, 1, transposed_S[0]);
-        scale_rows(scaled, chunk.until_end, chunk.u);
-        multiply_add<CHUNK, SIZE, SIZE>(g_written[0], scaled[0], SIZE, 1, transposed_G[0]);
-        scale_rows(read, minus_beta, g_u);
-        scale_rows(scaled, chunk.since_start, read);
-        multiply_add<CHUNK, SIZE, SIZE>(g_read[0], scaled[0], SIZE, 1, transposed_S[0]);
-        multiply_add<SIZE, SIZE, CHUNK>(G[0], chunk.read_q[0], 1, SIZE, g_out[0], chunk.kept);
-        multiply_add<SIZE, SIZE, CHUNK>(G[0], chunk.k[0], 1, SIZE, scaled[0]);
+        alignas(64) Row from_out[CHUNK], from_read[CHUNK];  // the gradients of S^T q and S^T k
+        scale_rows(from_out, chunk.since_start, g_out);
+        multiply_add<CHUNK, SIZE, SIZE>(g_q[0], from_out[0], SIZE, 1, transposed_S[0]);
+        multiply_add<CHUNK, SIZE, SIZE>(g_written[0], chunk.scaled_u[0], SIZE, 1, transposed_G[0]);
+        multiply_add<SIZE, SIZE, CHUNK>(G[0], chunk.q[0], 1, SIZE, from_out[0], chunk.kept);
+        if (!DELTA) return;
+        scale_rows(from_read, minus_beta, g_u);
+        scale_rows(from_read, chunk.since_start, from_read);
+        multiply_add<CHUNK, SIZE, SIZE>(g_read[0], from_read[0], SIZE, 1, transposed_S[0]);
+        multiply_add<SIZE, SIZE, CHUNK>(G[0], chunk.k[0], 1, SIZE, from_read[0]);
     }
 
     // A decay between s and t multiplies q_t or the read k_t, and divides the written k_s: the
@@ -454,7 +460,7 @@ struct Backward {
 // Updates S (N, H, E, M); if it is null, the state starts at zero. `scales` (N, L, H) and `states`
 // (N, H, blocks, E, M) are for the gradient, or null.
 template <class T>
-void delta_forward(const T* projected, T* out, float* scales, float* states, float* S,
+void forward(const T* projected, T* out, float* scales, float* states, float* S,
                    int64_t images, int64_t length, int64_t heads, int64_t threads) {
     Shape shape{images, length, heads};
     run_tasks(images * heads, threads, [&](int64_t task) {
@@ -466,7 +472,7 @@ void delta_forward(const T* projected, T* out, float* scales, float* states, flo
 }
 
 template <class T>
-void delta_backward(const T* projected, const T* out, const float* scales, const float* states,
+void backward(const T* projected, const T* out, const float* scales, const float* states,
                     const T* g, T* gradients, int64_t images, int64_t length, int64_t heads,
                     int64_t threads) {
     Shape shape{images, length, heads};
@@ -479,4 +485,4 @@ void delta_backward(const T* projected, const T* out, const float* scales, const
     });
 }
 
-}  // namespace gated_delta
+}  // namespace gated
