@@ -79,7 +79,6 @@ def test_weights_of_the_original(succeed, tiny_checkpoint):
         (["--n_layers", 4], "--n_layers 4 contradicts the checkpoint, whose n_layers is 2"),
         (["--dataset", "mnist-10k"], "has images of 28x28 and the checkpoint's have 8x8"),
         (["--evaluate_only", "--continue_from", "w.pth"], "--init_from has no effect"),
-        (["--export", "e.pth", "--continue_from", "w.pth"], "--init_from has no effect"),
         (["--metrics_file", "w.pth"], "--metrics_file and --init_from name one file"),
         (["--save_to", "w.{}.pth"], "w.30.pth is there, from another run"),
     ],

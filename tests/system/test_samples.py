@@ -113,10 +113,8 @@ def test_the_other_backend(call, succeed):
 def test_a_picture_that_cannot_be_written_is_a_warning(succeed, full_disk):
     """And the run goes on: after hours it must not end because of a picture."""
     result = succeed(*TRAIN, "--samples", full_disk / "{}.png", "--metrics_file", "m.jsonl")
-    assert re.findall(r"warning: \S*(\d).png cannot be written \(No space", result.err) == [
-        "4",
-        "8",
-    ]
+    unwritten = re.findall(r"warning: \S*(\d).png cannot be written \(No space", result.err)
+    assert unwritten == ["4", "8"]
     assert records("m.jsonl")[-1]["iteration"] == 8
 
 
