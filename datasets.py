@@ -31,13 +31,26 @@ class ImageDataset:
     images: torch.Tensor  # (images, bytes), uint8
     image_shape: tuple[int, ...]
     mapping: mmap.mmap | None = None  # the file that `images` is read from, if it is mapped
+    subset: np.ndarray | None = None  # the numbers of the images to train on, if not all
 
     def __len__(self) -> int:
-        return len(self.images)
+        return len(self.images if self.subset is None else self.subset)
+
+    def hold_out(self, n: int, seed: int) -> "tuple[ImageDataset, ImageDataset]":
+        """The data set without n images, and these images, which depend on the seed. With a larger
+        n they begin with the same ones."""
+        if n >= len(self):
+            problem = f"--validation {n} leaves none of the {len(self)} training images"
+            raise UserError(f"{problem} of {self.name}: give fewer")
+        order = np.random.default_rng(seed).permutation(len(self))
+        held_out = self.images[torch.from_numpy(order[:n])]
+        training = replace(self, subset=np.sort(order[n:]))
+        return training, ImageDataset(self.name, held_out, self.image_shape)
 
     def first_byte_counts(self) -> torch.Tensor:
         """How often each byte is the first of an image, (256,), int64."""
-        return torch.bincount(self.images[:, 0].long(), minlength=256)
+        first = self.images[:, 0] if self.subset is None else self.images[self.subset, 0]
+        return torch.bincount(first.long(), minlength=256)
 
     def batch(self, iteration: int, batch_size: int, seed: int | None) -> torch.Tensor:
         """The images (batch_size, bytes) of a training iteration, counted from 0.
@@ -53,8 +66,10 @@ class ImageDataset:
         order = [
             permutation(seed, epoch, n)[places[epochs == epoch]] for epoch in np.unique(epochs)
         ]
-        order = torch.from_numpy(np.concatenate(order))
-        return self.images[to_device(order, self.images.device)]
+        order = np.concatenate(order)
+        if self.subset is not None:
+            order = self.subset[order]
+        return self.images[to_device(torch.from_numpy(order), self.images.device)]
 
     def check_file(self) -> None:
         """Raise a `UserError` if the mapped file has become shorter: reading what is gone would

@@ -25,6 +25,7 @@ from engine.metrics import Metrics
 from engine.optimizers import export_state, make_optimizer, set_rates
 from engine.progress import TrainingLog
 from engine.recipes import Settings, choose_recipe
+from engine.sample_grid import SampleGrid
 from engine.training import NegativeLogLikelihood, evaluate, non_finite_parameter, train_step
 from models import ImageTransformer, ModelConfig
 from options import choose, choose_all
@@ -51,12 +52,16 @@ def export(args: Namespace) -> None:
 
 
 def load_checkpoint(args: Namespace) -> Checkpoint:
-    """The checkpoint to continue from, `NO_CHECKPOINT` for a run from scratch."""
-    if not args.continue_from:
-        return NO_CHECKPOINT
-    missing_ok = not (args.evaluate_only or args.export)
-    checkpoint = Checkpoint.newest(args.continue_from, missing_ok)
-    if not checkpoint:
+    """The checkpoint to continue from, else the weights of --init_from as one of iteration 0, else
+    `NO_CHECKPOINT` for a run from scratch."""
+    checkpoint = NO_CHECKPOINT
+    if args.continue_from:
+        missing_ok = not (args.evaluate_only or args.export)
+        checkpoint = Checkpoint.newest(args.continue_from, missing_ok)
+    if args.init_from and not checkpoint:
+        checkpoint = Checkpoint.newest(args.init_from).initial_weights()
+        say("starting a new run from these weights")
+    elif args.continue_from and not checkpoint:
         say(f"no file matches {args.continue_from}: starting from scratch")
     return checkpoint
 
@@ -69,6 +74,7 @@ def train(args: Namespace, device: torch.device) -> int:
         if args.evaluate_only or start >= args.iterations:
             say(f"no more iterations to train: evaluating iteration {start}")
             trainer.evaluate(start, stop)
+            trainer.draw_samples(start)
             return stop.exit_status
         for iteration in range(start + 1, args.iterations + 1):
             loss = trainer.step(iteration)
@@ -86,6 +92,7 @@ def train(args: Namespace, device: torch.device) -> int:
                 return stop.exit_status or YIELDED
             if iteration % args.evaluate_frequency == 0 or finished:
                 trainer.evaluate(iteration, stop)
+                trainer.draw_samples(iteration)
     return stop.exit_status
 
 
@@ -105,8 +112,10 @@ class Trainer:
         distributed.check_agreement("the iteration to continue from", self.start)
         checkpoint.warn_about_threads(device)
 
-        self.training, self.test = load_data(args, checkpoint)
-        config = ModelConfig.for_images(self.test.image_shape, **model_options)
+        validation = 0 if args.evaluate_only else self.settings.validation
+        self.split = "validation" if validation else "test"
+        self.training, self.held_out = load_data(args, checkpoint, validation, self.seed)
+        config = ModelConfig.for_images(self.held_out.image_shape, **model_options)
         self.model = build_model(config, args, self.precision, device, self.seed, checkpoint)
         if checkpoint.first_byte_counts is None:
             self.model.first_byte_counts.copy_(self.training.first_byte_counts())
@@ -117,9 +126,12 @@ class Trainer:
         self.nll = parallel_nll(self.model, args, device)
 
         images = self.images_per_iteration = args.batch_size * args.accumulate
+        self.sample_grid = make_sample_grid(args, self.held_out, config)
         metrics = Metrics(args.metrics_file, args.log_dir, self.start)
         self.log = TrainingLog(metrics, self.start, args.iterations, images, args.log_frequency)
         self.describe()
+        if self.start and self.start < args.iterations:
+            self.describe_rates(checkpoint.lr)
 
     def step(self, iteration: int) -> torch.Tensor:
         """Train on the images of an iteration; returns the loss in nats per byte."""
@@ -140,21 +152,28 @@ class Trainer:
         )
 
     def evaluate(self, iteration: int, stop: StopSignals) -> None:
-        """Report the test bits/dim, unless a signal interrupts the evaluation."""
-        self.test.check_file()
+        """Report the test or validation bits/dim, unless a signal interrupts the evaluation."""
+        self.held_out.check_file()
         with self.log.paused():
-            images = self.test.images[: self.args.evaluate_images]
+            images = self.held_out.images[: self.args.evaluate_images]
             options = {"batch_size": self.args.batch_size, "precision": self.precision}
             bits = evaluate(self.nll, images, **options, stop=stop)
         if not bits:
             return
         paper, all_bytes = bits
         if not math.isfinite(paper):
-            problem = f"iteration {iteration}: test bits/dim is {paper}: the training diverged"
+            problem = f"iteration {iteration}: {self.split} bits/dim is {paper}: it diverged"
             raise UserError(f"{problem}: give an earlier checkpoint")
-        say(f"iteration {iteration}: test {paper:.4f} bits/dim ({all_bytes:.4f} over all bytes)")
+        text = f"{paper:.4f} bits/dim ({all_bytes:.4f} over all bytes)"
+        say(f"iteration {iteration}: {self.split} {text}")
         record = {"bits_per_dim": paper, "bits_per_dim_all_bytes": all_bytes}
-        self.log.record("test", iteration, record)
+        self.log.record(self.split, iteration, record)
+
+    def draw_samples(self, iteration: int) -> None:
+        """Draw the picture of --samples."""
+        if self.sample_grid:
+            with self.log.paused():
+                self.sample_grid.write(self.model.eval(), iteration, self.log.metrics)
 
     def save(self, iteration: int, last: bool) -> None:
         """Save a checkpoint for --save_to. A failure is a warning, or for the `last` an error."""
@@ -198,12 +217,22 @@ class Trainer:
             f"{config.d_query}, {config.mixtures} mixture components, {parameters:.2f} M parameters"
         )
         numbers = f"{len(training)} training and " if training else ""
-        numbers += f"{len(self.test)} test images of {datasets.describe(self.test.image_shape)}"
-        say(f"data: {self.test.name}, {numbers}")
+        numbers += f"{len(self.held_out)} {self.split} images of "
+        say(f"data: {self.held_out.name}, {numbers}{datasets.describe(self.held_out.image_shape)}")
         threads = f" ({torch.get_num_threads()} threads)" if self.device.type == "cpu" else ""
         say(f"machine: {self.device}{threads}, {self.precision}")
         if not (self.args.save_to or self.args.evaluate_only):
             warn("without --save_to the trained weights are not saved")
+
+    def describe_rates(self, before: float | None) -> None:
+        """Print from which rate to which the schedule of a run that continues goes on."""
+        text = "" if before is None else f"{before:.3g} at iteration {self.start}, "
+        first, last = (
+            self.settings.lr * self.settings.rate_factor(iteration, self.args.iterations)
+            for iteration in (self.start + 1, self.args.iterations)
+        )
+        text += f"{first:.3g} from iteration {self.start + 1} on, "
+        say(f"learning rate: {text}{last:.3g} at iteration {self.args.iterations}")
 
 
 def check_batch_size(args: Namespace) -> None:
@@ -218,7 +247,8 @@ def check_other_run(args: Namespace, checkpoint: Checkpoint) -> None:
     if not args.save_to:
         return
     found = [path for path in find_files(args.save_to) if path.exists()]
-    if found and not (checkpoint and checkpoint.path.resolve() in {p.resolve() for p in found}):
+    continues = checkpoint.iteration and checkpoint.path.resolve() in {p.resolve() for p in found}
+    if found and not continues:
         raise UserError(
             f"--save_to {args.save_to}: {found[0]} is there, from another run: give another name, "
             f"continue that run with --continue_from {args.save_to}, or delete its files"
@@ -239,16 +269,18 @@ def choose_seed(args: Namespace, checkpoint: Checkpoint) -> int:
 
 
 def load_data(
-    args: Namespace, checkpoint: Checkpoint
+    args: Namespace, checkpoint: Checkpoint, validation: int, seed: int
 ) -> tuple[datasets.ImageDataset | None, datasets.ImageDataset]:
-    """The training and the test images. An evaluation may use another data set, and has no training
-    images, if the checkpoint has their histogram of first bytes."""
+    """The training images, and those to evaluate on: the test images, or with `validation` so many
+    training images. --evaluate_only may use another data set, and needs no training images if the
+    checkpoint has their histogram of first bytes."""
     name = datasets.choose_name(args.dataset, checkpoint.dataset, may_differ=args.evaluate_only)
     place = args.dataset_directory
     with distributed.first_process_first():
         if args.evaluate_only and checkpoint.first_byte_counts is not None:
             return None, datasets.load_matching(name, place, False, checkpoint.image_shape)
-        return datasets.load_both(name, place, checkpoint.image_shape)
+        training, test = datasets.load_both(name, place, checkpoint.image_shape)
+    return training.hold_out(validation, seed) if validation else (training, test)
 
 
 def build_model(
@@ -270,6 +302,19 @@ def build_model(
     if args.backend == "native":
         ops = construction.choose_ops(config, device, args.compile, "training")
     return load_model(checkpoint, config, device=device, backend=args.backend, ops=ops, seed=seed)
+
+
+def make_sample_grid(
+    args: Namespace, held_out: datasets.ImageDataset, config: ModelConfig
+) -> SampleGrid | None:
+    """What draws the picture of --samples, in the first process."""
+    if args.samples and not config.has_recurrence:
+        problem = f"would take minutes with --attention_type {config.attention_type}"
+        raise UserError(f"--samples {problem}, which has no recurrent form: leave it out")
+    if not (args.samples and is_first_process()):
+        return None
+    compile = False if args.compile is False else None  # with --compile a GPU would take minutes
+    return SampleGrid(args.samples, held_out.images, held_out.image_shape, compile)
 
 
 def parallel_nll(model: ImageTransformer, args: Namespace, device: torch.device) -> torch.nn.Module:

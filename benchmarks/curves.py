@@ -1,11 +1,12 @@
-"""Bits/dim against training images and minutes, from metrics files of main.py.
+"""Bits/dim against training images and minutes, from metrics files of main.py: of the training
+batches (pale) and of the test or validation images.
 
-python -m benchmarks.curves paper.jsonl fast.jsonl --plot curves.png
+python -m benchmarks.curves digits.jsonl --plot curves.png
 """
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,9 @@ from options import NOT_NEGATIVE, Number
 from utils import UserError
 
 FILES = {"nargs": "+", "metavar": "FILE", "type": os.path.expanduser}
+SPLITS = ("train", "validation", "test")
 FLAGS = {
-    "split": flag("of the records", ("train", "test"), "test"),
+    "split": flag("draw these records only (default: all)", SPLITS),
     "log": switch("logarithmic images and minutes"),
     "plot": OUTPUTS["plot"],
 }
@@ -34,14 +36,16 @@ NUMBERS = {
 
 def main(argv: list[str] | None = None) -> None:
     args = parse(__doc__, FLAGS, argv, files={**FILES, "help": "--metrics_file of main.py"})
+    splits = [args.split] if args.split else SPLITS
     curves = {
-        name: read_curve(file, args.split)
+        (name, split): points
         for name, file in zip(short_names(args.files), args.files, strict=True)
+        for split, points in read_curves(file, splits).items()
     }
-    for name, points in curves.items():
+    for (name, split), points in curves.items():
         last = points[-1]
-        print(f"{name}: {last['bits_per_dim']:.4f} bits/dim after {last['images']:,} images, "
-              f"{last['seconds'] / 60:.1f} minutes")  # fmt: skip
+        print(f"{name}: {split} {last['bits_per_dim']:.4f} bits/dim after {last['images']:,} "
+              f"images, {last['seconds'] / 60:.1f} minutes")  # fmt: skip
     if args.plot:
         plot(curves, args)
 
@@ -53,7 +57,13 @@ def short_names(files: list[str]) -> list[str]:
 
 
 def read_curve(path: str | Path, split: str) -> list[dict]:
-    """The records of one split of a metrics file, with the images and seconds since the start.
+    """The records of one split by `read_curves`."""
+    return read_curves(path, [split])[split]
+
+
+def read_curves(path: str | Path, splits: Sequence[str]) -> dict[str, list[dict]]:
+    """The records of a metrics file, {split: records} for those of the `splits` that it has, with
+    the images and seconds since the start.
 
     Every start of main.py appends to the file and counts its seconds from 0. Of a run that
     continued, the curve is one history: what was written of iterations after its checkpoint is
@@ -68,15 +78,16 @@ def read_curve(path: str | Path, split: str) -> list[dict]:
             before = history[-1]["seconds"] if history else 0.0
         last = record
         history.append({**record, "seconds": before + record["seconds"]})
-    points = [record for record in history if record["split"] == split]
-    if not points:
-        raise UserError(f"{path} has no {split} records: give a --metrics_file of main.py")
-    return points
+    curves = {split: [r for r in history if r["split"] == split] for split in splits}
+    if not any(curves.values()):
+        known = " or ".join(splits)
+        raise UserError(f"{path} has no {known} records: give a --metrics_file of main.py")
+    return {split: points for split, points in curves.items() if points}
 
 
 def place(record: dict) -> tuple[int, bool]:
     """Ascends within a run, which is evaluated after the iteration."""
-    return record["iteration"], record["split"] == "test"
+    return record["iteration"], record["split"] != "train"
 
 
 def is_new_start(record: dict, last: dict) -> bool:
@@ -100,27 +111,32 @@ def read_records(path: str | Path) -> Iterator[dict[str, Any]]:
         if not is_record(record):
             raise UserError(
                 f"{path}, line {number}: {line[:60]} is not a record of main.py: a record has "
-                f"split, train or test, and the numbers {', '.join(NUMBERS)}"
+                f"split, {' or '.join(SPLITS)}, and the numbers {', '.join(NUMBERS)}"
             )
         yield record
 
 
 def is_record(record: Any) -> bool:
-    if not isinstance(record, dict) or record.get("split") not in ("train", "test"):
+    if not isinstance(record, dict) or record.get("split") not in SPLITS:
         return False
     values = {"start": 0, **record}
     return all(number.accepts(values.get(name)) for name, number in NUMBERS.items())
 
 
 def plot(curves, args):
-    """Two panels: bits/dim against images, and against minutes."""
+    """Two panels: bits/dim against images, and against minutes; each run has a colour."""
     figure = new_figure(figsize=(9, 3.6), layout="constrained")
     panels = figure.subplots(1, 2, sharey=True)
-    for name, points in curves.items():
+    colours = {name: f"C{n}" for n, name in enumerate(dict.fromkeys(name for name, _ in curves))}
+    for (name, split), points in curves.items():
+        style = {"color": colours[name], "label": name if args.split else f"{name}, {split}"}
+        style["alpha"] = 0.4 if split == "train" else 1
+        style["marker"] = "o" if len(points) == 1 else ""  # one point is no line
         bits = [point["bits_per_dim"] for point in points]
-        panels[0].plot([point["images"] for point in points], bits, label=name)
-        panels[1].plot([point["seconds"] / 60 for point in points], bits, label=name)
-    panels[0].set(xlabel="training images seen", ylabel=f"{args.split} bits/dim")
+        panels[0].plot([point["images"] for point in points], bits, **style)
+        panels[1].plot([point["seconds"] / 60 for point in points], bits, **style)
+    label = f"{args.split} bits/dim" if args.split else "bits/dim"
+    panels[0].set(xlabel="training images seen", ylabel=label)
     panels[1].set(xlabel="minutes")
     for panel in panels:
         panel.grid(alpha=0.3)

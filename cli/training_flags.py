@@ -7,12 +7,13 @@ from pathlib import Path
 from cli.flags import DATA, MACHINE, MODEL, MODEL_TEXT, SETTINGS, Parser, flag, refuse_given, switch
 from cli.process import YIELDED
 from engine.checkpoint import format_path, is_pattern
+from engine.pictures import FORMATS
 from engine.recipes import Settings
 from files import check_writable
 from options import COUNT, SEED, options
 from utils import UserError
 
-EVALUATE_IMAGES = flag("evaluate on the first N test images only (default: all)", COUNT)
+EVALUATE_IMAGES = flag("evaluate on the first N test or validation images (default: all)", COUNT)
 OPTIMISATION = {
     "batch_size": flag("images per batch, split over the processes of torchrun", COUNT, 4),
     "accumulate": flag("add the gradients of N batches: as one batch N times as large", COUNT, 1),
@@ -27,6 +28,11 @@ SAVING = {
     "continue_from": flag(
         "continue from a checkpoint, or from the newest of a pattern; if no file matches the "
         "pattern, start from scratch",
+        "PATTERN",
+    ),
+    "init_from": flag(
+        "start a new run from the weights of a checkpoint, or of the newest of a pattern, also on "
+        "other images of the same shape; without effect on a run that --continue_from continues",
         "PATTERN",
     ),
     "save_frequency": flag("save every N iterations, and at the end", COUNT, 3000),
@@ -51,6 +57,11 @@ LOGGING = {
     "log_frequency": flag("print and record the mean loss of every N iterations", COUNT, 100),
     "metrics_file": flag("append records as JSON lines", "FILE"),
     "log_dir": flag("write TensorBoard events", "FOLDER"),
+    "samples": flag(
+        "draw new images and completions at every evaluation, with the same noise each time; {} "
+        "becomes the iteration, as in samples/{}.png; with --log_dir also for TensorBoard",
+        "PATTERN",
+    ),
 }
 COMPILE = flag(
     "compile first; changes speed only (default on CPUs, where it takes seconds; on GPUs it takes "
@@ -68,8 +79,8 @@ def parse(argv: list[str] | None = None) -> Namespace:
     parser.add_flags("data", {**DATA, "evaluate_images": EVALUATE_IMAGES})
     parser.add_flags("model", MODEL, MODEL_TEXT)
     description = (
-        "A checkpoint stores --seed and the flags from --recipe to --clip_norm. A run continues "
-        "with them; all but --seed, --recipe and --optimizer may be changed."
+        "A checkpoint stores --seed and the flags from --recipe to --validation. A run continues "
+        "with them; all but --seed, --recipe, --optimizer and --validation may be changed."
     )
     parser.add_flags("optimisation", {**SETTINGS, **OPTIMISATION}, description)
     parser.add_flags("checkpoints and evaluation", SAVING)
@@ -89,7 +100,7 @@ def check_flags(args: Namespace) -> None:
         refuse_given(args, sorted(args.given - {"continue_from", "export"}), "with --export")
         check_writable(format_path(args.export, 0), "--export")
     if args.evaluate_only:
-        without_effect = {*options(Settings), *OPTIMISATION, *SAVING, "log_frequency"}
+        without_effect = {*options(Settings), *OPTIMISATION, *SAVING, "log_frequency", "samples"}
         without_effect -= {"batch_size", "continue_from", "evaluate_only"}
         refuse_given(args, sorted(without_effect), "with --evaluate_only")
     if args.save_to:
@@ -103,8 +114,19 @@ def check_flags(args: Namespace) -> None:
         raise UserError("--keep_checkpoints needs a --save_to with {}, as in weights.{}.pth")
     if args.metrics_file:
         check_writable(args.metrics_file, "--metrics_file")
-        for name in ("save_to", "continue_from"):
-            if os.path.realpath(args.metrics_file) == os.path.realpath(getattr(args, name) or ""):
-                raise UserError(f"--metrics_file and --{name} name one file: give two")
+        check_names_differ(args, "metrics_file", "save_to", "continue_from", "init_from")
+    if args.samples:
+        check_writable(format_path(args.samples, 0), "--samples")
+        check_names_differ(args, "samples", "save_to", "continue_from", "init_from", "metrics_file")
+        if Path(args.samples).suffix.lower() not in FORMATS:
+            known = ", ".join(FORMATS)
+            raise UserError(f"--samples {args.samples} must end in one of {known}")
     if args.log_dir:
         check_writable(Path(args.log_dir) / "events", "--log_dir")
+
+
+def check_names_differ(args: Namespace, flag: str, *others: str) -> None:
+    """Raise a `UserError` if a flag names a file that one of the others names, too."""
+    for name in others:
+        if os.path.realpath(getattr(args, flag)) == os.path.realpath(getattr(args, name) or ""):
+            raise UserError(f"--{flag} and --{name} name one file: give two")

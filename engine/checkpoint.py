@@ -25,11 +25,11 @@ from engine.optimizers import import_state
 from engine.recipes import Settings
 from files import FIELD, write_atomically
 from models import ImageTransformer, ModelConfig
-from options import COUNT, SEED, Number, options
+from options import COUNT, NOT_NEGATIVE, SEED, Number, options
 from utils import UserError, one_line, say, warn
 
 ORIGINAL = "model_state", "optimizer_state", "iteration"  # the original's entries
-FORMAT_VERSION = 2  # Version 1 also had the optimiser's name as an entry of its own
+FORMAT_VERSION = 3  # 1 also had the optimiser's name as an entry of its own, 2 no `validation`
 
 
 @dataclass(frozen=True)
@@ -109,7 +109,8 @@ class Checkpoint:
         config = ModelConfig.for_images(shape, **values)
         # A path is stored in UTF-8, whatever the encoding of file names here.
         name = os.fsdecode(entries["dataset"]["name"].encode("utf-8", "surrogateescape"))
-        known |= {"config": config, "dataset": name, "image_shape": shape}
+        settings = {"validation": 0, **entries["settings"]}  # a run of version 2 held none out
+        known |= {"config": config, "dataset": name, "image_shape": shape, "settings": settings}
         checkpoint = cls(**known, path=path)
         expected = {**vars(config), "d_model": config.d_model}
         seen = [*stored.items(), *checkpoint.sizes().items()]
@@ -131,8 +132,21 @@ class Checkpoint:
             raise UserError(f"{self.path} is not a checkpoint of an image transformer") from None
         return sizes
 
+    def initial_weights(self) -> "Checkpoint":
+        """A checkpoint of iteration 0, for a new run, that has nothing but the weights."""
+        kept = {"config": self.config, "image_shape": self.image_shape, "path": self.path}
+        return Checkpoint(self.model_state, **kept)
+
+    @property
+    def lr(self) -> float | None:
+        """The learning rate of its iteration (with Muon, that of AdamW)."""
+        groups = (self.optimizer_state or {}).get("param_groups") or [{}]
+        rate = groups[-1].get("lr")
+        return rate if NOT_NEGATIVE.accepts(rate) else None
+
     def model_options(self, n_heads: int | None = None, d_query: int | None = None) -> dict:
-        """The options of ModelConfig that the checkpoint determines.
+        """The options of ModelConfig that the checkpoint determines: those of its architecture, and
+        for a run that continues also its dropout.
 
         One of the original does not determine the number of heads, since 8 heads of 32 and 4 of 64
         have equal shapes: `n_heads` or `d_query` must be given.
@@ -140,7 +154,9 @@ class Checkpoint:
         if not self:
             return {}
         if self.config:
-            return {name: getattr(self.config, name) for name in options(ModelConfig)}
+            known = options(ModelConfig).values()
+            fixed = [o.name for o in known if self.iteration or not o.may_change]
+            return {name: getattr(self.config, name) for name in fixed}
         sizes = self.sizes()
         d_model = sizes["d_model"]
         if not (n_heads or d_query):
@@ -198,8 +214,8 @@ class Checkpoint:
     def restore_optimizer(self, optimizer: Any) -> None:
         """Give the moments, if there are any, to an optimiser. Raises `UserError` for those of
         another model."""
-        if not self:
-            return
+        if not self.iteration:
+            return  # a new run
         if not (self.optimizer_state and self.optimizer_state["state"]):
             return say("the checkpoint has no moments of the optimiser: they start at zero")
         try:
@@ -392,7 +408,7 @@ def format_path(pattern: str, iteration: int) -> Path:
     path = FIELD.sub(lambda field: field[0].format(iteration), pattern)
     if "{" in path or "}" in path:
         raise UserError(
-            f"{pattern} is not a valid checkpoint pattern: write {{}} for the iteration, as in "
+            f"{pattern} is not a valid pattern: write {{}} for the iteration, as in "
             "weights.{}.pth or run/{}/weights.pth"
         )
     return Path(path)

@@ -5,6 +5,8 @@ import os
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from utils import UserError, is_first_process, warn
 
 
@@ -35,6 +37,16 @@ class Metrics:
                 self.board.flush()
         except OSError as error:
             warn(f"the metrics of iteration {iteration} cannot be written ({error.strerror})")
+
+    def write_image(self, name: str, iteration: int, image: np.ndarray) -> None:
+        """Add an image (H, W, 3), uint8, to TensorBoard; a failure is a warning."""
+        if not self.board:
+            return
+        try:
+            self.board.add_image(name, image, iteration, dataformats="HWC")
+            self.board.flush()
+        except OSError as error:
+            warn(f"the image of iteration {iteration} cannot be written ({error.strerror})")
 
 
 def append_line(path: str, record: dict[str, Any]) -> None:

@@ -2,6 +2,7 @@
 
 import io
 import math
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -17,8 +18,9 @@ FORMATS = {
 # Colours of the given part and of bytes not yet drawn; grey images do not contain them.
 GIVEN_TINT = np.array([60, 120, 255])
 NOT_YET = np.array([40, 20, 60], np.uint8)
-# Small images are enlarged in a GIF until their longer side has about this many pixels.
-GIF_SIDE = 128
+# Small images are enlarged in a GIF or a grid until their longer side has about this many pixels.
+SHOWN_SIDE = 128
+GAP = 4  # pixels around an image in a grid
 # Seconds per frame of a GIF: smooth, and above 0.02, the shortest that browsers respect.
 FRAME_SECONDS = 0.04
 FINISHED = 1 / 4  # the fraction of an animation that shows the finished image
@@ -33,12 +35,25 @@ def save_gif(path: Path, image: np.ndarray, offset: int, seconds: float) -> None
     """Write an animation of an image appearing from byte `offset` on, with the given part tinted.
     It lasts `seconds`; the last quarter shows the finished image. Raises OSError."""
     counts = frame_counts(offset, image.size, seconds)
-    factor = max(1, GIF_SIDE // max(image.shape[:2]))
-    frames = (partial_image(image, offset, n).repeat(factor, 0).repeat(factor, 1) for n in counts)
+    frames = (enlarge(partial_image(image, offset, n)) for n in counts)
     first, *others = map(Image.fromarray, frames)
     ends = np.linspace(0, (1 - FINISHED) * seconds, len(counts))  # of all frames but the last
     durations = 10 * np.diff([*(100 * ends).round(), 100 * seconds])  # ms; GIFs count 1/100 s
     save(path, first, save_all=True, append_images=others, duration=durations.tolist(), loop=0)
+
+
+def enlarge(image: np.ndarray) -> np.ndarray:
+    """A small image with every pixel as a square of pixels."""
+    factor = max(1, SHOWN_SIDE // max(image.shape[:2]))
+    return image.repeat(factor, 0).repeat(factor, 1)
+
+
+def tile(rows: Sequence[Sequence[np.ndarray]]) -> np.ndarray:
+    """One image (H', W', 3) of rows of images (H, W) or (H, W, 3), all of one size, enlarged."""
+    border = [(GAP, GAP), (GAP, GAP), (0, 0)]
+    cells = [[enlarge(partial_image(image, 0, image.size)) for image in row] for row in rows]
+    cells = [[np.pad(cell, border, constant_values=255) for cell in row] for row in cells]
+    return np.vstack([np.hstack(row) for row in cells])
 
 
 def save(path: Path, image: Image.Image, **options) -> None:

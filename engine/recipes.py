@@ -65,6 +65,12 @@ class Settings:
     clip_norm: float = changeable(
         1.0, NOT_NEGATIVE, "clip the global gradient norm at X; 0 for no clipping"
     )
+    validation: int = option(
+        0,
+        Number(int, 0, 2**62),
+        "hold out N training images, chosen by the seed, and evaluate on them instead of the test "
+        "images",
+    )
 
     def rate_factor(self, iteration: int, iterations: int) -> float:
         """The factor of the learning rates at an iteration, from 1 to `iterations`: a linear

@@ -181,7 +181,7 @@ WRONG = [
     ("settings", "warmup", 2.5), ("settings", "warmup", -1), ("settings", "recipe", "slow"),
     ("settings", "recipe", ["paper"]), ("settings", "optimizer", "sgd"),
     ("settings", "lr_schedule", "linear"),
-    ("format_version", "1"), ("format_version", None), ("format_version", 3), ("seed", ...),
+    ("format_version", "1"), ("format_version", None), ("format_version", 4), ("seed", ...),
     ("config", ...), ("dataset", ...), ("first_byte_counts", ...),
 ]  # fmt: skip
 

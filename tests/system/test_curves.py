@@ -58,9 +58,11 @@ def test_a_figure_and_the_last_values(succeed, tmp_path):
     for iterations in (8, 16):
         succeed(*TRAIN, *parts, "--iterations", iterations)
     out = curves("fast.jsonl", "paper.jsonl", "--plot", "curves.png").splitlines()
-    for line, name, images in zip(out, ("fast", "paper"), (64, 128), strict=True):
-        bits = records(f"{name}.jsonl")[-1]["bits_per_dim"]
-        assert line.startswith(f"{name}: {bits:.4f} bits/dim after {images} images, ")
+    names = ("fast", "train"), ("fast", "test"), ("paper", "train"), ("paper", "test")
+    for line, (name, split), images in zip(out, names, (64, 64, 128, 128), strict=True):
+        written = [r for r in records(f"{name}.jsonl") if r["split"] == split]
+        bits = f"{written[-1]['bits_per_dim']:.4f} bits/dim"
+        assert line.startswith(f"{name}: {split} {bits} after {images} images, ")
     image = imageio.v3.imread(tmp_path / "curves.png")
     assert image.shape[0] > 300
     assert image.std() > 1
@@ -72,6 +74,33 @@ def test_a_figure_and_the_last_values(succeed, tmp_path):
     assert [p["iteration"] for p in points] == list(range(1, 17))
     assert curves("fast.jsonl", "--split", "train", "--log", "--plot", "log.pdf")
     assert (tmp_path / "log.pdf").exists()
+
+
+def blue(path):
+    """The number of pixels of the first run's colour, or a paler one, in the left third of a
+    figure, where no legend is."""
+    pixels = imageio.v3.imread(path)[..., :3].astype(int)
+    pixels = pixels[:, : pixels.shape[1] // 3]
+    return (pixels[..., 2] - pixels[..., 0] > 40).sum()
+
+
+@pytest.mark.parametrize("split", ["train", "validation", "test"])
+def test_a_single_point_is_drawn(split, tmp_path):
+    """Regression: README's first training command, which evaluates once, gave two empty axes."""
+    write(tmp_path / "m.jsonl", (10, split, 2.0, 7))
+    assert curves("m.jsonl", "--plot", "c.png") == (
+        f"m: {split} 7.0000 bits/dim after 80 images, 0.0 minutes\n"
+    )
+    assert blue("c.png") > 20
+
+
+def test_the_training_curve_is_drawn_beside_a_single_evaluation(tmp_path):
+    lines = [(10, "train", 1.0, 8), (20, "train", 2.0, 5), (20, "test", 2.5, 4)]
+    write(tmp_path / "m.jsonl", *lines)
+    curves("m.jsonl", "--plot", "both.png")
+    curves("m.jsonl", "--split", "train", "--plot", "train.png")
+    assert blue("both.png") > 300
+    assert blue("train.png") > 300
 
 
 def test_the_time_of_a_continued_run_adds_up(tmp_path):
@@ -135,8 +164,8 @@ def test_files_of_the_same_name_in_two_folders(tmp_path):
         record = {"split": "test", "iteration": 1, "images": 16, "seconds": 60}
         (tmp_path / folder / "run.jsonl").write_text(json.dumps({**record, "bits_per_dim": bits}))
     out = curves("a/run.jsonl", "b/run.jsonl")
-    assert "a/run.jsonl: 3.0000 bits" in out
-    assert "b/run.jsonl: 2.0000 bits" in out
+    assert "a/run.jsonl: test 3.0000 bits" in out
+    assert "b/run.jsonl: test 2.0000 bits" in out
 
 
 def test_a_line_that_was_cut_off_is_left_out(tmp_path):

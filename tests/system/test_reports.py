@@ -46,7 +46,7 @@ def test_a_field_anywhere_in_the_pattern_works(succeed, pattern, tmp_path):
 def test_a_pattern_that_is_not_valid_is_refused_before_the_first_iteration(call, pattern):
     """Regression: an error echoed a name that its pattern had padded to a gigabyte."""
     line = refused(call, *TRAIN, "--save_to", pattern)
-    assert "not a valid checkpoint pattern" in line
+    assert "not a valid pattern" in line
     assert len(line) < 300
 
 
