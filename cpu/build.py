@@ -22,7 +22,7 @@ from layers import attention, gated, mixture
 from utils import UserError, one_line, say, warn
 
 FOLDER = Path(__file__).parent
-HEADERS = "common.h", "gated.h"  # included by every source
+HEADERS = "common.h", "gated.h", "attention.h"  # included by the sources
 # The eps of torch.nn.LayerNorm.
 NORM_EPSILON = 1e-5
 CONSTANTS = {
@@ -30,7 +30,7 @@ CONSTANTS = {
     "LENGTH_EPSILON": gated.LENGTH_EPSILON,
     "MIN_LOG_SCALE": mixture.MIN_LOG_SCALE,
     "NORM_EPSILON": NORM_EPSILON,
-    "OUTPUT_SIZE": gated.OUTPUT_SIZE,
+    "OUTPUT_RMS": gated.OUTPUT_RMS,
 }
 # Letters of the argument types in common.h's table of functions.
 ARGUMENTS = {"p": ctypes.c_void_p, "i": ctypes.c_int64, "f": ctypes.c_float}

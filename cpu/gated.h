@@ -1,7 +1,7 @@
 // Gated linear attention on CPUs, `gated_quadratic` of layers/gated.py computed as a recurrence: one
 // head and N positions, one after the other. The names are those of layers/gated.py.
 //
-// Further compile-time constants: LENGTH_EPSILON and OUTPUT_SIZE.
+// Further compile-time constants: LENGTH_EPSILON and OUTPUT_RMS.
 
 #pragma once
 
@@ -14,9 +14,9 @@ inline float sigmoid(float x) {
     return (x > 0 ? 1 : e) / (1 + e);
 }
 
-// What a head's output is multiplied by to have a root mean square of OUTPUT_SIZE.
+// What a head's output is multiplied by to have a root mean square of OUTPUT_RMS.
 inline float output_scale(const float* output) {
-    return float(OUTPUT_SIZE) / std::sqrt(dot(output, output) / SIZE + float(LENGTH_EPSILON));
+    return float(OUTPUT_RMS) / std::sqrt(dot(output, output) / SIZE + float(LENGTH_EPSILON));
 }
 
 // What N positions read and write; `added` is beta k, and `a` the decay exp(-softplus(decay)).

@@ -29,14 +29,14 @@ from layers.attention import at_least_float32, chunk_length, without_autocast
 LENGTH_EPSILON = 1e-6
 # The root mean square of a head's output: about that of the averages that linear attention returns.
 # Beside outputs of 1, which are as large as what they are added to, the model learns more slowly.
-OUTPUT_SIZE = 0.1
+OUTPUT_RMS = 0.1
 # Between these factors per position the decays of the heads begin, evenly in their logarithms:
 # from a few bytes to some rows of an image.
 FASTEST_DECAY, SLOWEST_DECAY = 1 / 4, 1 / 400
 State = tuple[torch.Tensor]
 
 
-def activate(
+def operands(
     queries: torch.Tensor,
     keys: torch.Tensor,
     values: torch.Tensor,
@@ -52,10 +52,8 @@ def activate(
 
 
 def normalise(outputs: torch.Tensor) -> torch.Tensor:
-    """Outputs (..., M) of heads with root mean squares of OUTPUT_SIZE."""
-    return (
-        OUTPUT_SIZE * outputs * (outputs.square().mean(-1, keepdim=True) + LENGTH_EPSILON).rsqrt()
-    )
+    """Outputs (..., M) of heads with root mean squares of OUTPUT_RMS."""
+    return OUTPUT_RMS * outputs * (outputs.square().mean(-1, keepdim=True) + LENGTH_EPSILON).rsqrt()
 
 
 def gated_quadratic(
@@ -73,7 +71,7 @@ def gated_quadratic(
     `state` holds S after the positions before the first. Returns the outputs and the state after
     the last position.
     """
-    q, k, v, log_a, beta = activate(queries, keys, values, decays, betas)
+    q, k, v, log_a, beta = operands(queries, keys, values, decays, betas)
     k = beta[..., None] * k
     since_start = log_a.cumsum(1).transpose(1, 2)  # (N, H, L): log d_i0
     weights = torch.einsum("nlhe,nshe->nhls", q, k) * decays_between(since_start)
@@ -114,8 +112,8 @@ def gated_chunked(
         return x.unflatten(1, (-1, chunk)).movedim(3, 1)
 
     with without_autocast(queries):
-        activated = activate(queries, keys, values, decays, betas)
-        q, k, v, log_a, beta = map(chunks, activated)
+        given = operands(queries, keys, values, decays, betas)
+        q, k, v, log_a, beta = map(chunks, given)
         k = beta[..., None] * k
         since_start = log_a.cumsum(-1)  # (N, H, chunks, C)
         until_end = (since_start[..., -1:] - since_start).exp()
@@ -143,8 +141,8 @@ def gated_recurrent(
     """The same function for one position, L = 1: updates `state` in place."""
     (S,) = state
     with without_autocast(queries):
-        activated = activate(queries, keys, values, decays, betas)
-        q, k, v, log_a, beta = (x[:, 0] for x in activated)  # (N, H, E), (N, H, M) or (N, H)
+        given = operands(queries, keys, values, decays, betas)
+        q, k, v, log_a, beta = (x[:, 0] for x in given)  # (N, H, E), (N, H, M) or (N, H)
         S.mul_(log_a.exp()[..., None, None])
         S.addcmul_((beta[..., None] * k)[..., :, None], v[..., None, :])
         return normalise((q[..., None, :] @ S).squeeze(-2))[:, None], state

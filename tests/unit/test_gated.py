@@ -8,7 +8,7 @@ import torch
 from cpu.ops import CompiledOps
 from layers.gated import (
     FASTEST_DECAY,
-    OUTPUT_SIZE,
+    OUTPUT_RMS,
     SLOWEST_DECAY,
     gated_chunked,
     gated_quadratic,
@@ -58,7 +58,7 @@ def test_the_quadratic_form_equals_the_definition():
         S = S / (1 + math.exp(decay))
         S = S + torch.outer(key, value) / (1 + math.exp(-beta))
         expected = S.T @ query
-        expected = OUTPUT_SIZE * expected / expected.square().mean().sqrt()
+        expected = OUTPUT_RMS * expected / expected.square().mean().sqrt()
         torch.testing.assert_close(outputs[0, i, 0], expected, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(final[0, 0], S, rtol=1e-4, atol=1e-4)
 

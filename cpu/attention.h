@@ -1,0 +1,305 @@
+// Causal linear attention and its gradient (linear_quadratic of layers/attention.py), and gated
+// linear attention and its gradient (gated_quadratic of layers/gated.py), computed as recurrences,
+// one image and one head after the other.
+
+#pragma once
+
+#include <memory>
+
+#include "common.h"
+#include "gated.h"
+
+// Positions per call of `update`: as many as keep their rows in registers.
+#ifdef __AVX512F__
+constexpr int GROUP = std::max(1, std::min(4, 8 / COUNT));
+#else
+constexpr int GROUP = 1;
+#endif
+
+struct Shape {
+    int64_t images, length, heads;
+
+    int64_t width() const { return heads * SIZE; }  // of a position's output
+    int64_t stride() const { return 3 * width(); }  // from a position's queries to the next one's
+};
+
+// The queries, keys and values of one image and one head, or their gradients.
+template <class T>
+struct Head {
+    T *q, *k, *v;
+
+    // Head number `task` in qkv (N, L, 3, H, E).
+    Head(T* qkv, int64_t task, Shape shape)
+        : q(qkv + task / shape.heads * shape.length * shape.stride() + task % shape.heads * SIZE),
+          k(q + shape.width()), v(k + shape.width()) {}
+};
+
+// The output of head number `task` in out (N, L, H, E).
+template <class T>
+T* output(T* out, int64_t task, Shape shape) {
+    return out + task / shape.heads * shape.length * shape.width() + task % shape.heads * SIZE;
+}
+
+// Calls run(first, N) for groups of N positions, from `first` on; N is a std::integral_constant.
+template <class Run>
+void in_groups(int64_t length, const Run& run) {
+    int64_t first = 0;
+    for (; first + GROUP <= length; first += GROUP)
+        run(first, std::integral_constant<int, GROUP>());
+    for (; first < length; first++) run(first, std::integral_constant<int, 1>());
+}
+
+// The state of one image and one head. Whatever has E^2 numbers is allocated on the heap: the stack
+// of a thread may have no more than 512 kB.
+struct State {
+    alignas(64) float S[SIZE][SIZE] = {}, Z[SIZE] = {};
+};
+
+// Updates S (N, H, E, M) and Z (N, H, E); if they are null, the sums start at zero.
+template <class T>
+void forward(const T* qkv, T* out, float* S, float* Z, int64_t images, int64_t length,
+             int64_t heads, int64_t threads) {
+    Shape shape{images, length, heads};
+    run_tasks(shape.images * shape.heads, threads, [&](int64_t task) {
+        Head head(qkv, task, shape);
+        T* target = output(out, task, shape);
+        auto state = std::make_unique<State>();
+        if (S) memcpy(state->S, S + task * SIZE * SIZE, sizeof state->S);
+        if (Z) memcpy(state->Z, Z + task * SIZE, sizeof state->Z);
+        in_groups(shape.length, [&](int64_t first, auto N) {
+            int64_t at = first * shape.stride();
+            attend<N>(head.q + at, head.k + at, head.v + at, shape.stride(), state->S[0],
+                      state->Z, target + first * shape.width(), shape.width());
+        });
+        if (S) memcpy(S + task * SIZE * SIZE, state->S, sizeof state->S);
+        if (Z) memcpy(Z + task * SIZE, state->Z, sizeof state->Z);
+    });
+}
+
+// The derivative of the feature map is 1 where phi > 1, and phi elsewhere.
+template <class T>
+inline void write_gradient(const float* gradient, const float* phi, T* target) {
+    for (int e = 0; e < SIZE; e++) store(target + e, gradient[e] * std::min(phi[e], 1.f));
+}
+
+// The inputs of the gradients at N positions.
+template <int N>
+struct Positions {
+    float phi_q[N][SIZE], phi_k[N][SIZE], value[N][SIZE], gradient[N][SIZE];
+};
+
+// The gradients of one image and one head, with g the gradient of out = S^T q / d and d = q.Z.
+// Those of the queries need sums over the positions up to their own, those of the keys and values
+// sums over the positions from their own on. Here q and k are after the feature map.
+template <class T>
+struct Backward {
+    Head<const T> head;
+    const T* g;
+    Head<T> gradients;
+    Shape shape;
+    std::vector<float> inverses, products;  // of each position: 1 / d, and out.g
+    alignas(64) float S[SIZE][SIZE] = {}, Z[SIZE] = {};  // S here is (M, E)
+    alignas(64) float R[SIZE][SIZE] = {}, transposed[SIZE][SIZE] = {}, W[SIZE] = {};
+
+    Backward(const T* qkv, const T* g, T* gradients, int64_t task, Shape shape)
+        : head(qkv, task, shape), g(output(g, task, shape)), gradients(gradients, task, shape),
+          shape(shape), inverses(shape.length), products(shape.length) {}
+
+    template <int N>
+    void load_position(int64_t i, int n, Positions<N>& at) {
+        features(head.q + i * shape.stride(), at.phi_q[n]);
+        features(head.k + i * shape.stride(), at.phi_k[n]);
+        load_row(head.v + i * shape.stride(), at.value[n]);
+        load_row(g + i * shape.width(), at.gradient[n]);
+    }
+
+    // From the first position to the last: dq = (S g - (out.g) Z) / d.
+    template <int N>
+    void queries(int64_t first) {
+        Positions<N> at;
+        float sums[N][SIZE] = {};
+        for (int n = 0; n < N; n++) load_position(first + n, n, at);
+        update<N>(S[0], at.value, at.phi_k, at.gradient, sums);
+        for (int n = 0; n < N; n++) {
+            int64_t i = first + n;
+            float inverse = inverses[i] = normalizer(at.phi_q[n], at.phi_k[n], Z);
+            float product = products[i] = dot(at.phi_q[n], sums[n]) * inverse;
+            for (int e = 0; e < SIZE; e++) sums[n][e] = (sums[n][e] - product * Z[e]) * inverse;
+            write_gradient(sums[n], at.phi_q[n], gradients.q + i * shape.stride());
+        }
+    }
+
+    // From the last position to the first: dk = R v + W and dv = R^T k, with R the sum of q g^T / d
+    // and W the sum of -q (out.g) / d.
+    template <int N>
+    void keys_and_values(int64_t first) {
+        Positions<N> at;
+        float keys[N][SIZE], values[N][SIZE] = {};
+        for (int n = 0; n < N; n++) {
+            int64_t i = shape.length - 1 - first - n;
+            load_position(i, n, at);
+            for (int e = 0; e < SIZE; e++) at.phi_q[n][e] *= inverses[i];
+            for (int e = 0; e < SIZE; e++) keys[n][e] = W[e] -= at.phi_q[n][e] * products[i];
+        }
+        update<N>(transposed[0], at.gradient, at.phi_q, at.value, keys);
+        update<N>(R[0], at.phi_q, at.gradient, at.phi_k, values);
+        for (int n = 0; n < N; n++) {
+            int64_t start = (shape.length - 1 - first - n) * shape.stride();
+            write_gradient(keys[n], at.phi_k[n], gradients.k + start);
+            for (int m = 0; m < SIZE; m++) store(gradients.v + start + m, values[n][m]);
+        }
+    }
+};
+
+template <class T>
+void backward(const T* qkv, const T* g, T* gradients, int64_t images, int64_t length,
+              int64_t heads, int64_t threads) {
+    Shape shape{images, length, heads};
+    run_tasks(shape.images * shape.heads, threads, [&](int64_t task) {
+        auto pass = std::make_unique<Backward<T>>(qkv, g, gradients, task, shape);
+        in_groups(shape.length, [&](int64_t first, auto N) { pass->template queries<N>(first); });
+        in_groups(shape.length,
+                  [&](int64_t first, auto N) { pass->template keys_and_values<N>(first); });
+    });
+}
+
+// Where one head of one image is in `projected` (N, L, 3HE + 2H), which holds the queries, keys and
+// values of all heads, their decays and their betas; in the outputs; and in the factors of the
+// outputs (N, L, H).
+struct GatedHead {
+    int64_t queries, decays, outputs, scales, stride;
+    Shape shape;
+
+    GatedHead(int64_t task, Shape shape) : stride(shape.stride() + 2 * shape.heads), shape(shape) {
+        int64_t first = task / shape.heads * shape.length, head = task % shape.heads;
+        queries = first * stride + head * SIZE;
+        decays = first * stride + shape.stride() + head;
+        outputs = first * shape.width() + head * SIZE;
+        scales = first * shape.heads + head;
+    }
+
+    // Loads positions from `first` on, or back.
+    template <int N, class T>
+    void load(const T* projected, int64_t first, int direction, gated::Positions<N>& at) const {
+        const T* row = projected + first * stride;
+        at.load(row + queries, row + decays, direction * stride, shape.width(), shape.heads);
+    }
+};
+
+// Updates S (N, H, E, M); if it is null, the state starts at zero. `scales` gets the factors of the
+// outputs if it is not null.
+template <class T>
+void gated_forward(const T* projected, T* out, float* scales, float* S, int64_t images,
+                   int64_t length, int64_t heads, int64_t threads) {
+    Shape shape{images, length, heads};
+    run_tasks(images * heads, threads, [&](int64_t task) {
+        GatedHead head(task, shape);
+        auto state = std::make_unique<State>();
+        if (S) memcpy(state->S, S + task * SIZE * SIZE, sizeof state->S);
+        in_groups(length, [&](int64_t first, auto N) {
+            gated::Positions<N> at;
+            float outputs[N][SIZE];
+            head.load(projected, first, 1, at);
+            gated::attend<N>(at, state->S[0], outputs);
+            for (int n = 0; n < N; n++) {
+                float scale = gated::output_scale(outputs[n]);
+                if (scales) scales[head.scales + (first + n) * heads] = scale;
+                T* target = out + head.outputs + (first + n) * shape.width();
+                for (int m = 0; m < SIZE; m++) store(target + m, scale * outputs[n][m]);
+            }
+        });
+        if (S) memcpy(S + task * SIZE * SIZE, state->S, sizeof state->S);
+    });
+}
+
+// The gradients of one image and one head, with g that of the outputs before they are normalised:
+// as `Backward`, the queries' from the first position to the last, the others' back.
+template <class T>
+struct GatedBackward {
+    const T *projected, *out, *gradient;
+    const float* scales;
+    T* gradients;
+    GatedHead head;
+    std::vector<float> products;    // of each position: q.dq
+    float later = 1, sum = 0;       // the decay of the position after; the gradient of log(a)
+    alignas(64) float S[SIZE][SIZE] = {};  // (M, E)
+    alignas(64) float R[SIZE][SIZE] = {}, transposed[SIZE][SIZE] = {};
+
+    GatedBackward(const T* projected, const T* out, const float* scales, const T* gradient,
+                  T* gradients, int64_t task, Shape shape)
+        : projected(projected), out(out), gradient(gradient), scales(scales), gradients(gradients),
+          head(task, shape), products(shape.length) {}
+
+    void load_gradient(int64_t i, float* g) {
+        int64_t at = head.outputs + i * head.shape.width();
+        float output[SIZE], scale = scales[head.scales + i * head.shape.heads];
+        load_row(out + at, output);
+        load_row(gradient + at, g);
+        float mean = dot(output, g) / (SIZE * float(OUTPUT_RMS) * float(OUTPUT_RMS));
+        for (int m = 0; m < SIZE; m++) g[m] = scale * (g[m] - mean * output[m]);
+    }
+
+    // dq = S g.
+    template <int N>
+    void queries(int64_t first) {
+        gated::Positions<N> at;
+        float g[N][SIZE], sums[N][SIZE] = {};
+        head.load(projected, first, 1, at);
+        for (int n = 0; n < N; n++) load_gradient(first + n, g[n]);
+        update<N, true>(S[0], at.v, at.added, g, sums, at.a);
+        for (int n = 0; n < N; n++) {
+            products[first + n] = dot(at.q[n], sums[n]);
+            T* target = gradients + head.queries + (first + n) * head.stride;
+            for (int e = 0; e < SIZE; e++) store(target + e, sums[n][e]);
+        }
+    }
+
+    // With R the sum of q g^T, decayed, over the positions from here on: that of beta k is R v, and
+    // dv = R^T beta k.
+    template <int N>
+    void keys_and_values(int64_t first) {
+        gated::Positions<N> at;
+        float g[N][SIZE], decays[N], keys[N][SIZE] = {}, values[N][SIZE] = {};
+        int64_t start = head.shape.length - 1 - first;
+        head.load(projected, start, -1, at);
+        for (int n = 0; n < N; n++) {
+            load_gradient(start - n, g[n]);
+            decays[n] = later;
+            later = at.a[n];
+        }
+        update<N, true>(transposed[0], g, at.q, at.v, keys, decays);
+        update<N, true>(R[0], at.q, g, at.added, values, decays);
+        for (int n = 0; n < N; n++)
+            write_position(start - n, n, at, keys[n], values[n]);
+    }
+
+    // A decay multiplies the later q and divides the later beta k when both are measured from the
+    // beginning: the gradient of its logarithm is the sum of q.dq - (beta k).d(beta k) from it on.
+    template <int N>
+    void write_position(int64_t i, int n, const gated::Positions<N>& at, const float* key,
+                        const float* value) {
+        float product = dot(at.k[n], key), a = at.a[n], beta = at.beta[n];
+        float factor = beta * at.inverse_lengths[n];
+        T* target = gradients + head.queries + i * head.stride + head.shape.width();
+        for (int e = 0; e < SIZE; e++) store(target + e, factor * (key[e] - product * at.k[n][e]));
+        target += head.shape.width();
+        for (int m = 0; m < SIZE; m++) store(target + m, value[m]);
+        sum += products[i] - beta * product;
+        T* gates = gradients + head.decays + i * head.stride;
+        store(gates, sum * (a - 1));
+        store(gates + head.shape.heads, product * beta * (1 - beta));
+    }
+};
+
+template <class T>
+void gated_backward(const T* projected, const T* out, const float* scales, const T* gradient,
+                    T* gradients, int64_t images, int64_t length, int64_t heads,
+                    int64_t threads) {
+    Shape shape{images, length, heads};
+    run_tasks(images * heads, threads, [&](int64_t task) {
+        auto pass = std::make_unique<GatedBackward<T>>(projected, out, scales, gradient, gradients,
+                                                       task, shape);
+        in_groups(length, [&](int64_t first, auto N) { pass->template queries<N>(first); });
+        in_groups(length, [&](int64_t first, auto N) { pass->template keys_and_values<N>(first); });
+    });
+}
