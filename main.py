@@ -74,7 +74,7 @@ def train(args: Namespace, device: torch.device) -> int:
         if args.evaluate_only or start >= args.iterations:
             say(f"no more iterations to train: evaluating iteration {start}")
             trainer.evaluate(start, stop)
-            trainer.draw_samples(start)
+            trainer.draw_samples(start, stop)
             return stop.exit_status
         for iteration in range(start + 1, args.iterations + 1):
             loss = trainer.step(iteration)
@@ -92,7 +92,7 @@ def train(args: Namespace, device: torch.device) -> int:
                 return stop.exit_status or YIELDED
             if iteration % args.evaluate_frequency == 0 or finished:
                 trainer.evaluate(iteration, stop)
-                trainer.draw_samples(iteration)
+                trainer.draw_samples(iteration, stop)
     return stop.exit_status
 
 
@@ -162,16 +162,16 @@ class Trainer:
             return
         paper, all_bytes = bits
         if not math.isfinite(paper):
-            problem = f"iteration {iteration}: {self.split} bits/dim is {paper}: it diverged"
-            raise UserError(f"{problem}: give an earlier checkpoint")
+            problem = f"iteration {iteration}: {self.split} bits/dim is {paper}"
+            raise UserError(f"{problem}: the training diverged: give an earlier checkpoint")
         text = f"{paper:.4f} bits/dim ({all_bytes:.4f} over all bytes)"
         say(f"iteration {iteration}: {self.split} {text}")
         record = {"bits_per_dim": paper, "bits_per_dim_all_bytes": all_bytes}
         self.log.record(self.split, iteration, record)
 
-    def draw_samples(self, iteration: int) -> None:
-        """Draw the picture of --samples."""
-        if self.sample_grid:
+    def draw_samples(self, iteration: int, stop: StopSignals) -> None:
+        """Draw the picture of --samples, unless a signal has come."""
+        if self.sample_grid and not stop:
             with self.log.paused():
                 self.sample_grid.write(self.model.eval(), iteration, self.log.metrics)
 

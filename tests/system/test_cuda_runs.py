@@ -46,6 +46,15 @@ def test_bfloat16_learns_as_float32(flags, succeed, tmp_path):
     assert max(ends) < 6
 
 
+@RECIPES
+def test_samples_while_it_trains(flags, succeed):
+    """Each picture has a new decoder or CUDA graph, and training goes on after it."""
+    command = [*DIGITS, *flags, "--iterations", 5, "--evaluate_frequency", 2]
+    out = succeed(*command, "--samples", "{}.png").out
+    assert out.count(": drew ") == 3
+    assert all(imageio.v3.imread(f"{i}.png").std() > 10 for i in (2, 4, 5))
+
+
 def test_evaluation_is_that_of_the_cpu(succeed, tiny_checkpoint, tmp_path):
     for device in (DEVICE.type, "cpu"):
         command = ["main.py", "--continue_from", tiny_checkpoint, "--evaluate_only"]

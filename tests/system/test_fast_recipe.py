@@ -28,7 +28,7 @@ def test_paper_is_the_default(succeed):
     settings, config = train(succeed)
     assert settings == {
         "recipe": "paper", "optimizer": "radam", "lr": 1e-4, "muon_lr": 0.02, "weight_decay": 0.01,
-        "clip_norm": 1.0, "lr_schedule": "constant", "warmup": 0,
+        "clip_norm": 1.0, "lr_schedule": "constant", "warmup": 0, "validation": 0,
     }  # fmt: skip
     assert (config["dropout"], config["neighbours"], config["width"]) == (0.1, False, 0)
     assert train(succeed, "--recipe", "paper") == (settings, config)

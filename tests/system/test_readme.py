@@ -146,11 +146,13 @@ def check(words, out, folder):
     if "--export" in words:
         assert load(folder / given["--export"])["iteration"] == 2
     elif words[1] == "main.py":
-        assert re.search(r"test \d+\.\d+ bits/dim \(\d+\.\d+ over all bytes\)", out)
+        assert re.search(r"(test|validation) \d+\.\d+ bits/dim \(\d+\.\d+ over all bytes\)", out)
     if "--metrics_file" in given:
         first, *_, last = records(folder / given["--metrics_file"])
         assert first["split"] == "train"
         assert (last["split"], last["iteration"]) == ("test", 2)
+    if "--samples" in given:
+        assert imageio.v3.imread(folder / given["--samples"].format(2)).std() > 10
     if "--save_image" in given:
         names = [given["--save_image"].format(k, i) for k in ("pred", "real") for i in images]
         paths = [folder / (name.removesuffix(".png") + ".png") for name in names]

@@ -29,10 +29,11 @@ def cells(path, shape=(8, 8)):
     [
         [],
         ["--recipe", "fast", "--dropout", 0.1, "--precision", "bf16"],
+        ["--attention_type", "gated-linear"],
         ["--attention_type", "full", "--attention_dropout", 0.2],
         ["--no-compile"],
     ],
-    ids=["linear", "fast-bf16", "full", "plain"],
+    ids=["linear", "fast-bf16", "gated", "full", "plain"],
 )
 def test_samples_do_not_change_the_training(flags, call, succeed):
     """Losses and weights, bit for bit, with dropout, also of a run that was interrupted."""
