@@ -11,7 +11,7 @@ from engine import distributed
 from engine.checkpoint import Checkpoint
 from layers.ops import PlainOps
 from models import ImageTransformer, ModelConfig
-from utils import UserError, device_memory
+from utils import UserError, device_memory, one_line, warn
 
 
 def load_model(
@@ -50,10 +50,24 @@ def choose_ops(
     config: ModelConfig, device: torch.device, compile: bool | None, purpose: str
 ) -> PlainOps:
     """The operations of a native model: compiled on a CPU if --compile (None: if possible), else
-    plain. Messages name the `purpose`, "training"."""
+    plain; on CUDA in Triton unless --no-compile. Messages name the `purpose`, "training"."""
+    if device.type == "cuda" and compile is not False:
+        return triton_ops(config, device, purpose)
     if device.type != "cpu":
         return PlainOps()
     return try_compile(partial(CompiledOps, config), compile, purpose) or PlainOps()
+
+
+def triton_ops(config: ModelConfig, device: torch.device, purpose: str) -> PlainOps:
+    """The Triton operations, or the plain ones, with a warning, where they do not work."""
+    try:
+        from gpu.ops import TritonOps  # needs triton, which not every machine with CUDA has
+
+        return TritonOps(config, device)
+    except Exception as error:  # of any kind: Triton's compiler, its assembler and CUDA have theirs
+        reason = one_line(error)
+        warn(f"no Triton kernels ({reason}); {purpose} in plain PyTorch, which is slower")
+        return PlainOps()
 
 
 def check_backend(

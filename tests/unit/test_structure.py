@@ -12,7 +12,7 @@ LEVELS = [
     {"options", "files", "image_files"},
     {"layers"},
     {"models", "datasets"},
-    {"cpu", "reference"},
+    {"cpu", "gpu", "reference"},
     {"engine"},
     {"cli"},
     {"main", "prediction", "prepare"},
