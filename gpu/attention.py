@@ -1,5 +1,5 @@
-"""Causal linear attention of a sequence on a GPU, in Triton: every chunk of positions of every head
-of every image is a program of its own.
+"""Causal linear attention of a sequence on a GPU, in Triton. A program of its own computes some
+columns of a chunk of positions of a head of an image.
 
 Forward: (1) the sums S and Z of each chunk, (2) their running sums over the chunks, by torch,
 (3) the outputs of each chunk from the sums before it. Backward: the same with the sums R and r of
@@ -16,6 +16,8 @@ import triton.language as tl
 from layers.attention import EPSILON
 
 SIZES = 16, 32, 64, 128  # E
+# Of the compiler. More stages would copy a loop's next loads to shared memory in advance.
+OPTIONS = {"num_warps": 4, "num_stages": 1}
 # Triton's interpreter multiplies bfloat16 operands as if their bits were integers.
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 
@@ -31,10 +33,9 @@ def features(x, mask):
 
 
 @triton.jit
-def feature_gradient(x):
-    """phi'(x)."""
-    x = x.to(tl.float32)
-    return tl.where(x > 0, 1.0, tl.exp(x))
+def feature_gradient(phi):
+    """phi'(x) of phi(x), which is x + 1 above 1, and exp(x) below."""
+    return tl.where(phi > 1, 1.0, phi)
 
 
 @triton.jit
@@ -47,122 +48,183 @@ def product(a, b, dtype: tl.constexpr):
 
 
 @triton.jit
-def locate(L, H, E: tl.constexpr, C: tl.constexpr):
-    """This program's chunk, the number of chunks K, the image-and-head n * H + h, offsets of the
-    chunk's queries in qkv and of its rows in (N, L, H, E) and (N, L, H), and the mask (C, 1) of its
-    positions."""
+def locate(L, H, C: tl.constexpr, B: tl.constexpr):
+    """This program's chunk, the number of chunks K, the image-and-head n * H + h, the first
+    position n * L + l in all images, h, the mask (C, 1) of the chunk's positions, and the program's
+    columns (B,)."""
     K = tl.cdiv(L, C)
     program = tl.program_id(0)
     h, chunk, n = program % H, program // H % K, program // H // K
-    positions = chunk * C + tl.arange(0, C)
-    rows = (n.to(tl.int64) * L + positions) * H + h  # in (N, L, H)
-    columns = tl.arange(0, E)
-    row_offsets = rows[:, None] * E + columns
-    qkv_offsets = (3 * (rows - h) + h)[:, None] * E + columns
-    return chunk, K, n * H + h, qkv_offsets, row_offsets, rows, (positions < L)[:, None]
+    mask = (chunk * C + tl.arange(0, C) < L)[:, None]
+    columns = tl.program_id(1) * B + tl.arange(0, B)
+    return chunk, K, n * H + h, n.to(tl.int64) * L + chunk * C, h, mask, columns
 
 
 @triton.jit
-def sum_pointers(sums, head, row, K, E: tl.constexpr):
-    """Pointers to a row's S (E, E) and Z (E,)."""
+def row_pointers(tensor, first, h, heads, columns, E: tl.constexpr, C: tl.constexpr):
+    """Pointers to columns of head h, of so many `heads`, at the C positions from `first` on."""
+    rows = tl.arange(0, C)[:, None] * (heads * E)
+    return tensor + (first * heads + h) * E + rows + columns
+
+
+@triton.jit
+def matrix_pointers(sums, head, row, K, rows, columns, E: tl.constexpr):
+    """Pointers to a part of a row's S (E, E)."""
     start = sums + (head.to(tl.int64) * (K + 1) + row) * (E * E + E)
-    e = tl.arange(0, E)
-    return start + e[:, None] * E + e, start + E * E + e
+    return start + rows[:, None] * E + columns
 
 
 @triton.jit
-def sum_chunks(qkv, sums, L, H, E: tl.constexpr, C: tl.constexpr):
-    """S = phi(k)^T v and Z of each chunk, into row chunk + 1 of `sums`."""
-    chunk, K, head, offsets, _, _, mask = locate(L, H, E, C)
+def vector_pointers(sums, head, row, K, columns, E: tl.constexpr):
+    """Pointers to a part of a row's Z (E,)."""
+    start = sums + (head.to(tl.int64) * (K + 1) + row) * (E * E + E)
+    return start + E * E + columns
+
+
+@triton.jit
+def load_features(qkv, first, h, H, columns, mask, E: tl.constexpr, C: tl.constexpr):
+    """phi of columns of the queries, or of the keys with H + h instead of h."""
+    return features(tl.load(row_pointers(qkv, first, h, 3 * H, columns, E, C), mask, 0.0), mask)
+
+
+@triton.jit
+def load_gradient(
+    gradient, outputs, scales, first, h, H, columns, mask, E: tl.constexpr, C: tl.constexpr
+):
+    """The gradients of columns of the numerators, and what they add to the denominators'."""
+    one = tl.arange(0, 1)
+    g = tl.load(row_pointers(gradient, first, h, H, columns, E, C), mask, 0.0).to(tl.float32)
+    g *= tl.load(row_pointers(scales, first, h, H, one, 1, C), mask, 0.0)
+    y = tl.load(row_pointers(outputs, first, h, H, columns, E, C), mask, 0.0).to(tl.float32)
+    return g, -tl.sum(g * y, 1)
+
+
+@triton.jit
+def sum_chunks(qkv, sums, L, H, E: tl.constexpr, C: tl.constexpr, B: tl.constexpr):
+    """S = phi(k)^T v and Z of each chunk, into row chunk + 1 of `sums`; B rows of S a program."""
+    chunk, K, head, first, h, mask, b = locate(L, H, C, B)
     dtype: tl.constexpr = qkv.dtype.element_ty
-    k = features(tl.load(qkv + offsets + H * E, mask, 0.0), mask)
-    v = tl.load(qkv + offsets + 2 * H * E, mask, 0.0)
-    S, Z = sum_pointers(sums, head, chunk + 1, K, E)
-    tl.store(S, product(tl.trans(k), v, dtype))
-    tl.store(Z, tl.sum(k, 0))
+    k = load_features(qkv, first, H + h, H, b, mask, E, C)
+    tl.store(vector_pointers(sums, head, chunk + 1, K, b, E), tl.sum(k, 0))
+    for start in range(0, E, B):
+        j = start + tl.arange(0, B)
+        v = tl.load(row_pointers(qkv, first, 2 * H + h, 3 * H, j, E, C), mask, 0.0)
+        S = product(tl.trans(k), v, dtype)
+        tl.store(matrix_pointers(sums, head, chunk + 1, K, b, j, E), S)
 
 
 @triton.jit
-def attend(qkv, sums, outputs, scales, L, H, EPSILON, E: tl.constexpr, C: tl.constexpr):
+def attend(
+    qkv, sums, outputs, scales, L, H, EPSILON, E: tl.constexpr, C: tl.constexpr, B: tl.constexpr
+):
     """The outputs (N, L, H, E), and 1 / (phi(q) . Z + EPSILON), `scales` (N, L, H), from the sums
     before each chunk, row chunk of `sums`."""
-    chunk, K, head, offsets, row_offsets, rows, mask = locate(L, H, E, C)
+    chunk, K, head, first, h, mask, b = locate(L, H, C, B)
     dtype: tl.constexpr = qkv.dtype.element_ty
-    q = features(tl.load(qkv + offsets, mask, 0.0), mask)
-    k = features(tl.load(qkv + offsets + H * E, mask, 0.0), mask)
-    v = tl.load(qkv + offsets + 2 * H * E, mask, 0.0)
-    S, Z = sum_pointers(sums, head, chunk, K, E)
+    weights, numerators = tl.zeros((C, C), tl.float32), tl.zeros((C, B), tl.float32)
+    denominators = tl.zeros((C,), tl.float32)
+    for start in range(0, E, B):
+        j = start + tl.arange(0, B)
+        q = load_features(qkv, first, h, H, j, mask, E, C)
+        k = load_features(qkv, first, H + h, H, j, mask, E, C)
+        S = tl.load(matrix_pointers(sums, head, chunk, K, j, b, E))
+        Z = tl.load(vector_pointers(sums, head, chunk, K, j, E))
+        weights += product(q, tl.trans(k), dtype)
+        numerators += product(q, S, dtype)
+        denominators += tl.sum(q * Z[None, :], 1)
     c = tl.arange(0, C)
-    weights = tl.where(c[:, None] >= c, product(q, tl.trans(k), dtype), 0.0)
-    numerators = product(weights, v, dtype) + product(q, tl.load(S), dtype)
-    denominators = tl.sum(weights, 1) + tl.sum(q * tl.load(Z)[None, :], 1)
-    scale = 1 / (denominators + EPSILON)
-    tl.store(outputs + row_offsets, (numerators * scale[:, None]).to(dtype), mask)
-    tl.store(scales + rows[:, None], scale[:, None], mask)
+    weights = tl.where(c[:, None] >= c, weights, 0.0)
+    v = tl.load(row_pointers(qkv, first, 2 * H + h, 3 * H, b, E, C), mask, 0.0)
+    numerators += product(weights, v, dtype)
+    scale = (1 / (denominators + tl.sum(weights, 1) + EPSILON))[:, None]
+    tl.store(row_pointers(scales, first, h, H, tl.arange(0, 1), 1, C), scale, mask)
+    y = (numerators * scale).to(dtype)
+    tl.store(row_pointers(outputs, first, h, H, b, E, C), y, mask)
 
 
 @triton.jit
-def load_gradient(gradient, outputs, scales, row_offsets, rows, mask):
-    """The gradients of a chunk's numerators (C, E) and denominators (C,)."""
-    g = tl.load(gradient + row_offsets, mask, 0.0).to(tl.float32)
-    g *= tl.load(scales + rows[:, None], mask, 0.0)
-    return g, -tl.sum(g * tl.load(outputs + row_offsets, mask, 0.0).to(tl.float32), 1)
-
-
-@triton.jit
-def sum_gradients(qkv, outputs, scales, gradient, sums, L, H, E: tl.constexpr, C: tl.constexpr):
+def sum_gradients(
+    qkv, outputs, scales, gradient, sums, L, H,
+    E: tl.constexpr, C: tl.constexpr, B: tl.constexpr,
+):  # fmt: skip
     """R = phi(q)^T g and r of each chunk, the gradients of S and Z, into row K - chunk of `sums`:
     they are added from the last chunk to the first."""
-    chunk, K, head, offsets, row_offsets, rows, mask = locate(L, H, E, C)
+    chunk, K, head, first, h, mask, b = locate(L, H, C, B)
     dtype: tl.constexpr = qkv.dtype.element_ty
-    q = features(tl.load(qkv + offsets, mask, 0.0), mask)
-    g, g_sum = load_gradient(gradient, outputs, scales, row_offsets, rows, mask)
-    R, r = sum_pointers(sums, head, K - chunk, K, E)
-    tl.store(R, product(tl.trans(q), g, dtype))
-    tl.store(r, tl.sum(q * g_sum[:, None], 0))
+    q = load_features(qkv, first, h, H, b, mask, E, C)
+    g_sum = tl.zeros((C,), tl.float32)
+    for start in range(0, E, B):
+        j = start + tl.arange(0, B)
+        g, part = load_gradient(gradient, outputs, scales, first, h, H, j, mask, E, C)
+        g_sum += part
+        R = product(tl.trans(q), g, dtype)
+        tl.store(matrix_pointers(sums, head, K - chunk, K, b, j, E), R)
+    r = tl.sum(q * g_sum[:, None], 0)
+    tl.store(vector_pointers(sums, head, K - chunk, K, b, E), r)
 
 
 @triton.jit
 def backpropagate(
-    qkv, sums, outputs, scales, gradient, gradient_sums, gradients,
-    L, H, E: tl.constexpr, C: tl.constexpr,
+    qkv, sums, outputs, scales, gradient, gradient_sums, gradients, L, H,
+    E: tl.constexpr, C: tl.constexpr, B: tl.constexpr,
 ):  # fmt: skip
     """The gradients of qkv, from those of the outputs, the sums before each chunk, and the sums of
     gradients after it."""
-    chunk, K, head, offsets, row_offsets, rows, mask = locate(L, H, E, C)
+    chunk, K, head, first, h, mask, b = locate(L, H, C, B)
+    later = K - 1 - chunk
     dtype: tl.constexpr = qkv.dtype.element_ty
-    x_q = tl.load(qkv + offsets, mask, 0.0)
-    x_k = tl.load(qkv + offsets + H * E, mask, 0.0)
-    v = tl.load(qkv + offsets + 2 * H * E, mask, 0.0)
-    q, k = features(x_q, mask), features(x_k, mask)
-    g, g_sum = load_gradient(gradient, outputs, scales, row_offsets, rows, mask)
-    S, Z = sum_pointers(sums, head, chunk, K, E)
-    R, r = sum_pointers(gradient_sums, head, K - 1 - chunk, K, E)
+    weights, d_weights = tl.zeros((C, C), tl.float32), tl.zeros((C, C), tl.float32)
+    d_q, d_k = tl.zeros((C, B), tl.float32), tl.zeros((C, B), tl.float32)
+    d_v, g_sum = tl.zeros((C, B), tl.float32), tl.zeros((C,), tl.float32)
+    for start in range(0, E, B):
+        j = start + tl.arange(0, B)
+        q = load_features(qkv, first, h, H, j, mask, E, C)
+        k = load_features(qkv, first, H + h, H, j, mask, E, C)
+        v = tl.load(row_pointers(qkv, first, 2 * H + h, 3 * H, j, E, C), mask, 0.0)
+        g, part = load_gradient(gradient, outputs, scales, first, h, H, j, mask, E, C)
+        g_sum += part
+        weights += product(q, tl.trans(k), dtype)
+        d_weights += product(g, tl.trans(v), dtype)
+        S = tl.load(matrix_pointers(sums, head, chunk, K, b, j, E))
+        d_q += product(g, tl.trans(S), dtype)
+        R = tl.load(matrix_pointers(gradient_sums, head, later, K, b, j, E))
+        d_k += product(v, tl.trans(R), dtype)
+        R = tl.load(matrix_pointers(gradient_sums, head, later, K, j, b, E))
+        d_v += product(k, R, dtype)
+
     c = tl.arange(0, C)
     causal = c[:, None] >= c
-
-    d_weights = tl.where(causal, product(g, tl.trans(v), dtype) + g_sum[:, None], 0.0)
-    d_q = product(d_weights, k, dtype) + product(g, tl.trans(tl.load(S)), dtype)
-    d_q += g_sum[:, None] * tl.load(Z)[None, :]
-    tl.store(gradients + offsets, (d_q * feature_gradient(x_q)).to(dtype), mask)
-
-    R = tl.load(R)
-    d_k = product(tl.trans(d_weights), q, dtype) + product(v, tl.trans(R), dtype)
-    d_k += tl.load(r)[None, :]
-    tl.store(gradients + offsets + H * E, (d_k * feature_gradient(x_k)).to(dtype), mask)
-
-    weights = tl.where(causal, product(q, tl.trans(k), dtype), 0.0)
-    d_v = product(tl.trans(weights), g, dtype) + product(k, R, dtype)
-    tl.store(gradients + offsets + 2 * H * E, d_v.to(dtype), mask)
-
-
-def chunk_length(E: int) -> int:
-    """Positions in a chunk."""
-    return 64 if E <= 32 else 32
+    q = load_features(qkv, first, h, H, b, mask, E, C)
+    k = load_features(qkv, first, H + h, H, b, mask, E, C)
+    g, _ = load_gradient(gradient, outputs, scales, first, h, H, b, mask, E, C)
+    d_v += product(tl.trans(tl.where(causal, weights, 0.0)), g, dtype)
+    tl.store(row_pointers(gradients, first, 2 * H + h, 3 * H, b, E, C), d_v.to(dtype), mask)
+    d_weights = tl.where(causal, d_weights + g_sum[:, None], 0.0)
+    Z = tl.load(vector_pointers(sums, head, chunk, K, b, E))
+    d_q += product(d_weights, k, dtype) + g_sum[:, None] * Z[None, :]
+    d_q = (d_q * feature_gradient(q)).to(dtype)
+    tl.store(row_pointers(gradients, first, h, 3 * H, b, E, C), d_q, mask)
+    r = tl.load(vector_pointers(gradient_sums, head, later, K, b, E))
+    d_k += product(tl.trans(d_weights), q, dtype) + r[None, :]
+    d_k = (d_k * feature_gradient(k)).to(dtype)
+    tl.store(row_pointers(gradients, first, H + h, 3 * H, b, E, C), d_k, mask)
 
 
-def n_warps(E: int) -> int:
-    return 4
+def sizes(E: int, dtype: torch.dtype) -> dict[str, int]:
+    """C positions in a chunk and B columns in a program, for heads of size E: the most that no
+    architecture's compiler spills from registers to memory (python -m benchmarks.gpu_compile)."""
+    if dtype == torch.float32:
+        return {"E": E, "C": 32, "B": 16}
+    return {"E": E, "C": 64, "B": 32 if E == 32 else 16}
+
+
+def launch(kernel: triton.JITFunction, qkv: torch.Tensor, *arguments) -> None:
+    """Run the programs of a kernel; `arguments` are between qkv and L."""
+    N, L, _, H, E = qkv.shape
+    constants = sizes(E, qkv.dtype)
+    grid = triton.cdiv(L, constants["C"]) * N * H, E // constants["B"]
+    numbers = (L, H, EPSILON) if kernel is attend else (L, H)
+    kernel[grid](qkv, *arguments, *numbers, **constants, **OPTIONS)
 
 
 class LinearAttention(torch.autograd.Function):
@@ -173,14 +235,12 @@ class LinearAttention(torch.autograd.Function):
     def forward(ctx, qkv, S, Z):
         qkv = qkv.contiguous()
         N, L, _, H, E = qkv.shape
-        C = chunk_length(E)
-        sums = new_sums(qkv, S, Z)
         outputs = qkv.new_empty(N, L, H, E)
         scales = qkv.new_empty(N, L, H, dtype=torch.float32)
-        grid, options = (sums.shape[2] - 1) * N * H, {"E": E, "C": C, "num_warps": n_warps(E)}
-        sum_chunks[(grid,)](qkv, sums, L, H, **options)
+        sums = new_sums(qkv, S, Z)
+        launch(sum_chunks, qkv, sums)
         sums.cumsum_(2)
-        attend[(grid,)](qkv, sums, outputs, scales, L, H, EPSILON, **options)
+        launch(attend, qkv, sums, outputs, scales)
         ctx.save_for_backward(qkv, sums, outputs, scales)
         ctx.set_materialize_grads(False)
         return outputs, *state_in(sums)
@@ -188,16 +248,12 @@ class LinearAttention(torch.autograd.Function):
     @staticmethod
     def backward(ctx, gradient, d_S, d_Z):
         qkv, sums, outputs, scales = ctx.saved_tensors
-        N, L, _, H, E = qkv.shape
         gradient = torch.zeros_like(outputs) if gradient is None else gradient.contiguous()
         gradient_sums, gradients = new_sums(qkv, d_S, d_Z), torch.empty_like(qkv)
-        grid = (sums.shape[2] - 1) * N * H
-        options = {"E": E, "C": chunk_length(E), "num_warps": n_warps(E)}
-        sum_gradients[(grid,)](qkv, outputs, scales, gradient, gradient_sums, L, H, **options)
+        launch(sum_gradients, qkv, outputs, scales, gradient, gradient_sums)
         gradient_sums.cumsum_(2)
-        backpropagate[(grid,)](
-            *(qkv, sums, outputs, scales, gradient, gradient_sums, gradients, L, H), **options
-        )
+        tensors = sums, outputs, scales, gradient, gradient_sums, gradients
+        launch(backpropagate, qkv, *tensors)
         needs_S, needs_Z = ctx.needs_input_grad[1:]
         d_S, d_Z = state_in(gradient_sums)
         return gradients, d_S if needs_S else None, d_Z if needs_Z else None
@@ -206,7 +262,7 @@ class LinearAttention(torch.autograd.Function):
 def new_sums(qkv: torch.Tensor, S: torch.Tensor | None, Z: torch.Tensor | None) -> torch.Tensor:
     """Sums (N, H, K + 1, E * E + E), whose first row is a state, None for 0."""
     N, L, _, H, E = qkv.shape
-    K = triton.cdiv(L, chunk_length(E))
+    K = triton.cdiv(L, sizes(E, qkv.dtype)["C"])
     sums = qkv.new_empty(N, H, K + 1, E * E + E, dtype=torch.float32)
     for x, part in ((S, sums[:, :, 0, : E * E]), (Z, sums[:, :, 0, E * E :])):
         part.zero_() if x is None else part.copy_(x.flatten(2))

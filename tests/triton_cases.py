@@ -67,9 +67,12 @@ def test_linear_attention(dtype, length):
 
 
 @TYPES
-@pytest.mark.parametrize("size", [32, 64, 128])
+@pytest.mark.parametrize("size", [32, 128])
 def test_sizes_of_heads(dtype, size):
-    tensors = make_qkv(dtype, 70, size), *make_state(size)
+    tensors = (
+        make_qkv(dtype, 66, size, n_images=1)[:, :, :, :1],
+        *(x[:1, :1] for x in make_state(size)),
+    )
     ours = differentiate(LinearAttention.apply, *tensors)
     expected = differentiate(reference, *(x.double() for x in tensors))
     for x, y in zip(ours, expected, strict=True):

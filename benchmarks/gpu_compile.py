@@ -1,0 +1,110 @@
+"""Compiles the Triton kernels for GPUs that need not be there, and prints what the assembler says.
+
+python -m benchmarks.gpu_compile --sizes 32
+"""
+
+import re
+import subprocess
+import sys
+import tempfile
+from argparse import ArgumentParser
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import torch
+import triton
+from triton.backends import nvidia
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from gpu import attention
+
+# Compute capabilities, and the architectures whose instructions Triton's PTX uses.
+TARGETS = {80: "sm_80", 90: "sm_90a", 100: "sm_100a"}
+# Tensor-core instructions: of every architecture, of Hopper, of Blackwell.
+PRODUCTS = r"mma\.sync|wgmma\.mma_async|tcgen05\.mma"
+TYPES = {torch.float32: "fp32", torch.bfloat16: "bf16"}
+FLOAT32 = "sums", "gradient_sums", "scales", "S", "Z"  # whatever the type of the others is
+REGISTERS = 65536  # of a multiprocessor
+COLUMNS = "kernel", "E", "type", "target", "registers", "blocks", "spilled", "shared", "products"
+
+
+def list_kernels(E: int) -> Iterator[tuple]:
+    """Kernels, the types of their inputs, their constants and the compiler's options."""
+    for dtype in TYPES:
+        for kernel in (
+            attention.sum_chunks, attention.attend, attention.sum_gradients, attention.backpropagate
+        ):  # fmt: skip
+            yield kernel, dtype, attention.sizes(E, dtype), attention.OPTIONS
+
+
+def compile_kernel(kernel, dtype: torch.dtype, constants: dict, options: dict, target: int) -> dict:
+    """Registers of a thread, bytes it spills, shared memory (bytes), blocks whose registers fit a
+    multiprocessor, and tensor-core instructions of a kernel."""
+    signature = {name: argument_type(name, dtype, constants) for name in kernel.arg_names}
+    pointers = [i for i, kind in enumerate(signature.values()) if kind.startswith("*")]
+    aligned = {(i,): [["tt.divisibility", 16]] for i in pointers}  # as torch's tensors are
+    source = ASTSource(kernel, signature, constexprs=constants, attrs=aligned)
+    compiled = triton.compile(source, target=GPUTarget("cuda", target, 32), options=options)
+    ptx = compiled.asm["ptx"]
+    report = assemble(ptx, target)
+    registers = int(re.search(r"Used (\d+) registers", report)[1])
+    return {
+        "registers": registers,
+        "blocks": REGISTERS // (registers * 32 * options["num_warps"]),
+        "spilled": int(re.search(r"(\d+) bytes spill stores", report)[1]),
+        "shared": compiled.metadata.shared,
+        "products": describe_products(re.findall(PRODUCTS, ptx)),
+    }
+
+
+def argument_type(name: str, dtype: torch.dtype, constants: dict) -> str:
+    """In Triton's words; a tensor's name is lower-case or in `FLOAT32`."""
+    if name in constants:
+        return "constexpr"
+    if name == "EPSILON":
+        return "fp32"
+    if name.isupper() and name not in FLOAT32:
+        return "i32"
+    return "*fp32" if name in FLOAT32 else f"*{TYPES[dtype]}"
+
+
+def assemble(ptx: str, target: int) -> str:
+    """What the assembler in Triton's package reports."""
+    name = "ptxas-blackwell" if target >= 100 else "ptxas"
+    command = [Path(nvidia.__file__).parent / "bin" / name, "-v", "--gpu-name", TARGETS[target]]
+    with tempfile.TemporaryDirectory() as folder:
+        source = Path(folder) / "kernel.ptx"
+        source.write_text(ptx)
+        command += [source, "-o", Path(folder) / "kernel.cubin"]
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+    return done.stdout + done.stderr
+
+
+def describe_products(found: list[str]) -> str:
+    """The number of each instruction: "40 mma"."""
+    counts = {name: found.count(name) for name in sorted(set(found))}
+    return ", ".join(f"{n} {name.removesuffix('.sync')}" for name, n in counts.items()) or "none"
+
+
+def measure(sizes: Sequence[int], targets: Sequence[int] = tuple(TARGETS)) -> Iterator[dict]:
+    """A record of every kernel, size of heads, type and target."""
+    for E in sizes:
+        for kernel, dtype, constants, options in list_kernels(E):
+            for target in targets:
+                what = {"kernel": kernel.__name__, "E": E, "type": TYPES[dtype]}
+                record = compile_kernel(kernel, dtype, constants, options, target)
+                yield {**what, "target": f"sm_{target}", **record}
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--sizes", type=int, nargs="+", default=[32], help="sizes of heads")
+    print(f"| {' | '.join(COLUMNS)} |\n|{'---|' * len(COLUMNS)}")
+    for record in measure(parser.parse_args(argv).sizes):
+        print(f"| {' | '.join(str(record[name]) for name in COLUMNS)} |", flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
