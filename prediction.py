@@ -162,10 +162,10 @@ def check_flags(args: Namespace, config: ModelConfig, precision: str, device: to
 def build_model(
     args: Namespace, config: ModelConfig, checkpoint: Checkpoint, device: torch.device
 ) -> ImageTransformer:
-    """The model; with compiled operations if it recomputes prefixes on a CPU. (The recurrence has a
-    compiled sampler instead.)"""
+    """The model; on a CPU with compiled operations only if it recomputes prefixes. (The recurrence
+    has a compiled sampler instead.)"""
     ops = None
-    if args.backend == "native" and args.recompute:
+    if args.backend == "native" and (args.recompute or device.type != "cpu"):
         ops = construction.choose_ops(config, device, args.compile, "sampling")
     options = {"backend": args.backend, "ops": ops, "seed": args.seed}
     return load_model(checkpoint, config, device=device, **options)

@@ -17,7 +17,7 @@ from triton.backends import nvidia
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from gpu import attention
+from gpu import attention, step
 
 # Compute capabilities, and the architectures whose instructions Triton's PTX uses.
 TARGETS = {80: "sm_80", 90: "sm_90a", 100: "sm_100a"}
@@ -36,6 +36,7 @@ def list_kernels(E: int) -> Iterator[tuple]:
             attention.sum_chunks, attention.attend, attention.sum_gradients, attention.backpropagate
         ):  # fmt: skip
             yield kernel, dtype, attention.sizes(E, dtype), attention.OPTIONS
+        yield step.read_position, dtype, step.sizes(E), step.OPTIONS
 
 
 def compile_kernel(kernel, dtype: torch.dtype, constants: dict, options: dict, target: int) -> dict:

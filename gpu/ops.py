@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 
 from gpu.attention import SIZES, LinearAttention
+from gpu.step import step
 from layers.ops import PlainOps, update
 from models import ModelConfig
 from utils import UserError
@@ -36,6 +37,12 @@ class TritonOps(PlainOps):
         update(state, final)
         return outputs
 
+    def linear_step(self, qkv: torch.Tensor, state: Sequence[torch.Tensor]) -> torch.Tensor:
+        if torch.is_grad_enabled() and qkv.requires_grad:
+            return super().linear_step(qkv, state)  # the kernel has no gradient
+        check(qkv)
+        return step(qkv, *state)
+
 
 def check(x: torch.Tensor) -> None:
     """Raise a TypeError for a tensor that the kernels were not compared for."""
@@ -57,7 +64,15 @@ def small_cases(
     def attention(ops, qkv):
         return ops.linear_attention(qkv)
 
-    yield "attention", attention, [random(1, 100, 3, 2, config.d_query)]
+    @torch.no_grad()
+    def step(ops, *qkv):
+        state = [torch.zeros(1, 2, *sizes, device=device) for sizes in ((E, E), (E,))]
+        outputs = [ops.linear_step(x, state) for x in qkv]
+        return torch.cat([x.float().flatten() for x in (*outputs, *state)])
+
+    E = config.d_query
+    yield "attention", attention, [random(1, 100, 3, 2, E)]
+    yield "attention at one position", step, [random(1, 1, 3, 2, E) for _ in range(2)]
 
 
 def compare(
@@ -79,4 +94,6 @@ def value_and_gradients(operation, ops, tensors):
     tensors = [x.clone().requires_grad_() for x in tensors]
     value = operation(ops, *tensors)
     weights = torch.linspace(-1, 1, value.numel(), device=value.device).view(value.shape)
+    if not value.requires_grad:
+        return [value]
     return [value.detach(), *torch.autograd.grad((value.float() * weights).sum(), tensors)]

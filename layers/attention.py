@@ -125,7 +125,7 @@ def linear_recurrent(
 class LinearAttention(nn.Module):
     """Causal linear attention, with the same interface as `SoftmaxAttention`.
 
-    `ops` computes it over a whole sequence (layers/ops.py).
+    `ops` computes it, over a whole sequence or at one position (layers/ops.py).
     """
 
     def __init__(self, ops: Any, n_heads: int):
@@ -145,7 +145,7 @@ class LinearAttention(nn.Module):
         """
         qkv = projected.unflatten(-1, (3, self.n_heads, -1))  # (N, L, 3, H, E)
         if state is not None and qkv.shape[1] == 1:
-            outputs, _ = linear_recurrent(*qkv.unbind(2), state)
+            outputs = self.ops.linear_step(qkv, state)
         else:
             outputs = self.ops.linear_attention(qkv, state)
         return outputs.flatten(-2)  # (N, L, HE)

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.nn.functional import pad, relu
 
-from layers.attention import linear_chunked
+from layers.attention import linear_chunked, linear_recurrent
 from layers.dropout import drop
 from layers.gated import gated_chunked, split
 
@@ -58,6 +58,10 @@ class PlainOps:
         outputs, final = linear_chunked(*qkv.unbind(2), state)
         update(state, final)
         return outputs
+
+    def linear_step(self, qkv: torch.Tensor, state: Sequence[torch.Tensor]) -> torch.Tensor:
+        """As `linear_attention` of one position, L = 1, in sampling."""
+        return linear_recurrent(*qkv.unbind(2), state)[0]
 
     def gated_attention(
         self,

@@ -8,16 +8,20 @@ import pytest
 import torch
 
 import gpu.ops
+from engine.sampling import sample_recurrent
 from gpu.attention import LinearAttention
 from gpu.ops import TritonOps
 from layers.attention import linear_quadratic
 from layers.ops import PlainOps
-from models import ModelConfig
+from models import ImageTransformer, ModelConfig
 from utils import UserError
 
 TOLERANCES = {torch.float32: 2e-6, torch.bfloat16: 0.02}
 TYPES = pytest.mark.parametrize("dtype", TOLERANCES, ids=["fp32", "bf16"])
 LENGTHS = pytest.mark.parametrize("length", [1, 31, 32, 33, 64, 100])
+
+
+TRITON = TritonOps.__new__(TritonOps)  # without the comparison, which has a test
 
 
 @pytest.fixture(autouse=True)
@@ -66,9 +70,11 @@ def test_linear_attention(dtype, length):
         close(x, y, TOLERANCES[dtype])
 
 
-@TYPES
-@pytest.mark.parametrize("size", [32, 128])
-def test_sizes_of_heads(dtype, size):
+@pytest.mark.parametrize(
+    ("size", "dtype"),
+    [(32, torch.float32), (32, torch.bfloat16), (64, torch.float32), (128, torch.bfloat16)],
+)
+def test_sizes_of_heads(size, dtype):
     tensors = (
         make_qkv(dtype, 66, size, n_images=1)[:, :, :, :1],
         *(x[:1, :1] for x in make_state(size)),
@@ -79,12 +85,60 @@ def test_sizes_of_heads(dtype, size):
         close(x, y, TOLERANCES[dtype])
 
 
+@TYPES
+@pytest.mark.parametrize("size", [16, 128])
+@torch.no_grad()
+def test_steps(dtype, size):
+    """The recurrence, position by position: outputs and states, changed in place."""
+    qkv, (S, Z) = make_qkv(dtype, 5, size), make_state(size)
+    outputs, state = linear_quadratic(*qkv.double().unbind(2), (S.double(), Z.double()))
+    ours = [TRITON.linear_step(x, (S, Z)) for x in qkv.split(1, dim=1)]
+    assert ours[0].dtype == dtype
+    close(torch.cat(ours, 1), outputs, TOLERANCES[dtype])
+    for x, y in zip((S, Z), state, strict=True):
+        close(x, y, 1e-6)
+
+
+@torch.no_grad()
+def test_step_with_extreme_numbers():
+    """As below; NaN in a value or key of one head of one image stays in its outputs and state."""
+    qkv, (S, Z) = make_qkv(torch.float32, 1), make_state()
+    S, Z = 0 * S, 0 * Z
+    qkv[0, 0, 1], qkv[1, 0, 1, 1, 3] = -80, torch.nan
+    y = TRITON.linear_step(qkv, (S, Z))
+    close(Z[0], torch.full_like(Z[0], -80).double().exp(), 1e-5)
+    assert y[1, 0, 1].isnan().all()
+    assert S[1, 1].isnan().any()
+    assert not y[1, 0, 0].isnan().any()
+
+
+def test_steps_with_gradients_are_plain():
+    qkv = make_qkv(torch.float32, 1).requires_grad_()
+    TRITON.linear_step(qkv, make_state()).sum().backward()
+    assert qkv.grad.isfinite().all()
+
+
+@torch.no_grad()
+def test_sampled_bytes_equal_the_plain_ones():
+    """Of a small model, prefill included."""
+    torch.manual_seed(2)
+    plain = ImageTransformer(config()).eval()
+    ours = ImageTransformer(config(), TRITON).eval()
+    ours.load_state_dict(plain.state_dict())
+    images, noise = torch.randint(256, (2, 64)), torch.rand(2, 64, 2)
+    drawn = []
+    for model in (plain, ours):
+        drawn.append(images.clone())
+        sample_recurrent(model, drawn[-1], 40, noise)
+    assert torch.equal(*drawn)
+    assert not torch.equal(drawn[0], images)
+
+
 @pytest.mark.parametrize("split", [1, 31, 32, 33, 64, 99])
 def test_split_and_resumed(split):
     """The ops object updates the state in place."""
-    ops = TritonOps.__new__(TritonOps)
     qkv, S, Z = make_qkv(torch.float32, 100), torch.zeros(2, 2, 16, 16), torch.zeros(2, 2, 16)
-    parts = [ops.linear_attention(part, (S, Z)) for part in (qkv[:, :split], qkv[:, split:])]
+    parts = [TRITON.linear_attention(part, (S, Z)) for part in (qkv[:, :split], qkv[:, split:])]
     outputs, state = linear_quadratic(*qkv.double().unbind(2))
     for x, y in ((torch.cat(parts, 1), outputs), (S, state[0]), (Z, state[1])):
         close(x, y, 1e-6)
