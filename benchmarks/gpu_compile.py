@@ -17,26 +17,39 @@ from triton.backends import nvidia
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from gpu import attention, step
+from gpu import attention, convolution, norm, step
 
 # Compute capabilities, and the architectures whose instructions Triton's PTX uses.
 TARGETS = {80: "sm_80", 90: "sm_90a", 100: "sm_100a"}
 # Tensor-core instructions: of every architecture, of Hopper, of Blackwell.
 PRODUCTS = r"mma\.sync|wgmma\.mma_async|tcgen05\.mma"
 TYPES = {torch.float32: "fp32", torch.bfloat16: "bf16"}
-FLOAT32 = "sums", "gradient_sums", "scales", "S", "Z"  # whatever the type of the others is
+# Arguments that are numbers, and tensors that are float32 whatever the type of the others is.
+INTEGERS = "L", "H", "D", "rows"
+FLOAT32 = {
+    "sums", "gradient_sums", "scales", "S", "Z", "weight", "bias", "means", "inverses", "d_weight",
+    "d_bias",
+}  # fmt: skip
 REGISTERS = 65536  # of a multiprocessor
 COLUMNS = "kernel", "E", "type", "target", "registers", "blocks", "spilled", "shared", "products"
 
 
-def list_kernels(E: int) -> Iterator[tuple]:
+def list_kernels(E: int, n_heads: int = 8) -> Iterator[tuple]:
     """Kernels, the types of their inputs, their constants and the compiler's options."""
+    norms = norm.sizes(n_heads * E)
+    backward = {**norms, "PER_PROGRAM": norm.ROWS_OF_A_PROGRAM}
+    convolutions = {"OFFSETS": (1, 2, 3, 92, 95, 98), **convolution.SIZES}  # of 32x32 colour images
+    gradients = {**convolutions, "PER_PROGRAM": convolution.POSITIONS_OF_A_PROGRAM}
     for dtype in TYPES:
         for kernel in (
             attention.sum_chunks, attention.attend, attention.sum_gradients, attention.backpropagate
         ):  # fmt: skip
             yield kernel, dtype, attention.sizes(E, dtype), attention.OPTIONS
         yield step.read_position, dtype, step.sizes(E), step.OPTIONS
+        yield norm.add_norm, dtype, norms, norm.OPTIONS
+        yield norm.add_norm_backward, dtype, backward, norm.OPTIONS
+        yield convolution.convolve, dtype, convolutions, convolution.OPTIONS
+        yield convolution.weight_gradient, dtype, gradients, convolution.OPTIONS
 
 
 def compile_kernel(kernel, dtype: torch.dtype, constants: dict, options: dict, target: int) -> dict:
@@ -60,12 +73,12 @@ def compile_kernel(kernel, dtype: torch.dtype, constants: dict, options: dict, t
 
 
 def argument_type(name: str, dtype: torch.dtype, constants: dict) -> str:
-    """In Triton's words; a tensor's name is lower-case or in `FLOAT32`."""
+    """In Triton's words."""
     if name in constants:
         return "constexpr"
     if name == "EPSILON":
         return "fp32"
-    if name.isupper() and name not in FLOAT32:
+    if name in INTEGERS:
         return "i32"
     return "*fp32" if name in FLOAT32 else f"*{TYPES[dtype]}"
 

@@ -1,11 +1,17 @@
 """The operations of layers/ops.py in Triton, for NVIDIA GPUs. Float32 or bfloat16."""
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
 
 import torch
+from torch import nn
 
 from gpu.attention import SIZES, LinearAttention
+from gpu.convolution import ShortConvolution
+from gpu.norm import AddNorm
 from gpu.step import step
+from layers.convolution import convolution_offsets
 from layers.ops import PlainOps, update
 from models import ModelConfig
 from utils import UserError
@@ -23,11 +29,21 @@ class TritonOps(PlainOps):
     """
 
     def __init__(self, config: ModelConfig, device: torch.device):
-        if config.d_query not in SIZES:
+        if config.attention_type == "causal-linear" and config.d_query not in SIZES:
             raise UserError(f"heads of {config.d_query}, not {', '.join(map(str, SIZES))}")
-        for name, operation, tensors in small_cases(config, device):
-            for dtype, tolerance in TOLERANCES.items():
-                compare(name, operation, self, [x.to(dtype) for x in tensors], tolerance)
+        for case in small_cases(config, device):
+            for dtype in TOLERANCES:
+                compare(case, self, dtype)
+
+    def add_norm(self, x: torch.Tensor, y: torch.Tensor, norm: nn.LayerNorm) -> torch.Tensor:
+        check(x, y)
+        return AddNorm.apply(x, y, norm.weight, norm.bias, norm.eps)
+
+    def short_convolution(
+        self, x: torch.Tensor, weight: torch.Tensor, offsets: Sequence[int]
+    ) -> torch.Tensor:
+        check(x)
+        return ShortConvolution.apply(x, weight, offsets)
 
     def linear_attention(
         self, qkv: torch.Tensor, state: Sequence[torch.Tensor] | None = None
@@ -44,56 +60,75 @@ class TritonOps(PlainOps):
         return step(qkv, *state)
 
 
-def check(x: torch.Tensor) -> None:
-    """Raise a TypeError for a tensor that the kernels were not compared for."""
-    if x.dtype not in TOLERANCES:
-        raise TypeError(
-            f"Triton operations take {' and '.join(map(str, TOLERANCES))}, not {x.dtype}"
-        )
+def check(*tensors: torch.Tensor) -> None:
+    """Raise a TypeError for a tensor of a type that the kernels were not compared for."""
+    for x in tensors:
+        if x.dtype not in TOLERANCES:
+            types = " and ".join(map(str, TOLERANCES))
+            raise TypeError(f"Triton operations take {types}, not {x.dtype}")
 
 
-def small_cases(
-    config: ModelConfig, device: torch.device
-) -> Iterator[tuple[str, Callable, list[torch.Tensor]]]:
-    """Names, functions of an ops object and tensors, and random tensors in float32."""
-    generator = torch.Generator().manual_seed(0)
+@dataclass
+class Case:
+    """An operation, a function of an ops object and `tensors`, on random numbers in float32."""
+
+    name: str
+    operation: Callable
+    tensors: list[torch.Tensor]
+    parameters: Sequence[nn.Parameter] = ()  # float32 whatever the tensors are
+
+
+def small_cases(config: ModelConfig, device: torch.device) -> Iterator[Case]:
+    """Every operation that a model of this configuration needs."""
+    generator, E, D = torch.Generator().manual_seed(0), config.d_query, config.d_model
 
     def random(*shape):
         return torch.randn(shape, generator=generator).to(device)
 
-    def attention(ops, qkv):
-        return ops.linear_attention(qkv)
-
     @torch.no_grad()
-    def step(ops, *qkv):
+    def two_steps(ops, *qkv):
         state = [torch.zeros(1, 2, *sizes, device=device) for sizes in ((E, E), (E,))]
         outputs = [ops.linear_step(x, state) for x in qkv]
         return torch.cat([x.float().flatten() for x in (*outputs, *state)])
 
-    E = config.d_query
-    yield "attention", attention, [random(1, 100, 3, 2, E)]
-    yield "attention at one position", step, [random(1, 1, 3, 2, E) for _ in range(2)]
+    norm = nn.LayerNorm(D, device=device)
+    norm.weight.data, norm.bias.data = random(D), random(D)
+    rows = [random(1, 70, D), random(1, 70, D)]
+    yield Case("norm", lambda ops, x, y: ops.add_norm(x, y, norm), rows, tuple(norm.parameters()))
+    if config.neighbours:
+        offsets = convolution_offsets(config.length, config.width, config.channels)
+        weight = nn.Parameter(random(len(offsets), D))
+        operation = partial(convolve, weight=weight, offsets=offsets)
+        yield Case("convolution", operation, [random(1, 300, D)], (weight,))
+    if config.attention_type == "causal-linear":
+        qkv = [random(1, 100, 3, 2, E)]
+        yield Case("attention", lambda ops, x: ops.linear_attention(x), qkv)
+        yield Case("sampling step", two_steps, [random(1, 1, 3, 2, E) for _ in range(2)])
 
 
-def compare(
-    name: str, operation: Callable, ops: PlainOps, tensors: list[torch.Tensor], tolerance: float
-) -> None:
-    """Raise a `UserError` if the values or gradients of an operation differ from the plain form's
-    in float32."""
-    ours = value_and_gradients(operation, ops, tensors)
-    plain = value_and_gradients(operation, PlainOps(), [x.float() for x in tensors])
+def convolve(ops: PlainOps, x: torch.Tensor, **arguments) -> torch.Tensor:
+    return ops.short_convolution(x, **arguments)
+
+
+def compare(case: Case, ops: PlainOps, dtype: torch.dtype) -> None:
+    """Raise a `UserError` if the values or gradients of an operation, with tensors of this type,
+    differ from the plain form's in float32."""
+    tensors = [x.to(dtype) for x in case.tensors]
+    ours = value_and_gradients(case, ops, tensors)
+    plain = value_and_gradients(case, PlainOps(), [x.float() for x in tensors])
     for x, expected in zip(ours, plain, strict=True):
         difference = (x.float() - expected).abs().max() / expected.abs().max()
-        if not difference <= tolerance:  # NaN, too
-            raise UserError(f"{name} in {tensors[0].dtype} differs by {difference:.1e}")
+        if not difference <= TOLERANCES[dtype]:  # NaN, too
+            raise UserError(f"{case.name} in {dtype} differs by {difference:.1e}")
 
 
 @torch.enable_grad()
-def value_and_gradients(operation, ops, tensors):
-    """The value of an operation, and its sum's gradients with weights that are the same for all."""
+def value_and_gradients(case: Case, ops: PlainOps, tensors: list) -> list[torch.Tensor]:
+    """The value of an operation, and the gradients of a weighted sum of it."""
     tensors = [x.clone().requires_grad_() for x in tensors]
-    value = operation(ops, *tensors)
-    weights = torch.linspace(-1, 1, value.numel(), device=value.device).view(value.shape)
+    value = case.operation(ops, *tensors)
     if not value.requires_grad:
         return [value]
-    return [value.detach(), *torch.autograd.grad((value.float() * weights).sum(), tensors)]
+    weights = torch.linspace(-1, 1, value.numel(), device=value.device).view(value.shape)
+    total = (value.float() * weights).sum()
+    return [value.detach(), *torch.autograd.grad(total, [*tensors, *case.parameters])]

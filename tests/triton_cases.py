@@ -4,8 +4,12 @@ tests/unit/test_gpu_kernels.py runs this file in a process with TRITON_INTERPRET
 interpreter rounds to bfloat16 by truncation, which doubles the errors of a GPU.
 """
 
+import copy
+from functools import partial
+
 import pytest
 import torch
+from torch import nn
 
 import gpu.ops
 from engine.sampling import sample_recurrent
@@ -32,7 +36,7 @@ def seed():
 def close(x, expected, tolerance):
     """Whether the largest difference is within the tolerance, relative to the largest number."""
     assert x.shape == expected.shape
-    difference = (x.double() - expected).abs().max() / expected.abs().max()
+    difference = (x.double() - expected).abs().max() / expected.abs().max().clamp(min=1e-30)
     assert difference <= tolerance, f"{difference:.1e}"
 
 
@@ -186,12 +190,77 @@ def test_gradient_of_the_state_alone():
     close(torch.autograd.grad(S.square().sum(), qkv)[0], expected, 1e-6)
 
 
+@pytest.mark.parametrize("y_type", TOLERANCES, ids=["fp32", "bf16"])
+@pytest.mark.parametrize("shape", [(1, 1, 64), (2, 35, 24), (3, 70, 96)], ids=str)
+@TYPES
+def test_norm_of_a_sum(dtype, y_type, shape):
+    """The gradients have the types of their tensors."""
+    norm = nn.LayerNorm(shape[-1])
+    norm.weight.data.uniform_(), norm.bias.data.normal_()
+    exact = copy.deepcopy(norm).double()
+    x, y = torch.randn(shape).to(dtype), torch.randn(shape).to(y_type)
+
+    def normalise(ops, norm, *tensors):
+        tensors = [t.detach().clone().requires_grad_() for t in tensors]
+        z = ops.add_norm(*tensors, norm)
+        return z, *torch.autograd.grad((z * z.cos()).sum(), [*tensors, *norm.parameters()])
+
+    ours = normalise(TRITON, norm, x, y)
+    expected = normalise(PlainOps(), exact, x.double(), y.double())
+    assert [t.dtype for t in ours[:3]] == [dtype, dtype, y_type]
+    for a, b in zip(ours, expected, strict=True):
+        close(a, b, 2e-6 if a.dtype == dtype == torch.float32 else 0.03)
+
+
+@pytest.mark.parametrize(
+    ("shape", "offsets"),
+    [((1, 1, 64), (1,)), ((2, 35, 24), (1, 3, 30)), ((2, 300, 70), (1, 2, 3, 92, 95, 98))],
+    ids=["1", "35", "300"],
+)
+@TYPES
+def test_short_convolution(dtype, shape, offsets):
+    def convolve(ops, x, weight):
+        return [ops.short_convolution(x, weight, offsets)]
+
+    tensors = torch.randn(shape).to(dtype), torch.randn(len(offsets), shape[-1])
+    ours = differentiate(partial(convolve, TRITON), *tensors)
+    expected = differentiate(partial(convolve, PlainOps()), *(t.double() for t in tensors))
+    assert [t.dtype for t in ours] == [dtype, dtype, torch.float32]
+    for a, b in zip(ours, expected, strict=True):
+        close(a, b, TOLERANCES[dtype])
+
+
+@pytest.mark.parametrize("attention_type", ["causal-linear", "gated-linear"])
+def test_training_equals_the_plain_form(attention_type):
+    """Every gradient of a model with neighbours and dropout."""
+    options = {"attention_type": attention_type, "neighbours": True, "width": 4, "channels": 3}
+    losses, gradients = [], []
+    for ops in (PlainOps(), TRITON):
+        torch.manual_seed(0)
+        model = ImageTransformer(ModelConfig(48, n_layers=2, n_heads=2, d_query=16, **options), ops)
+        images = torch.randint(256, (2, 48))
+        losses.append(model.train().nll(images, torch.arange(2)).sum())
+        losses[-1].backward()
+        gradients.append({name: p.grad.double() for name, p in model.named_parameters()})
+    close(losses[1].detach(), losses[0].detach().double(), 1e-5)
+    for name, gradient in gradients[0].items():
+        largest = gradient.abs().max().clamp(min=1e-3)
+        assert (gradients[1][name] - gradient).abs().max() < 1e-4 * largest, name
+
+
 def config(**options):
     return ModelConfig(64, **{"n_layers": 1, "n_heads": 2, "d_query": 16, **options})
 
 
-def test_operations_that_agree_are_accepted():
-    TritonOps(config(), torch.device("cpu"))
+@pytest.mark.parametrize("neighbours", [False, True])
+def test_operations_that_agree_are_accepted(neighbours):
+    options = {"neighbours": True, "width": 8, "channels": 1} if neighbours else {}
+    TritonOps(config(**options), torch.device("cpu"))
+
+
+def test_other_types_are_refused():
+    with pytest.raises(TypeError, match=r"not torch\.float64"):
+        TRITON.linear_attention(make_qkv(torch.float64, 4))
 
 
 def test_operations_that_disagree_are_refused(monkeypatch):

@@ -1,0 +1,95 @@
+"""The short convolution on a GPU, in Triton, with its gradients. Sums are float32."""
+
+from collections.abc import Sequence
+
+import torch
+import triton
+import triton.language as tl
+
+# Of a tile; and the positions whose gradients of the weights one program adds.
+SIZES = {"POSITIONS": 32, "COLUMNS": 64}
+POSITIONS_OF_A_PROGRAM = 256
+OPTIONS = {"num_warps": 4}
+
+
+@triton.jit
+def locate(L, D, first, POSITIONS: tl.constexpr, COLUMNS: tl.constexpr):
+    """A tile's positions (POSITIONS, 1) from `first` on, its columns, and the offset of this
+    program's image in (N, L, D)."""
+    columns = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    image = tl.program_id(2).to(tl.int64) * L * D
+    return first + tl.arange(0, POSITIONS)[:, None], columns, image
+
+
+@triton.jit
+def load_tile(x, image, positions, columns, L, D):
+    """x at positions and columns, in float32; 0 before the first and after the last."""
+    mask = (positions >= 0) & (positions < L) & (columns < D)[None, :]
+    return tl.load(x + image + positions * D + columns[None, :], mask, 0.0).to(tl.float32)
+
+
+@triton.jit
+def convolve(
+    x, weight, y, L, D, OFFSETS: tl.constexpr, POSITIONS: tl.constexpr, COLUMNS: tl.constexpr
+):
+    """y[l] = x[l] plus the sum over t of weight[t] * x[l - OFFSETS[t]]."""
+    first = tl.program_id(0) * POSITIONS
+    positions, columns, image = locate(L, D, first, POSITIONS, COLUMNS)
+    total = load_tile(x, image, positions, columns, L, D)
+    for t in tl.static_range(len(OFFSETS)):
+        w = tl.load(weight + t * D + columns, columns < D, 0.0).to(tl.float32)
+        total += w[None, :] * load_tile(x, image, positions - OFFSETS[t], columns, L, D)
+    inside = (positions < L) & (columns < D)[None, :]
+    pointers = y + image + positions * D + columns[None, :]
+    tl.store(pointers, total.to(y.dtype.element_ty), inside)
+
+
+@triton.jit
+def weight_gradient(
+    x, gradient, sums, L, D,
+    OFFSETS: tl.constexpr, POSITIONS: tl.constexpr, COLUMNS: tl.constexpr,
+    PER_PROGRAM: tl.constexpr,
+):  # fmt: skip
+    """The sums (N, programs, T, D) over some positions of gradient[l] * x[l - OFFSETS[t]]."""
+    row = tl.program_id(2).to(tl.int64) * tl.num_programs(0) + tl.program_id(0)
+    for t in tl.static_range(len(OFFSETS)):
+        total = tl.zeros((COLUMNS,), tl.float32)
+        for start in range(0, PER_PROGRAM, POSITIONS):
+            first = tl.program_id(0) * PER_PROGRAM + start
+            positions, columns, image = locate(L, D, first, POSITIONS, COLUMNS)
+            g = load_tile(gradient, image, positions, columns, L, D)
+            total += tl.sum(g * load_tile(x, image, positions - OFFSETS[t], columns, L, D), 0)
+        columns = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+        tl.store(sums + (row * len(OFFSETS) + t) * D + columns, total, columns < D)
+
+
+class ShortConvolution(torch.autograd.Function):
+    """x (N, L, D) and its rows at T offsets before, times weight (T, D)."""
+
+    @staticmethod
+    def forward(ctx, x, weight, offsets):
+        x, weight = x.contiguous(), weight.contiguous()
+        ctx.save_for_backward(x, weight)
+        ctx.offsets = tuple(offsets)
+        return launch(x, weight, ctx.offsets)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        x, weight = ctx.saved_tensors
+        gradient = gradient.contiguous()
+        inputs = launch(gradient, weight, tuple(-offset for offset in ctx.offsets))
+        N, L, D = x.shape
+        grid = triton.cdiv(L, POSITIONS_OF_A_PROGRAM), triton.cdiv(D, SIZES["COLUMNS"]), N
+        sums = x.new_empty(N, grid[0], len(weight), D, dtype=torch.float32)
+        constants = {"OFFSETS": ctx.offsets, **SIZES, "PER_PROGRAM": POSITIONS_OF_A_PROGRAM}
+        weight_gradient[grid](x, gradient, sums, L, D, **constants, **OPTIONS)
+        return inputs, sums.sum((0, 1)).to(weight.dtype), None
+
+
+def launch(x: torch.Tensor, weight: torch.Tensor, offsets: Sequence[int]) -> torch.Tensor:
+    """The convolution of x; with negative offsets, the gradient of x."""
+    N, L, D = x.shape
+    y = torch.empty_like(x)
+    grid = triton.cdiv(L, SIZES["POSITIONS"]), triton.cdiv(D, SIZES["COLUMNS"]), N
+    convolve[grid](x, weight, y, L, D, OFFSETS=offsets, **SIZES, **OPTIONS)
+    return y

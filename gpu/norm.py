@@ -1,0 +1,107 @@
+"""The layer norm of a residual sum on a GPU, in Triton, with its gradients. Statistics, sums and
+the gradients of weight and bias are float32."""
+
+import torch
+import triton
+import triton.language as tl
+
+ROWS = 4  # at a time
+ROWS_OF_A_PROGRAM = 64  # whose gradients of weight and bias one program adds
+OPTIONS = {"num_warps": 4}
+
+
+def sizes(D: int) -> dict[str, int]:
+    return {"D": D, "COLUMNS": triton.next_power_of_2(D), "ROWS": ROWS}
+
+
+@triton.jit
+def locate(rows, start, D: tl.constexpr, COLUMNS: tl.constexpr, ROWS: tl.constexpr):
+    """Rows (ROWS,) from `start` on, their mask, offsets (ROWS, COLUMNS) in (rows, D) and theirs."""
+    row, column = start + tl.arange(0, ROWS), tl.arange(0, COLUMNS)
+    mask = (row < rows)[:, None] & (column < D)[None, :]
+    return row, row < rows, row[:, None] * D + column[None, :], mask
+
+
+@triton.jit
+def add_norm(
+    x, y, weight, bias, sums, outputs, means, inverses, rows, EPSILON,
+    D: tl.constexpr, COLUMNS: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    """x + y (rows, D) into `sums`, its layer norm into `outputs`; means and inverse standard
+    deviations (rows,)."""
+    start = tl.program_id(0).to(tl.int64) * ROWS
+    row, row_mask, offsets, mask = locate(rows, start, D, COLUMNS, ROWS)
+    column = tl.arange(0, COLUMNS)
+    s = tl.load(x + offsets, mask, 0.0).to(tl.float32)
+    s += tl.load(y + offsets, mask, 0.0).to(tl.float32)
+    s = s.to(sums.dtype.element_ty)
+    tl.store(sums + offsets, s, mask)
+    s = s.to(tl.float32)
+    mean = tl.sum(s, 1) / D
+    centred = tl.where(mask, s - mean[:, None], 0.0)
+    inverse = 1 / tl.sqrt(tl.sum(centred * centred, 1) / D + EPSILON)
+    tl.store(means + row, mean, row_mask)
+    tl.store(inverses + row, inverse, row_mask)
+    w = tl.load(weight + column, column < D, 0.0)[None, :]
+    b = tl.load(bias + column, column < D, 0.0)[None, :]
+    z = centred * inverse[:, None] * w + b
+    tl.store(outputs + offsets, z.to(outputs.dtype.element_ty), mask)
+
+
+@triton.jit
+def add_norm_backward(
+    sums, weight, means, inverses, gradient, d_x, d_y, d_weight, d_bias, rows,
+    D: tl.constexpr, COLUMNS: tl.constexpr, ROWS: tl.constexpr, PER_PROGRAM: tl.constexpr,
+):  # fmt: skip
+    """The gradient of x + y in the types of x and of y, and a row of the gradients of weight and
+    bias (programs, D)."""
+    program = tl.program_id(0).to(tl.int64)
+    column = tl.arange(0, COLUMNS)
+    w = tl.load(weight + column, column < D, 0.0)[None, :]
+    w_sum, b_sum = tl.zeros((COLUMNS,), tl.float32), tl.zeros((COLUMNS,), tl.float32)
+    for start in range(0, PER_PROGRAM, ROWS):
+        first = program * PER_PROGRAM + start
+        row, row_mask, offsets, mask = locate(rows, first, D, COLUMNS, ROWS)
+        mean, inverse = tl.load(means + row, row_mask, 0.0), tl.load(inverses + row, row_mask, 0.0)
+        s = tl.load(sums + offsets, mask, 0.0).to(tl.float32)
+        g = tl.load(gradient + offsets, mask, 0.0).to(tl.float32)
+        z = tl.where(mask, (s - mean[:, None]) * inverse[:, None], 0.0)
+        w_sum += tl.sum(g * z, 0)
+        b_sum += tl.sum(g, 0)
+        g *= w
+        g -= (tl.sum(g, 1) / D)[:, None] + z * (tl.sum(g * z, 1) / D)[:, None]
+        g *= inverse[:, None]
+        tl.store(d_x + offsets, g.to(d_x.dtype.element_ty), mask)
+        if d_y.dtype.element_ty != d_x.dtype.element_ty:
+            tl.store(d_y + offsets, g.to(d_y.dtype.element_ty), mask)
+    tl.store(d_weight + program * D + column, w_sum, column < D)
+    tl.store(d_bias + program * D + column, b_sum, column < D)
+
+
+class AddNorm(torch.autograd.Function):
+    """Layer norm of x + y (..., D), of the type of x."""
+
+    @staticmethod
+    def forward(ctx, x, y, weight, bias, epsilon):
+        x, y = x.contiguous(), y.contiguous()
+        rows, D = x.flatten(0, -2).shape
+        sums, outputs = torch.empty_like(x), torch.empty_like(x)
+        means, inverses = (x.new_empty(rows, dtype=torch.float32) for _ in range(2))
+        tensors = x, y, weight, bias, sums, outputs, means, inverses
+        add_norm[(triton.cdiv(rows, ROWS),)](*tensors, rows, epsilon, **sizes(D), **OPTIONS)
+        ctx.save_for_backward(sums, weight, means, inverses)
+        ctx.y_type = y.dtype
+        return outputs
+
+    @staticmethod
+    def backward(ctx, gradient):
+        sums, weight, means, inverses = ctx.saved_tensors
+        rows, D = sums.flatten(0, -2).shape
+        d_x = torch.empty_like(sums)
+        d_y = d_x if ctx.y_type == sums.dtype else torch.empty_like(sums, dtype=ctx.y_type)
+        programs = triton.cdiv(rows, ROWS_OF_A_PROGRAM)
+        d_weight, d_bias = (sums.new_empty(programs, D, dtype=torch.float32) for _ in range(2))
+        tensors = sums, weight, means, inverses, gradient.contiguous(), d_x, d_y, d_weight, d_bias
+        constants = {**sizes(D), "PER_PROGRAM": ROWS_OF_A_PROGRAM}
+        add_norm_backward[(programs,)](*tensors, rows, **constants, **OPTIONS)
+        return d_x, d_y, d_weight.sum(0), d_bias.sum(0), None
