@@ -24,7 +24,7 @@ from benchmarks.processes import describe_error, stream_from_process
 from cli.flags import flag
 from cli.process import run
 from engine.checkpoint import NO_CHECKPOINT
-from engine.construction import load_model
+from engine.construction import choose_ops, load_model
 from engine.sampling import EagerDecoder, GraphDecoder, convert_weights
 from engine.training import NegativeLogLikelihood
 from layers.attention import chunk_length, linear_chunked
@@ -78,6 +78,7 @@ def list_steps(device: torch.device) -> list[tuple[str, Callable, tuple, float]]
     steps = [
         ("machine", measure_machine, (device,), 60),
         ("tests marked cuda", run_tests, (device, 190), 200),
+        ("Triton kernels", measure_triton, (device,), 60),
     ]
     configs = CONFIGS[device.type]
     steps += [(f"sampling, {c}", measure_sampling, (c, False, device), 60) for c in configs]
@@ -121,6 +122,17 @@ def run_tests(device: torch.device, seconds: float) -> Iterator[dict]:
         raise RuntimeError(f"pytest ended with status {done.returncode}")
 
 
+def measure_triton(device: torch.device) -> Iterator[dict]:
+    """The kernels on tensors of the CIFAR-10 model: 16 images in training, 256 in sampling."""
+    if device.type != "cuda":
+        yield {"text": "the Triton kernels need a GPU"}
+        return
+    from benchmarks.gpu_kernels import measure_kernels  # needs triton
+
+    copy_rate = measure.memory_rate(2**30, device)
+    yield from measure_kernels(measure.CONFIGS["cifar10"], 16, 256, device, copy_rate, ROUNDS)
+
+
 def measure_sampling(config: str, compiled: bool, device: torch.device) -> Iterator[dict]:
     """A byte of the whole batch, by the plain loop and by a CUDA graph of it."""
     prefix = "compiled " if compiled else ""
@@ -147,11 +159,13 @@ def measure_training(config: str, device: torch.device) -> Iterator[dict]:
         yield record
     best = max(images_per_s, key=images_per_s.get)
     others = [("uncompiled", "fp32", None), ("compiled", "bf16", {})]
-    if device.type == "cuda":  # a CUDA graph of each pass
+    if device.type == "cuda":  # a CUDA graph of each pass, and no Triton kernels
         others += [("compiled graph", "bf16", {"mode": "reduce-overhead"})]
+        others += [("plain", "bf16", None), ("plain compiled", "bf16", {})]
     for mode, precision, options in others:
         what = case("training", config, best, mode, precision)
-        yield attempt(what, time_training, config, best, precision, options, device)
+        plain = mode.startswith("plain")
+        yield attempt(what, time_training, config, best, precision, options, device, plain)
 
 
 def measure_library(config: str, device: torch.device) -> Iterator[dict]:
@@ -187,9 +201,12 @@ def measure_chunks(device: torch.device) -> Iterator[dict]:
 # Speeds
 
 
-def make_model(config: str, device: torch.device) -> ImageTransformer:
-    sizes = ModelConfig(**CONFIGS[device.type][config])
-    return load_model(NO_CHECKPOINT, sizes, device=device)
+def make_model(config: str, device: torch.device, plain: bool = False) -> ImageTransformer:
+    """On a GPU with the Triton kernels, unless they do not work there or it is to be `plain`."""
+    sizes, ops = ModelConfig(**CONFIGS[device.type][config]), None
+    if device.type == "cuda" and not plain:
+        ops = choose_ops(sizes, device, None, "measuring")
+    return load_model(NO_CHECKPOINT, sizes, device=device, ops=ops)
 
 
 def case(*values) -> dict:
@@ -222,11 +239,16 @@ def time_sampling(
 
 
 def time_training(
-    config: str, batch: int, precision: str, options: dict | None, device: torch.device
+    config: str,
+    batch: int,
+    precision: str,
+    options: dict | None,
+    device: torch.device,
+    plain: bool = False,
 ) -> dict:
     """As `step_speed`, for our model compiled with `options`, None for not at all."""
     torch._dynamo.reset()
-    nll = NegativeLogLikelihood(make_model(config, device))
+    nll = NegativeLogLikelihood(make_model(config, device, plain))
     if options is not None:
         nll.compile(**options)
     return step_speed(nll, batch, precision, device)

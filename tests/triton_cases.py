@@ -10,8 +10,10 @@ from functools import partial
 import pytest
 import torch
 from torch import nn
+from triton.runtime import interpreter
 
 import gpu.ops
+from benchmarks import gpu_kernels
 from engine.sampling import sample_recurrent
 from gpu.attention import LinearAttention
 from gpu.ops import TritonOps
@@ -278,3 +280,64 @@ def test_operations_that_disagree_are_refused(monkeypatch):
 def test_heads_of_another_size_are_refused():
     with pytest.raises(UserError, match="heads of 24"):
         TritonOps(config(d_query=24), torch.device("cpu"))
+
+
+class Traffic(dict):
+    """The distinct bytes that each kernel loads and stores, {kernel name: bytes}."""
+
+    def __init__(self, monkeypatch):
+        builder, executor = interpreter.InterpreterBuilder, interpreter.GridExecutor
+        load, store = builder.create_masked_load, builder.create_masked_store
+        call = executor.__call__
+
+        def counted_load(builder, pointers, mask, *arguments):
+            self.add("load", pointers, mask)
+            return load(builder, pointers, mask, *arguments)
+
+        def counted_store(builder, pointers, value, mask, *arguments):
+            self.add("store", pointers, mask)
+            return store(builder, pointers, value, mask, *arguments)
+
+        def counted_call(executor, *arguments, **options):
+            self.addresses = {}
+            call(executor, *arguments, **options)
+            count = sum(size * len(found) for (_, size), found in self.addresses.items())
+            name = executor.fn.__name__
+            self[name] = self.get(name, 0) + count
+
+        monkeypatch.setattr(builder, "create_masked_load", counted_load)
+        monkeypatch.setattr(builder, "create_masked_store", counted_store)
+        monkeypatch.setattr(executor, "__call__", counted_call)
+
+    def add(self, direction, pointers, mask):
+        addresses = pointers.data[mask.data.astype(bool)]
+        size = pointers.get_element_ty().primitive_bitwidth // 8
+        self.addresses.setdefault((direction, size), set()).update(addresses.tolist())
+
+
+@TYPES
+def test_traffic(dtype, monkeypatch):
+    """As on paper, from which docs/speed.md has its table."""
+    traffic = Traffic(monkeypatch)
+    for _, operation in gpu_kernels.list_operations(1, 100, 2, 16, dtype, torch.device("cpu"), 2):
+        traffic.clear()
+        gpu_kernels.run(operation, TRITON)
+        expected = {}
+        for name, count in operation.traffic.items():
+            if not name.startswith("cumulative"):  # sums are torch's
+                name = name.partition(",")[0]
+                expected[name] = expected.get(name, 0) + count
+        assert traffic.keys() == expected.keys()
+        for name, count in expected.items():
+            tolerance = 0.02 * (name == "weight_gradient")  # which does not need the last inputs
+            assert traffic[name] == pytest.approx(count, rel=tolerance), name
+
+
+def test_kernels_are_measured():
+    """As `make gpu` does. Regression: the reference in float64 was given float32 parameters."""
+    sizes = {"length": 40, "n_heads": 2}
+    records = list(gpu_kernels.measure_kernels(sizes, 1, 2, torch.device("cpu"), 1e10, 1))
+    assert len(records) == 8
+    for record in records:
+        errors = record["text"].partition("errors ")[2].split(", ")
+        assert all(float(error) < 0.03 for error in errors), record
