@@ -65,6 +65,8 @@ TRAINING = [
     ("--attention_type reformer", "reformer"),
     ("--attention_dropout 0.2", "--attention_type full"),
     ("--softmax_temp 0.2", "--attention_type full"),
+    ("--attention_type gated-linear --softmax_temp 0.2", "--attention_type full"),
+    ("--attention_type gated-linear --bits 8", "reformer"),
     ("--bits 8", "reformer"),
     ("--unmasked_reformer", "reformer"),
     ("--iterations 0", "--iterations"),

@@ -47,6 +47,14 @@ def test_state_has_the_names_and_shapes_of_the_original():
     assert {name: tuple(x.shape) for name, x in model.state_dict().items()} == expected
 
 
+def test_gated_weights_do_not_load_in_the_originals_model():
+    """Not even with strict=False, with which the original loads: further entries alone would be
+    ignored, and the weights then be used with another attention."""
+    gated, original = (make_model(attention_type=x) for x in ("gated-linear", "causal-linear"))
+    with pytest.raises(RuntimeError, match="value_projection"):
+        original.load_state_dict(gated.state_dict(), strict=False)
+
+
 def test_the_configuration_gives_the_number_of_parameters():
     for config, millions in (
         (ModelConfig(784, n_layers=8, n_heads=8), 6.36),  # the paper's

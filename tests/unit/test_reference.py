@@ -273,6 +273,11 @@ def test_the_reformer_samples_in_batches_of_any_size(reference):
     assert torch.equal(together, torch.cat([complete(model, [n]) for n in range(3)]))
 
 
+def test_what_the_library_does_not_have_is_refused(reference):
+    with pytest.raises(UserError, match=r"gated-linear.*change the backend"):
+        reference.check(make_config("gated-linear"), torch.device("cpu"), "fp32", None)
+
+
 def test_a_device_without_kernels_is_refused_before_it_starts(reference):
     """The library itself would fail by calling None."""
     flags = torch.device("mps"), "fp32", None
