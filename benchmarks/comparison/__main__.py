@@ -42,7 +42,7 @@ class Plan:
     test_images: int  # of each evaluation
 
 
-FULL = Plan(measure.CONFIGS, (256, 784, 1536, 3072, 6144, 12288), 3.0, 210.0, 200)
+FULL = Plan(measure.CONFIGS, (256, 784, 1536, 3072, 6144, 12288), 3.0, 240.0, 200)
 TINY = {"n_layers": 2, "n_heads": 2}
 QUICK = Plan(
     {"mnist": {"length": 64, **TINY}, "cifar10": {"length": 192, **TINY}}, (64, 256), 0.2, 2.0, 8
