@@ -1,6 +1,6 @@
 """Compiles the Triton kernels for GPUs that need not be there, and prints what the assembler says.
 
-python -m benchmarks.gpu_compile --sizes 32
+python -m benchmarks.gpu_compile --size 32
 """
 
 import re
@@ -8,7 +8,7 @@ import subprocess
 import sys
 import tempfile
 from argparse import ArgumentParser
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import torch
@@ -22,16 +22,23 @@ from gpu import attention, convolution, norm, step
 # Compute capabilities, and the architectures whose instructions Triton's PTX uses.
 TARGETS = {80: "sm_80", 90: "sm_90a", 100: "sm_100a"}
 # Tensor-core instructions: of every architecture, of Hopper, of Blackwell.
-PRODUCTS = r"mma\.sync|wgmma\.mma_async|tcgen05\.mma"
+SHORT = {"mma.sync": "mma", "wgmma.mma_async": "wgmma", "tcgen05.mma": "tcgen05"}
+PRODUCTS = "|".join(map(re.escape, SHORT))
 TYPES = {torch.float32: "fp32", torch.bfloat16: "bf16"}
 # Arguments that are numbers, and tensors that are float32 whatever the type of the others is.
 INTEGERS = "L", "H", "D", "rows"
 FLOAT32 = {
     "sums", "gradient_sums", "scales", "S", "Z", "weight", "bias", "means", "inverses", "d_weight",
-    "d_bias",
+    "d_bias", "residual", "normed", "d_residual",
 }  # fmt: skip
 REGISTERS = 65536  # of a multiprocessor
-COLUMNS = "kernel", "E", "type", "target", "registers", "blocks", "spilled", "shared", "products"
+COLUMNS = {
+    "registers": "registers of a thread",
+    "blocks": "blocks that fit the registers",
+    "spilled": "bytes spilled",
+    "shared": "bytes of shared memory",
+    "products": "tensor-core instructions",
+}
 
 
 def list_kernels(E: int, n_heads: int = 8) -> Iterator[tuple]:
@@ -98,25 +105,28 @@ def assemble(ptx: str, target: int) -> str:
 def describe_products(found: list[str]) -> str:
     """The number of each instruction: "40 mma"."""
     counts = {name: found.count(name) for name in sorted(set(found))}
-    return ", ".join(f"{n} {name.removesuffix('.sync')}" for name, n in counts.items()) or "none"
+    return " and ".join(f"{n} {SHORT[name]}" for name, n in counts.items()) or "none"
 
 
-def measure(sizes: Sequence[int], targets: Sequence[int] = tuple(TARGETS)) -> Iterator[dict]:
-    """A record of every kernel, size of heads, type and target."""
-    for E in sizes:
-        for kernel, dtype, constants, options in list_kernels(E):
-            for target in targets:
-                what = {"kernel": kernel.__name__, "E": E, "type": TYPES[dtype]}
-                record = compile_kernel(kernel, dtype, constants, options, target)
-                yield {**what, "target": f"sm_{target}", **record}
+def measure(kernels: Iterable[tuple], targets: Iterable[int] = TARGETS) -> Iterator[dict]:
+    """A record of each of `list_kernels` for every target."""
+    for kernel, dtype, constants, options in kernels:
+        for target in targets:
+            record = compile_kernel(kernel, dtype, constants, options, target)
+            yield {"kernel": kernel.__name__, "type": TYPES[dtype], "target": target, **record}
 
 
 def main(argv: list[str] | None = None) -> int:
+    """One line for each kernel and type."""
     parser = ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--sizes", type=int, nargs="+", default=[32], help="sizes of heads")
-    print(f"| {' | '.join(COLUMNS)} |\n|{'---|' * len(COLUMNS)}")
-    for record in measure(parser.parse_args(argv).sizes):
-        print(f"| {' | '.join(str(record[name]) for name in COLUMNS)} |", flush=True)
+    parser.add_argument("--size", type=int, default=32, help="of the heads")
+    targets = ", ".join(f"sm_{target}" for target in TARGETS)
+    print(f"On {targets}:\n\n| kernel | {' | '.join(COLUMNS.values())} |")
+    print("|---" * (len(COLUMNS) + 1) + "|")
+    for kernel in list_kernels(parser.parse_args(argv).size):
+        records = list(measure([kernel]))
+        cells = [", ".join(str(record[name]) for record in records) for name in COLUMNS]
+        print(f"| {records[0]['kernel']}, {records[0]['type']} | {' | '.join(cells)} |", flush=True)
     return 0
 
 

@@ -24,15 +24,15 @@ def locate(rows, start, D: tl.constexpr, COLUMNS: tl.constexpr, ROWS: tl.constex
 
 @triton.jit
 def add_norm(
-    x, y, weight, bias, sums, outputs, means, inverses, rows, EPSILON,
+    residual, y, weight, bias, sums, normed, means, inverses, rows, EPSILON,
     D: tl.constexpr, COLUMNS: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """x + y (rows, D) into `sums`, its layer norm into `outputs`; means and inverse standard
+    """residual + y (rows, D) into `sums`, its layer norm into `normed`; means and inverse standard
     deviations (rows,)."""
     start = tl.program_id(0).to(tl.int64) * ROWS
     row, row_mask, offsets, mask = locate(rows, start, D, COLUMNS, ROWS)
     column = tl.arange(0, COLUMNS)
-    s = tl.load(x + offsets, mask, 0.0).to(tl.float32)
+    s = tl.load(residual + offsets, mask, 0.0).to(tl.float32)
     s += tl.load(y + offsets, mask, 0.0).to(tl.float32)
     s = s.to(sums.dtype.element_ty)
     tl.store(sums + offsets, s, mask)
@@ -45,16 +45,16 @@ def add_norm(
     w = tl.load(weight + column, column < D, 0.0)[None, :]
     b = tl.load(bias + column, column < D, 0.0)[None, :]
     z = centred * inverse[:, None] * w + b
-    tl.store(outputs + offsets, z.to(outputs.dtype.element_ty), mask)
+    tl.store(normed + offsets, z.to(normed.dtype.element_ty), mask)
 
 
 @triton.jit
 def add_norm_backward(
-    sums, weight, means, inverses, gradient, d_x, d_y, d_weight, d_bias, rows,
+    sums, weight, means, inverses, gradient, d_residual, d_y, d_weight, d_bias, rows,
     D: tl.constexpr, COLUMNS: tl.constexpr, ROWS: tl.constexpr, PER_PROGRAM: tl.constexpr,
 ):  # fmt: skip
-    """The gradient of x + y in the types of x and of y, and a row of the gradients of weight and
-    bias (programs, D)."""
+    """The gradient of the sum in the types of the residual and of y, and a row of the gradients of
+    weight and bias (programs, D)."""
     program = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, COLUMNS)
     w = tl.load(weight + column, column < D, 0.0)[None, :]
@@ -71,8 +71,8 @@ def add_norm_backward(
         g *= w
         g -= (tl.sum(g, 1) / D)[:, None] + z * (tl.sum(g * z, 1) / D)[:, None]
         g *= inverse[:, None]
-        tl.store(d_x + offsets, g.to(d_x.dtype.element_ty), mask)
-        if d_y.dtype.element_ty != d_x.dtype.element_ty:
+        tl.store(d_residual + offsets, g.to(d_residual.dtype.element_ty), mask)
+        if d_y.dtype.element_ty != d_residual.dtype.element_ty:
             tl.store(d_y + offsets, g.to(d_y.dtype.element_ty), mask)
     tl.store(d_weight + program * D + column, w_sum, column < D)
     tl.store(d_bias + program * D + column, b_sum, column < D)

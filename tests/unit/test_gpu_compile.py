@@ -1,9 +1,10 @@
 """The Triton kernels, compiled for GPUs that are not here."""
 
 import pytest
+import torch
 
 pytest.importorskip("triton", reason="torch comes with triton on Linux alone")
-from benchmarks.gpu_compile import TARGETS, list_kernels, measure
+from benchmarks.gpu_compile import INTEGERS, TARGETS, compile_kernel, list_kernels, measure
 
 # The kernels with matrix products.
 PRODUCTS = "sum_chunks", "attend", "sum_gradients", "backpropagate"
@@ -13,14 +14,26 @@ pytestmark = pytest.mark.slow
 @pytest.mark.parametrize("E", [16, 32, 64, 128])
 def test_kernels_fit_the_registers_and_use_tensor_cores(E, monkeypatch, tmp_path):
     """Nothing is spilled to memory, two blocks fit the registers of a multiprocessor, shared memory
-    is within the 48 KB that need no permission. Of heads of 32 on every target, else on one."""
+    is within the 48 KB that need no permission. Of heads of 32 on every target; of other heads only
+    attention, on one."""
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    targets = list(TARGETS) if E == 32 else [80]
-    records = list(measure([E], targets))
-    assert len(records) == len(targets) * len(list(list_kernels(E)))
+    kernels, targets = list(list_kernels(E)), list(TARGETS)
+    if E != 32:
+        kernels, targets = [x for x in kernels if x[0].__name__ in PRODUCTS], [80]
+    records = list(measure(kernels, targets))
+    assert len(records) == len(targets) * len(kernels)
     for record in records:
         assert record["spilled"] == 0, record
         assert record["blocks"] >= 2, record
         assert record["shared"] <= 48 * 1024, record
         products = record["products"] != "none"
         assert products == (record["kernel"] in PRODUCTS), record
+
+
+def test_sizes_of_one(monkeypatch, tmp_path):
+    """One position, head or row: Triton compiles a kernel of its own for the number 1."""
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    for kernel, dtype, constants, options in list_kernels(16, 1):
+        if dtype == torch.bfloat16:
+            ones = {name: 1 for name in kernel.arg_names if name in INTEGERS}
+            compile_kernel(kernel, dtype, {**ones, **constants}, options, 90)
