@@ -84,7 +84,9 @@ OUTPUT = {
     ),
 }
 COMPILE = flag(
-    "compile first, which takes seconds; changes speed only (default: if that is faster)", bool
+    "compile first, which takes seconds; changes speed only (default: if that is faster); "
+    "--no-compile also leaves out the Triton kernels of a GPU",
+    bool,
 )
 LOAD_PYTORCH = switch("the checkpoint has the original's older layout (self_attn.in_proj_weight)")
 FORCE_CPU = switch("the same as --device cpu")

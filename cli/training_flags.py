@@ -65,7 +65,7 @@ LOGGING = {
 }
 COMPILE = flag(
     "compile first; changes speed only (default on CPUs, where it takes seconds; on GPUs it takes "
-    "minutes and is off)",
+    "minutes and is off); --no-compile also leaves out the Triton kernels of a GPU",
     bool,
 )
 
