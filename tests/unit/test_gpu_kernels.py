@@ -36,6 +36,18 @@ def test_plain_operations_where_triton_does_not_work(compile, capfd):
     assert compile is False or "training in plain PyTorch" in lines[0]
 
 
+def test_plain_operations_without_triton(monkeypatch, capfd):
+    """As on Windows."""
+    monkeypatch.setitem(sys.modules, "triton", None)
+    for name in [name for name in sys.modules if name.startswith("gpu.")]:
+        monkeypatch.delitem(sys.modules, name)
+    ops = choose_ops(ModelConfig(64), torch.device("cuda"), None, "sampling")
+    assert type(ops) is PlainOps
+    error = capfd.readouterr().err
+    assert len(error.splitlines()) == 1
+    assert "triton" in error
+
+
 def test_nothing_is_imported_without_cuda():
     """Triton takes a second to import, and most machines without a GPU do not have it."""
     code = "import sys, main, prediction; assert not {'gpu.ops', 'triton'} & set(sys.modules)"
