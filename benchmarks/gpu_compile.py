@@ -26,7 +26,8 @@ SHORT = {"mma.sync": "mma", "wgmma.mma_async": "wgmma", "tcgen05.mma": "tcgen05"
 PRODUCTS = "|".join(map(re.escape, SHORT))
 TYPES = {torch.float32: "fp32", torch.bfloat16: "bf16"}
 # Arguments that are numbers, and tensors that are float32 whatever the type of the others is.
-INTEGERS = "L", "H", "D", "rows"
+INTEGERS = "L", "H", "D", "N", "R", "rows"
+LONG_INTEGERS = "steps_back", "position"
 FLOAT32 = {
     "sums", "gradient_sums", "scales", "S", "Z", "weight", "bias", "means", "inverses", "d_weight",
     "d_bias", "residual", "normed", "d_residual",
@@ -57,6 +58,8 @@ def list_kernels(E: int, n_heads: int = 8) -> Iterator[tuple]:
         yield norm.add_norm_backward, dtype, backward, norm.OPTIONS
         yield convolution.convolve, dtype, convolutions, convolution.OPTIONS
         yield convolution.weight_gradient, dtype, gradients, convolution.OPTIONS
+        steps = {"T": 6, "COLUMNS": convolution.SIZES["COLUMNS"]}
+        yield convolution.convolve_position, dtype, steps, convolution.STEP_OPTIONS
 
 
 def compile_kernel(kernel, dtype: torch.dtype, constants: dict, options: dict, target: int) -> dict:
@@ -87,6 +90,8 @@ def argument_type(name: str, dtype: torch.dtype, constants: dict) -> str:
         return "fp32"
     if name in INTEGERS:
         return "i32"
+    if name in LONG_INTEGERS:
+        return "*i64"
     return "*fp32" if name in FLOAT32 else f"*{TYPES[dtype]}"
 
 

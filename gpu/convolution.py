@@ -10,6 +10,7 @@ import triton.language as tl
 SIZES = {"POSITIONS": 32, "COLUMNS": 64}
 POSITIONS_OF_A_PROGRAM = 256
 OPTIONS = {"num_warps": 4}
+STEP_OPTIONS = {"num_warps": 2}
 
 
 @triton.jit
@@ -63,6 +64,25 @@ def weight_gradient(
         tl.store(sums + (row * len(OFFSETS) + t) * D + columns, total, columns < D)
 
 
+@triton.jit
+def convolve_position(
+    x, weight, steps_back, recent, position, y, N, R, D, T: tl.constexpr, COLUMNS: tl.constexpr
+):
+    """y (N, D) of x (N, D) at one position, whose row of `recent` (R, N, D) becomes x. No offset of
+    `steps_back` (T,) leads to that row."""
+    n = tl.program_id(0)
+    columns = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    mask, p = columns < D, tl.load(position)
+    value = tl.load(x + n * D + columns, mask, 0.0)
+    tl.store(recent + (p % R * N + n) * D + columns, value.to(recent.dtype.element_ty), mask)
+    total = value.to(tl.float32)
+    for t in tl.static_range(T):
+        row = (p - tl.load(steps_back + t) + R) % R  # not negative: an offset is less than R
+        earlier = tl.load(recent + (row * N + n) * D + columns, mask, 0.0).to(tl.float32)
+        total += tl.load(weight + t * D + columns, mask, 0.0).to(tl.float32) * earlier
+    tl.store(y + n * D + columns, total.to(y.dtype.element_ty), mask)
+
+
 class ShortConvolution(torch.autograd.Function):
     """x (N, L, D) and its rows at T offsets before, times weight (T, D)."""
 
@@ -92,4 +112,23 @@ def launch(x: torch.Tensor, weight: torch.Tensor, offsets: Sequence[int]) -> tor
     y = torch.empty_like(x)
     grid = triton.cdiv(L, SIZES["POSITIONS"]), triton.cdiv(D, SIZES["COLUMNS"]), N
     convolve[grid](x, weight, y, L, D, OFFSETS=offsets, **SIZES, **OPTIONS)
+    return y
+
+
+def step(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    steps_back: torch.Tensor,
+    recent: torch.Tensor,
+    position: torch.Tensor,
+) -> torch.Tensor:
+    """As `PlainOps.convolution_step`, without gradients."""
+    if not recent.is_contiguous():
+        raise TypeError("the last inputs should be contiguous")
+    x = x.contiguous()
+    (N, _, D), R, T = x.shape, len(recent), len(weight)
+    y, columns = torch.empty_like(x), SIZES["COLUMNS"]
+    tensors = x, weight.contiguous(), steps_back, recent, position, y
+    grid = N, triton.cdiv(D, columns)
+    convolve_position[grid](*tensors, N, R, D, T=T, COLUMNS=columns, **STEP_OPTIONS)
     return y

@@ -7,6 +7,7 @@ from functools import partial
 import torch
 from torch import nn
 
+from gpu import convolution
 from gpu.attention import SIZES, LinearAttention
 from gpu.convolution import ShortConvolution
 from gpu.norm import AddNorm
@@ -44,6 +45,19 @@ class TritonOps(PlainOps):
     ) -> torch.Tensor:
         check(x)
         return ShortConvolution.apply(x, weight, offsets)
+
+    def convolution_step(
+        self,
+        x: torch.Tensor,
+        weight: torch.Tensor,
+        steps_back: torch.Tensor,
+        recent: torch.Tensor,
+        position: torch.Tensor,
+    ) -> torch.Tensor:
+        if torch.is_grad_enabled() and weight.requires_grad:
+            return super().convolution_step(x, weight, steps_back, recent, position)
+        check(x)
+        return convolution.step(x, weight, steps_back, recent, position)
 
     def linear_attention(
         self, qkv: torch.Tensor, state: Sequence[torch.Tensor] | None = None
@@ -100,6 +114,16 @@ def small_cases(config: ModelConfig, device: torch.device) -> Iterator[Case]:
         weight = nn.Parameter(random(len(offsets), D))
         operation = partial(convolve, weight=weight, offsets=offsets)
         yield Case("convolution", operation, [random(1, 300, D)], (weight,))
+        steps_back, R = torch.tensor(offsets, device=device), max(offsets) + 1
+        recent, position = random(R, 2, D), torch.tensor([1], device=device)
+
+        @torch.no_grad()
+        def convolve_position(ops, x):
+            state = recent.clone()
+            y = ops.convolution_step(x, weight, steps_back, state, position)
+            return torch.cat([y.float().flatten(), state.flatten()])
+
+        yield Case("convolution at one position", convolve_position, [random(2, 1, D)])
     if config.attention_type == "causal-linear":
         qkv = [random(1, 100, 3, 2, E)]
         yield Case("attention", lambda ops, x: ops.linear_attention(x), qkv)

@@ -42,9 +42,8 @@ class ShortConvolution(nn.Module):
         R, P = len(recent), x.shape[1]
         inputs = x.transpose(0, 1)  # (P, N, D)
         if P == 1:
-            recent.index_copy_(0, positions % R, inputs.to(recent.dtype))
-            earlier = recent.index_select(0, (positions - self.steps_back) % R)  # (T, N, D)
-            return x + (earlier * self.weight[:, None]).sum(0)[:, None].to(x.dtype)
+            steps = self.weight, self.steps_back
+            return self.ops.convolution_step(x, *steps, recent, positions)
         before = (positions[:1] + torch.arange(-R, 0, device=x.device)) % R
         both = torch.cat([recent.index_select(0, before).to(x.dtype), inputs])  # (R + P, N, D)
         last = (positions[-1:] + torch.arange(1 - R, 1, device=x.device)) % R

@@ -43,6 +43,22 @@ class PlainOps:
             x = x + row * padded[:, start : start + L]
         return x
 
+    def convolution_step(
+        self,
+        x: torch.Tensor,
+        weight: torch.Tensor,
+        steps_back: torch.Tensor,
+        recent: torch.Tensor,
+        position: torch.Tensor,
+    ) -> torch.Tensor:
+        """As `short_convolution` of one position (1,), x (N, 1, D), in sampling. `recent` (R, N, D)
+        holds the inputs of position p in row p mod R and is updated in place; the offsets are
+        `steps_back` (T,), less than R."""
+        R = len(recent)
+        recent.index_copy_(0, position % R, x.transpose(0, 1).to(recent.dtype))
+        earlier = recent.index_select(0, (position - steps_back) % R)  # (T, N, D)
+        return x + (earlier * weight[:, None]).sum(0)[:, None].to(x.dtype)
+
     def dropout(self, x: torch.Tensor, keys: torch.Tensor, threshold: int) -> torch.Tensor:
         """As `layers.dropout.drop`: x (N, ...), keys (N, 2)."""
         return drop(x, keys, threshold)

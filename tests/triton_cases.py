@@ -124,12 +124,14 @@ def test_steps_with_gradients_are_plain():
     assert qkv.grad.isfinite().all()
 
 
+@pytest.mark.parametrize("neighbours", [False, True])
 @torch.no_grad()
-def test_sampled_bytes_equal_the_plain_ones():
+def test_sampled_bytes_equal_the_plain_ones(neighbours):
     """Of a small model, prefill included."""
     torch.manual_seed(2)
-    plain = ImageTransformer(config()).eval()
-    ours = ImageTransformer(config(), TRITON).eval()
+    options = {"neighbours": True, "width": 8, "channels": 1} if neighbours else {}
+    plain = ImageTransformer(config(**options)).eval()
+    ours = ImageTransformer(config(**options), TRITON).eval()
     ours.load_state_dict(plain.state_dict())
     images, noise = torch.randint(256, (2, 64)), torch.rand(2, 64, 2)
     drawn = []
@@ -230,6 +232,23 @@ def test_short_convolution(dtype, shape, offsets):
     assert [t.dtype for t in ours] == [dtype, dtype, torch.float32]
     for a, b in zip(ours, expected, strict=True):
         close(a, b, TOLERANCES[dtype])
+
+
+@TYPES
+@torch.no_grad()
+def test_convolution_steps(dtype):
+    """Outputs, and the last inputs, whose rows are used again after the last."""
+    offsets, weight = torch.tensor([1, 2, 5]), torch.randn(3, 70)
+    ours, plain = torch.randn(2, 6, 3, 70).unbind()
+    plain.copy_(ours)
+    for position in range(13):
+        x = torch.randn(3, 1, 70).to(dtype)
+        arguments = weight, offsets, ours, torch.tensor([position])
+        y = TRITON.convolution_step(x, *arguments)
+        expected = PlainOps().convolution_step(x.float(), *arguments[:2], plain, arguments[3])
+        assert y.dtype == dtype
+        close(y, expected.double(), TOLERANCES[dtype])
+        assert torch.equal(ours, plain)
 
 
 @pytest.mark.parametrize("attention_type", ["causal-linear", "gated-linear"])
