@@ -13,6 +13,7 @@ import torch
 import triton
 import triton.language as tl
 
+from gpu.operators import operator
 from layers.attention import EPSILON
 
 SIZES = 16, 32, 64, 128  # E
@@ -227,6 +228,32 @@ def launch(kernel: triton.JITFunction, qkv: torch.Tensor, *arguments) -> None:
     kernel[grid](qkv, *arguments, *numbers, **constants, **OPTIONS)
 
 
+@operator("sums", "outputs", "scales")
+def attention_forward(
+    qkv: torch.Tensor, sums: torch.Tensor, outputs: torch.Tensor, scales: torch.Tensor
+) -> None:
+    """Fills sums, after their first row, outputs and scales."""
+    launch(sum_chunks, qkv, sums)
+    sums.cumsum_(2)
+    launch(attend, qkv, sums, outputs, scales)
+
+
+@operator("gradient_sums", "gradients")
+def attention_backward(
+    qkv: torch.Tensor,
+    sums: torch.Tensor,
+    outputs: torch.Tensor,
+    scales: torch.Tensor,
+    gradient: torch.Tensor,
+    gradient_sums: torch.Tensor,
+    gradients: torch.Tensor,
+) -> None:
+    """Fills gradient_sums, after their first row, and gradients."""
+    launch(sum_gradients, qkv, outputs, scales, gradient, gradient_sums)
+    gradient_sums.cumsum_(2)
+    launch(backpropagate, qkv, sums, outputs, scales, gradient, gradient_sums, gradients)
+
+
 class LinearAttention(torch.autograd.Function):
     """qkv (N, L, 3, H, E) and a state, S (N, H, E, E) and Z (N, H, E) or None twice -> outputs
     (N, L, H, E) of the type of qkv, and the state after them."""
@@ -238,24 +265,20 @@ class LinearAttention(torch.autograd.Function):
         outputs = qkv.new_empty(N, L, H, E)
         scales = qkv.new_empty(N, L, H, dtype=torch.float32)
         sums = new_sums(qkv, S, Z)
-        launch(sum_chunks, qkv, sums)
-        sums.cumsum_(2)
-        launch(attend, qkv, sums, outputs, scales)
+        attention_forward(qkv, sums, outputs, scales)
         ctx.save_for_backward(qkv, sums, outputs, scales)
         ctx.set_materialize_grads(False)
-        return outputs, *state_in(sums)
+        return outputs, *state_in(sums, E)
 
     @staticmethod
     def backward(ctx, gradient, d_S, d_Z):
         qkv, sums, outputs, scales = ctx.saved_tensors
         gradient = torch.zeros_like(outputs) if gradient is None else gradient.contiguous()
         gradient_sums, gradients = new_sums(qkv, d_S, d_Z), torch.empty_like(qkv)
-        launch(sum_gradients, qkv, outputs, scales, gradient, gradient_sums)
-        gradient_sums.cumsum_(2)
-        tensors = sums, outputs, scales, gradient, gradient_sums, gradients
-        launch(backpropagate, qkv, *tensors)
+        tensors = qkv, sums, outputs, scales, gradient, gradient_sums, gradients
+        attention_backward(*tensors)
         needs_S, needs_Z = ctx.needs_input_grad[1:]
-        d_S, d_Z = state_in(gradient_sums)
+        d_S, d_Z = state_in(gradient_sums, qkv.shape[-1])
         return gradients, d_S if needs_S else None, d_Z if needs_Z else None
 
 
@@ -269,8 +292,7 @@ def new_sums(qkv: torch.Tensor, S: torch.Tensor | None, Z: torch.Tensor | None) 
     return sums
 
 
-def state_in(sums: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def state_in(sums: torch.Tensor, E: int) -> tuple[torch.Tensor, torch.Tensor]:
     """S (N, H, E, E) and Z (N, H, E) of the last row of sums."""
-    E = int(sums.shape[-1] ** 0.5)  # of E * E + E
     last = sums[:, :, -1]
     return last[..., : E * E].unflatten(-1, (E, E)).clone(), last[..., E * E :].clone()

@@ -6,6 +6,8 @@ import torch
 import triton
 import triton.language as tl
 
+from gpu.operators import operator
+
 # Of a tile; and the positions whose gradients of the weights one program adds.
 SIZES = {"POSITIONS": 32, "COLUMNS": 64}
 POSITIONS_OF_A_PROGRAM = 256
@@ -83,6 +85,43 @@ def convolve_position(
     tl.store(y + n * D + columns, total.to(y.dtype.element_ty), mask)
 
 
+@operator("y")
+def convolution(
+    x: torch.Tensor, weight: torch.Tensor, y: torch.Tensor, offsets: Sequence[int]
+) -> None:
+    """Fills y with the convolution of x; with negative offsets, with the gradient of x."""
+    N, L, D = x.shape
+    grid = triton.cdiv(L, SIZES["POSITIONS"]), triton.cdiv(D, SIZES["COLUMNS"]), N
+    convolve[grid](x, weight, y, L, D, OFFSETS=tuple(offsets), **SIZES, **OPTIONS)
+
+
+@operator("sums")
+def convolution_weights(
+    x: torch.Tensor, gradient: torch.Tensor, sums: torch.Tensor, offsets: Sequence[int]
+) -> None:
+    """Fills sums (N, programs, T, D), whose sum is the gradient of the weights."""
+    N, L, D = x.shape
+    grid = sums.shape[1], triton.cdiv(D, SIZES["COLUMNS"]), N
+    constants = {"OFFSETS": tuple(offsets), **SIZES, "PER_PROGRAM": POSITIONS_OF_A_PROGRAM}
+    weight_gradient[grid](x, gradient, sums, L, D, **constants, **OPTIONS)
+
+
+@operator("recent", "y")
+def convolution_step(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    steps_back: torch.Tensor,
+    recent: torch.Tensor,
+    position: torch.Tensor,
+    y: torch.Tensor,
+) -> None:
+    """Fills y, and a row of recent."""
+    (N, _, D), columns = x.shape, SIZES["COLUMNS"]
+    tensors, sizes = (x, weight, steps_back, recent, position, y), (N, len(recent), D)
+    grid = N, triton.cdiv(D, columns)
+    convolve_position[grid](*tensors, *sizes, T=len(weight), COLUMNS=columns, **STEP_OPTIONS)
+
+
 class ShortConvolution(torch.autograd.Function):
     """x (N, L, D) and its rows at T offsets before, times weight (T, D)."""
 
@@ -91,28 +130,19 @@ class ShortConvolution(torch.autograd.Function):
         x, weight = x.contiguous(), weight.contiguous()
         ctx.save_for_backward(x, weight)
         ctx.offsets = tuple(offsets)
-        return launch(x, weight, ctx.offsets)
+        y = torch.empty_like(x)
+        convolution(x, weight, y, ctx.offsets)
+        return y
 
     @staticmethod
     def backward(ctx, gradient):
         x, weight = ctx.saved_tensors
-        gradient = gradient.contiguous()
-        inputs = launch(gradient, weight, tuple(-offset for offset in ctx.offsets))
-        N, L, D = x.shape
-        grid = triton.cdiv(L, POSITIONS_OF_A_PROGRAM), triton.cdiv(D, SIZES["COLUMNS"]), N
-        sums = x.new_empty(N, grid[0], len(weight), D, dtype=torch.float32)
-        constants = {"OFFSETS": ctx.offsets, **SIZES, "PER_PROGRAM": POSITIONS_OF_A_PROGRAM}
-        weight_gradient[grid](x, gradient, sums, L, D, **constants, **OPTIONS)
+        gradient, inputs = gradient.contiguous(), torch.empty_like(x)
+        convolution(gradient, weight, inputs, tuple(-offset for offset in ctx.offsets))
+        programs = triton.cdiv(x.shape[1], POSITIONS_OF_A_PROGRAM)
+        sums = x.new_empty(len(x), programs, *weight.shape, dtype=torch.float32)
+        convolution_weights(x, gradient, sums, ctx.offsets)
         return inputs, sums.sum((0, 1)).to(weight.dtype), None
-
-
-def launch(x: torch.Tensor, weight: torch.Tensor, offsets: Sequence[int]) -> torch.Tensor:
-    """The convolution of x; with negative offsets, the gradient of x."""
-    N, L, D = x.shape
-    y = torch.empty_like(x)
-    grid = triton.cdiv(L, SIZES["POSITIONS"]), triton.cdiv(D, SIZES["COLUMNS"]), N
-    convolve[grid](x, weight, y, L, D, OFFSETS=offsets, **SIZES, **OPTIONS)
-    return y
 
 
 def step(
@@ -126,9 +156,6 @@ def step(
     if not recent.is_contiguous():
         raise TypeError("the last inputs should be contiguous")
     x = x.contiguous()
-    (N, _, D), R, T = x.shape, len(recent), len(weight)
-    y, columns = torch.empty_like(x), SIZES["COLUMNS"]
-    tensors = x, weight.contiguous(), steps_back, recent, position, y
-    grid = N, triton.cdiv(D, columns)
-    convolve_position[grid](*tensors, N, R, D, T=T, COLUMNS=columns, **STEP_OPTIONS)
+    y = torch.empty_like(x)
+    convolution_step(x, weight.contiguous(), steps_back, recent, position, y)
     return y

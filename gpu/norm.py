@@ -5,6 +5,8 @@ import torch
 import triton
 import triton.language as tl
 
+from gpu.operators import operator
+
 ROWS = 4  # at a time
 ROWS_OF_A_PROGRAM = 64  # whose gradients of weight and bias one program adds
 OPTIONS = {"num_warps": 4}
@@ -78,17 +80,53 @@ def add_norm_backward(
     tl.store(d_bias + program * D + column, b_sum, column < D)
 
 
+@operator("sums", "normed", "means", "inverses")
+def norm_forward(
+    residual: torch.Tensor,
+    y: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor,
+    sums: torch.Tensor,
+    normed: torch.Tensor,
+    means: torch.Tensor,
+    inverses: torch.Tensor,
+    epsilon: float,
+) -> None:
+    """Fills sums, normed, means and inverses."""
+    rows, D = len(means), len(weight)
+    tensors = residual, y, weight, bias, sums, normed, means, inverses
+    add_norm[(triton.cdiv(rows, ROWS),)](*tensors, rows, epsilon, **sizes(D), **OPTIONS)
+
+
+@operator("d_residual", "d_y", "d_weight", "d_bias")
+def norm_backward(
+    sums: torch.Tensor,
+    weight: torch.Tensor,
+    means: torch.Tensor,
+    inverses: torch.Tensor,
+    gradient: torch.Tensor,
+    d_residual: torch.Tensor,
+    d_y: torch.Tensor,
+    d_weight: torch.Tensor,
+    d_bias: torch.Tensor,
+) -> None:
+    """Fills d_residual, d_y unless it has the same type, and the rows of d_weight and d_bias, whose
+    sums are the gradients."""
+    constants = {**sizes(len(weight)), "PER_PROGRAM": ROWS_OF_A_PROGRAM}
+    tensors = sums, weight, means, inverses, gradient, d_residual, d_y, d_weight, d_bias
+    add_norm_backward[(len(d_weight),)](*tensors, len(means), **constants, **OPTIONS)
+
+
 class AddNorm(torch.autograd.Function):
     """Layer norm of x + y (..., D), of the type of x."""
 
     @staticmethod
     def forward(ctx, x, y, weight, bias, epsilon):
         x, y = x.contiguous(), y.contiguous()
-        rows, D = x.flatten(0, -2).shape
         sums, outputs = torch.empty_like(x), torch.empty_like(x)
+        rows = x[..., 0].numel()
         means, inverses = (x.new_empty(rows, dtype=torch.float32) for _ in range(2))
-        tensors = x, y, weight, bias, sums, outputs, means, inverses
-        add_norm[(triton.cdiv(rows, ROWS),)](*tensors, rows, epsilon, **sizes(D), **OPTIONS)
+        norm_forward(x, y, weight, bias, sums, outputs, means, inverses, epsilon)
         ctx.save_for_backward(sums, weight, means, inverses)
         ctx.y_type = y.dtype
         return outputs
@@ -96,12 +134,11 @@ class AddNorm(torch.autograd.Function):
     @staticmethod
     def backward(ctx, gradient):
         sums, weight, means, inverses = ctx.saved_tensors
-        rows, D = sums.flatten(0, -2).shape
+        same, D = ctx.y_type == sums.dtype, sums.shape[-1]
         d_x = torch.empty_like(sums)
-        d_y = d_x if ctx.y_type == sums.dtype else torch.empty_like(sums, dtype=ctx.y_type)
-        programs = triton.cdiv(rows, ROWS_OF_A_PROGRAM)
+        d_y = sums.new_empty(0) if same else torch.empty_like(sums, dtype=ctx.y_type)
+        programs = triton.cdiv(len(means), ROWS_OF_A_PROGRAM)
         d_weight, d_bias = (sums.new_empty(programs, D, dtype=torch.float32) for _ in range(2))
-        tensors = sums, weight, means, inverses, gradient.contiguous(), d_x, d_y, d_weight, d_bias
-        constants = {**sizes(D), "PER_PROGRAM": ROWS_OF_A_PROGRAM}
-        add_norm_backward[(programs,)](*tensors, rows, **constants, **OPTIONS)
-        return d_x, d_y, d_weight.sum(0), d_bias.sum(0), None
+        gradients = d_x, d_y, d_weight, d_bias
+        norm_backward(sums, weight, means, inverses, gradient.contiguous(), *gradients)
+        return d_x, d_x if same else d_y, d_weight.sum(0), d_bias.sum(0), None

@@ -6,6 +6,7 @@ import triton
 import triton.language as tl
 
 from gpu.attention import features
+from gpu.operators import operator
 from layers.attention import EPSILON
 
 # Programs own a head of an image, B columns of its S at a time.
@@ -36,13 +37,21 @@ def read_position(qkv, outputs, S, Z, H, EPSILON, E: tl.constexpr, B: tl.constex
         tl.store(outputs + head * E + m, y.to(outputs.dtype.element_ty))
 
 
+@operator("outputs", "S", "Z")
+def attention_step(
+    qkv: torch.Tensor, outputs: torch.Tensor, S: torch.Tensor, Z: torch.Tensor
+) -> None:
+    """Fills outputs and updates the state."""
+    N, H, E = Z.shape
+    read_position[(N * H,)](qkv, outputs, S, Z, H, EPSILON, **sizes(E), **OPTIONS)
+
+
 def step(qkv: torch.Tensor, S: torch.Tensor, Z: torch.Tensor) -> torch.Tensor:
     """qkv (N, 1, 3, H, E) and the state S (N, H, E, E), Z (N, H, E), float32, updated in place ->
     outputs (N, 1, H, E) of the type of qkv. Without gradients."""
     if not (S.is_contiguous() and Z.is_contiguous() and S.dtype == Z.dtype == torch.float32):
         raise TypeError("a state should be contiguous and float32")
     qkv = qkv.contiguous()
-    N, _, _, H, E = qkv.shape
-    outputs = qkv.new_empty(N, 1, H, E)
-    read_position[(N * H,)](qkv, outputs, S, Z, H, EPSILON, **sizes(E), **OPTIONS)
+    outputs = torch.empty_like(qkv[:, :, 0], memory_format=torch.contiguous_format)
+    attention_step(qkv, outputs, S, Z)
     return outputs
