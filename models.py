@@ -169,7 +169,7 @@ class EncoderLayer(nn.Module):
         self.linear2 = nn.Linear(4 * D, D)
         self.norm1 = nn.LayerNorm(D)
         self.norm2 = nn.LayerNorm(D)
-        self.dropout = Dropout(config.dropout, noise, ops)
+        self.dropout = Dropout(config.dropout, noise)
 
     def forward(
         self, x: torch.Tensor, positions: torch.Tensor, state: LayerState | None = None
@@ -177,9 +177,9 @@ class EncoderLayer(nn.Module):
         if self.convolution:
             x = self.convolution(x, positions, state and state.inputs)
         attended = self.attention(x, state and state.attention)
-        x = self.ops.add_norm(x, self.dropout(attended), self.norm1)
-        y = self.dropout(self.ops.linear(x, self.linear1, activation="relu"))  # (N, L, 4D)
-        return self.ops.add_norm(x, self.dropout(self.ops.linear(y, self.linear2)), self.norm2)
+        x = self.ops.add_norm(x, attended, self.norm1, self.dropout())
+        y = self.ops.linear(x, self.linear1, activation="relu", noise=self.dropout())  # (N, L, 4D)
+        return self.ops.add_norm(x, self.ops.linear(y, self.linear2), self.norm2, self.dropout())
 
     def empty_state(self, n_images: int, config: ModelConfig, like: torch.Tensor) -> LayerState:
         """The `LayerState` before the first position; `like` has its type and device."""
@@ -283,7 +283,7 @@ class ImageTransformer(nn.Module):
 
     def nll_per_byte(self, images: torch.Tensor, keys: torch.Tensor | None = None) -> torch.Tensor:
         """-log p(byte | those before it), (N, length - 1), in nats, of whole images (N, length)."""
-        return -mixture.log_prob(self(images[:, :-1], keys), images[:, 1:])
+        return -self.ops.log_prob(self(images[:, :-1], keys), images[:, 1:])
 
     def predict_next(self, prefix: torch.Tensor) -> torch.Tensor:
         """Parameters (N, 3K) of the byte after `prefix` (N, P), P > 0, without any state."""

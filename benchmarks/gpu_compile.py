@@ -17,7 +17,7 @@ from triton.backends import nvidia
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from gpu import attention, convolution, norm, step
+from gpu import attention, convolution, dropout, mixture, norm, step
 
 # Compute capabilities, and the architectures whose instructions Triton's PTX uses.
 TARGETS = {80: "sm_80", 90: "sm_90a", 100: "sm_100a"}
@@ -26,11 +26,12 @@ SHORT = {"mma.sync": "mma", "wgmma.mma_async": "wgmma", "tcgen05.mma": "tcgen05"
 PRODUCTS = "|".join(map(re.escape, SHORT))
 TYPES = {torch.float32: "fp32", torch.bfloat16: "bf16"}
 # Arguments that are numbers, and tensors that are float32 whatever the type of the others is.
-INTEGERS = "L", "H", "D", "N", "R", "rows"
-LONG_INTEGERS = "steps_back", "position"
+INTEGERS = "L", "H", "D", "N", "R", "rows", "size"
+NUMBERS = {"EPSILON": "fp32", "scale": "fp32", "threshold": "i64"}
+TENSORS = {"steps_back": "*i64", "position": "*i64", "keys": "*i32", "values": "*u8"}
 FLOAT32 = {
     "sums", "gradient_sums", "scales", "S", "Z", "weight", "bias", "means", "inverses", "d_weight",
-    "d_bias", "residual", "normed", "d_residual",
+    "d_bias", "residual", "normed", "d_residual", "log_probs", "d_log_probs",
 }  # fmt: skip
 REGISTERS = 65536  # of a multiprocessor
 COLUMNS = {
@@ -56,6 +57,10 @@ def list_kernels(E: int, n_heads: int = 8) -> Iterator[tuple]:
         yield step.read_position, dtype, step.sizes(E), step.OPTIONS
         yield norm.add_norm, dtype, norms, norm.OPTIONS
         yield norm.add_norm_backward, dtype, backward, norm.OPTIONS
+        for kernel in (dropout.relu_drop, dropout.relu_drop_backward):
+            yield kernel, dtype, {"BLOCK": dropout.BLOCK}, dropout.OPTIONS
+        for kernel in (mixture.mixture_log_prob, mixture.mixture_backward):
+            yield kernel, dtype, mixture.sizes(10), mixture.OPTIONS
         yield convolution.convolve, dtype, convolutions, convolution.OPTIONS
         yield convolution.weight_gradient, dtype, gradients, convolution.OPTIONS
         steps = {"T": 6, "COLUMNS": convolution.SIZES["COLUMNS"]}
@@ -86,13 +91,10 @@ def argument_type(name: str, dtype: torch.dtype, constants: dict) -> str:
     """In Triton's words."""
     if name in constants:
         return "constexpr"
-    if name == "EPSILON":
-        return "fp32"
     if name in INTEGERS:
         return "i32"
-    if name in LONG_INTEGERS:
-        return "*i64"
-    return "*fp32" if name in FLOAT32 else f"*{TYPES[dtype]}"
+    tensor = "*fp32" if name in FLOAT32 else f"*{TYPES[dtype]}"
+    return NUMBERS.get(name) or TENSORS.get(name) or tensor
 
 
 def assemble(ptx: str, target: int) -> str:

@@ -8,7 +8,7 @@ from torch import nn
 
 from cpu.build import NORM_EPSILON, Library, load_library
 from cpu.torch_private import private_or_public
-from layers.dropout import scale
+from layers.dropout import Noise, scale
 from layers.ops import PlainOps
 from models import ModelConfig
 
@@ -36,7 +36,11 @@ class CompiledOps(PlainOps):
         private_or_public(torch.float32)  # warn now, not in the first step
 
     def linear(
-        self, x: torch.Tensor, *layers: nn.Linear, activation: str | None = None
+        self,
+        x: torch.Tensor,
+        *layers: nn.Linear,
+        activation: str | None = None,
+        noise: Noise | None = None,
     ) -> torch.Tensor:
         weight, bias = layers[0].weight, layers[0].bias
         if len(layers) > 1:
@@ -47,15 +51,19 @@ class CompiledOps(PlainOps):
             x, weight = x.to(dtype), weight.to(dtype)
             bias = bias if bias is None else bias.to(dtype)
         check(x, weight)
-        return Linear.apply(x, weight, bias, activation)
+        x = Linear.apply(x, weight, bias, activation)
+        return x if noise is None else self.dropout(x, *noise)
 
-    def add_norm(self, x: torch.Tensor, y: torch.Tensor, norm: nn.LayerNorm) -> torch.Tensor:
+    def add_norm(
+        self, x: torch.Tensor, y: torch.Tensor, norm: nn.LayerNorm, noise: Noise | None = None
+    ) -> torch.Tensor:
         if norm.eps != NORM_EPSILON:
             raise ValueError(f"ops.cpp is compiled for eps {NORM_EPSILON}, not {norm.eps}")
         check_shape(y, x.shape)
         check_shape(norm.weight, x.shape[-1:])
         if not torch.is_grad_enabled():
             x = x.to(y.dtype)
+        y = y if noise is None else self.dropout(y, *noise)
         y = y if x.dtype == torch.float32 else y.to(x.dtype)
         return AddNorm.apply(self.library, x, y, norm.weight, norm.bias)
 

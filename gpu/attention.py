@@ -16,7 +16,7 @@ import triton.language as tl
 from gpu.operators import operator
 from layers.attention import EPSILON
 
-SIZES = 16, 32, 64, 128  # E
+SIZES = range(16, 129, 16)  # E
 # Of the compiler. More stages would copy a loop's next loads to shared memory in advance.
 OPTIONS = {"num_warps": 4, "num_stages": 1}
 # Triton's interpreter multiplies bfloat16 operands as if their bits were integers.

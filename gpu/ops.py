@@ -10,9 +10,12 @@ from torch import nn
 from gpu import convolution
 from gpu.attention import SIZES, LinearAttention
 from gpu.convolution import ShortConvolution
+from gpu.dropout import ReluDropout
+from gpu.mixture import LogProb
 from gpu.norm import AddNorm
 from gpu.step import step
 from layers.convolution import convolution_offsets
+from layers.dropout import Noise
 from layers.ops import PlainOps, update
 from models import ModelConfig
 from utils import UserError
@@ -31,14 +34,35 @@ class TritonOps(PlainOps):
 
     def __init__(self, config: ModelConfig, device: torch.device):
         if config.attention_type == "causal-linear" and config.d_query not in SIZES:
-            raise UserError(f"heads of {config.d_query}, not {', '.join(map(str, SIZES))}")
+            raise UserError(f"heads of {config.d_query}, not a multiple of 16 up to {max(SIZES)}")
         for case in small_cases(config, device):
             for dtype in TOLERANCES:
                 compare(case, self, dtype)
 
-    def add_norm(self, x: torch.Tensor, y: torch.Tensor, norm: nn.LayerNorm) -> torch.Tensor:
+    def linear(
+        self,
+        x: torch.Tensor,
+        *layers: nn.Linear,
+        activation: str | None = None,
+        noise: Noise | None = None,
+    ) -> torch.Tensor:
+        if (
+            len(layers) > 1 and torch.is_grad_enabled()
+        ):  # x is converted, and its gradient added, once
+            weight = torch.cat([layer.weight for layer in layers])  # (O, I)
+            bias = torch.cat([layer.bias for layer in layers])
+            return nn.functional.linear(x, weight, bias)
+        if activation is None or noise is None:
+            return super().linear(x, *layers, activation=activation, noise=noise)
+        x = super().linear(x, *layers)
+        check(x)
+        return ReluDropout.apply(x, *noise)
+
+    def add_norm(
+        self, x: torch.Tensor, y: torch.Tensor, norm: nn.LayerNorm, noise: Noise | None = None
+    ) -> torch.Tensor:
         check(x, y)
-        return AddNorm.apply(x, y, norm.weight, norm.bias, norm.eps)
+        return AddNorm.apply(x, y, norm.weight, norm.bias, norm.eps, noise)
 
     def short_convolution(
         self, x: torch.Tensor, weight: torch.Tensor, offsets: Sequence[int]
@@ -72,6 +96,10 @@ class TritonOps(PlainOps):
             return super().linear_step(qkv, state)  # the kernel has no gradient
         check(qkv)
         return step(qkv, *state)
+
+    def log_prob(self, parameters: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+        check(parameters)
+        return LogProb.apply(parameters, values)
 
 
 def check(*tensors: torch.Tensor) -> None:

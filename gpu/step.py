@@ -14,25 +14,30 @@ OPTIONS = {"num_warps": 1}
 
 
 def sizes(E: int) -> dict[str, int]:
-    return {"E": E, "B": min(E, 32)}
+    """Rows of S are loaded in a number that is a power of 2."""
+    return {"E": E, "ROWS": triton.next_power_of_2(E), "B": 16 if E % 32 else 32}
 
 
 @triton.jit
-def read_position(qkv, outputs, S, Z, H, EPSILON, E: tl.constexpr, B: tl.constexpr):
+def read_position(
+    qkv, outputs, S, Z, H, EPSILON, E: tl.constexpr, ROWS: tl.constexpr, B: tl.constexpr
+):
     """Equations 16 to 20: qkv (N, 3, H, E) -> outputs (N, H, E); updates the state in place."""
     head = tl.program_id(0).to(tl.int64)  # n * H + h
-    e = tl.arange(0, E)
+    e = tl.arange(0, ROWS)
+    mask = e < E
     row = qkv + (head + head // H * 2 * H) * E
-    q, k = features(tl.load(row + e), True), features(tl.load(row + H * E + e), True)
-    z = tl.load(Z + head * E + e) + k
-    tl.store(Z + head * E + e, z)
+    q = features(tl.load(row + e, mask, 0.0), mask)
+    k = features(tl.load(row + H * E + e, mask, 0.0), mask)
+    z = tl.load(Z + head * E + e, mask, 0.0) + k
+    tl.store(Z + head * E + e, z, mask)
     scale = 1 / (tl.sum(q * z, 0) + EPSILON)
     for start in range(0, E, B):
         m = start + tl.arange(0, B)
         v = tl.load(row + 2 * H * E + m).to(tl.float32)
         pointers = S + head * E * E + e[:, None] * E + m
-        s = tl.load(pointers) + k[:, None] * v[None, :]
-        tl.store(pointers, s)
+        s = tl.load(pointers, mask[:, None], 0.0) + k[:, None] * v[None, :]
+        tl.store(pointers, s, mask[:, None])
         y = tl.sum(q[:, None] * s, 0) * scale
         tl.store(outputs + head * E + m, y.to(outputs.dtype.element_ty))
 

@@ -5,13 +5,12 @@ two keys of the image. A batch that is split, over time or over processes, there
 same elements as the whole batch.
 """
 
-from typing import Any
-
 import torch
 from torch import nn
 
 # Successive keys differ in about half of their bits: 2^64 / golden ratio, as a signed integer.
 KEY_STEP = -7046029254386353131
+Noise = tuple[torch.Tensor, int]  # the keys (N, 2), int32, of images, and the threshold, p * 2^32
 
 
 class DropoutNoise:
@@ -62,13 +61,14 @@ def scale(threshold: int) -> float:
 
 
 class Dropout(nn.Module):
-    """nn.Dropout on (N, ...), with noise from the keys of each image; `ops` computes it."""
+    """The noise of one dropout in the model, with which the operations before it end."""
 
-    def __init__(self, p: float, noise: DropoutNoise, ops: Any):
+    def __init__(self, p: float, noise: DropoutNoise):
         super().__init__()
-        self.threshold, self.noise, self.ops = round(p * 2**32), noise, ops
+        self.threshold, self.noise = round(p * 2**32), noise
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self) -> Noise | None:
+        """Without dropout, in evaluation or if p is 0, None."""
         if not self.training or self.threshold == 0:
-            return x
-        return self.ops.dropout(x, self.noise.next_keys(), self.threshold)
+            return None
+        return self.noise.next_keys(), self.threshold

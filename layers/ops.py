@@ -10,8 +10,9 @@ import torch
 from torch import nn
 from torch.nn.functional import pad, relu
 
+from layers import mixture
 from layers.attention import linear_chunked, linear_recurrent
-from layers.dropout import drop
+from layers.dropout import Noise, drop
 from layers.gated import gated_chunked, split
 
 
@@ -19,17 +20,25 @@ class PlainOps:
     """Any device, any floating-point type, with gradients. N images, L positions, D channels."""
 
     def linear(
-        self, x: torch.Tensor, *layers: nn.Linear, activation: str | None = None
+        self,
+        x: torch.Tensor,
+        *layers: nn.Linear,
+        activation: str | None = None,
+        noise: Noise | None = None,
     ) -> torch.Tensor:
         """x (..., I) through one nn.Linear, or through several whose outputs are concatenated,
-        (..., O), with `activation` None or "relu"."""
+        (..., O), with `activation` None or "relu", then dropout if there is `noise`."""
         outputs = [layer(x) for layer in layers]
         x = outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=-1)
-        return relu(x, inplace=not torch.is_grad_enabled()) if activation == "relu" else x
+        x = relu(x, inplace=not torch.is_grad_enabled()) if activation == "relu" else x
+        return x if noise is None else self.dropout(x, *noise)
 
-    def add_norm(self, x: torch.Tensor, y: torch.Tensor, norm: nn.LayerNorm) -> torch.Tensor:
-        """The nn.LayerNorm `norm` of the residual sum x + y, (N, L, D)."""
-        return norm(x + y)
+    def add_norm(
+        self, x: torch.Tensor, y: torch.Tensor, norm: nn.LayerNorm, noise: Noise | None = None
+    ) -> torch.Tensor:
+        """The nn.LayerNorm `norm` of the residual sum x + y, (N, L, D), with dropout of y if there
+        is `noise`."""
+        return norm(x + (y if noise is None else self.dropout(y, *noise)))
 
     def short_convolution(
         self, x: torch.Tensor, weight: torch.Tensor, offsets: Sequence[int]
@@ -94,6 +103,10 @@ class PlainOps:
         outputs, final = gated_chunked(*split(projected, n_heads), state)
         update(state, final)
         return outputs.flatten(-2)
+
+    def log_prob(self, parameters: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+        """As `layers.mixture.log_prob`: parameters (..., 3K) and bytes (...) -> (...), in nats."""
+        return mixture.log_prob(parameters, values)
 
 
 def update(state, final):
