@@ -2,8 +2,9 @@
 
 python -m benchmarks.gpu_kernels
 
-prints the first of these, bytes for each position and layer of the paper's models in training, and
-for each image and layer in sampling. `make gpu` measures the others.
+prints the first of these, bytes for each position and layer of the paper's models in training (of
+the loss, for each position) and for each image and layer in sampling. `make gpu` measures the
+others.
 """
 
 import sys
@@ -17,11 +18,13 @@ from torch import nn
 
 from benchmarks import measure
 from gpu import attention, convolution, norm
-from gpu.ops import TritonOps
+from gpu.ops import TritonOps, relu_with_dropout
 from layers.ops import PlainOps
 
 FLOAT32 = 4  # bytes
+KEYS = 8  # bytes of an image's keys of dropout
 OFFSETS = 1, 2, 3, 92, 95, 98  # of the short convolution in 32x32 colour images
+MIXTURES, THRESHOLD = 10, round(0.1 * 2**32)  # of the paper's models; of dropout
 
 
 def attention_traffic(N: int, L: int, H: int, E: int, dtype: torch.dtype) -> dict[str, int]:
@@ -45,16 +48,30 @@ def step_traffic(N: int, H: int, E: int, dtype: torch.dtype) -> dict[str, int]:
     return {"read_position": N * H * (4 * E * dtype.itemsize + 2 * (E * E + E) * FLOAT32)}
 
 
-def norm_traffic(rows: int, D: int, x_type: torch.dtype, y_type: torch.dtype) -> dict[str, int]:
-    """The same for the norm of a residual sum of x and y, (rows, D), in training."""
+def norm_traffic(
+    N: int, L: int, D: int, x_type: torch.dtype, y_type: torch.dtype
+) -> dict[str, int]:
+    """The same for the norm of a residual sum of x and y, with dropout of y, in training."""
+    rows, keys = N * L, N * KEYS
     x, y, statistics = rows * D * x_type.itemsize, rows * D * y_type.itemsize, 2 * rows * FLOAT32
     parameters = 2 * D * FLOAT32
     gradients = triton.cdiv(rows, norm.ROWS_OF_A_PROGRAM) * parameters
-    both = x if x_type == y_type else x + y
     return {
-        "add_norm": 3 * x + y + statistics + parameters,
-        "add_norm_backward": 2 * x + both + statistics + parameters // 2 + gradients,
+        "add_norm": 3 * x + y + statistics + parameters + keys,
+        "add_norm_backward": 3 * x + y + statistics + parameters // 2 + gradients + keys,
     }
+
+
+def relu_traffic(N: int, L: int, D: int, dtype: torch.dtype) -> dict[str, int]:
+    """The same for ReLU with dropout."""
+    tensor = N * L * D * dtype.itemsize
+    return {"relu_drop": 2 * tensor + N * KEYS, "relu_drop_backward": 3 * tensor}
+
+
+def loss_traffic(rows: int, K: int, dtype: torch.dtype) -> dict[str, int]:
+    """The same for the loss."""
+    parameters, others = 3 * K * rows * dtype.itemsize, rows * (1 + FLOAT32)
+    return {"mixture_log_prob": parameters + others, "mixture_backward": 2 * parameters + others}
 
 
 def convolution_traffic(N: int, L: int, D: int, T: int, dtype: torch.dtype) -> dict[str, int]:
@@ -102,8 +119,18 @@ def list_operations(
     def attend(ops, qkv):
         return ops.linear_attention(qkv)
 
+    keys = torch.zeros(N, 2, dtype=torch.int32, device=device)
+
     def add_norm(ops, x, y):
-        return ops.add_norm(x, y, layer_norm)
+        return ops.add_norm(x, y, layer_norm, (keys[: len(x)], THRESHOLD))
+
+    def relu(ops, x):
+        return relu_with_dropout(ops, x, (keys[: len(x)], THRESHOLD))
+
+    values = torch.full((N, L), 127, dtype=torch.uint8, device=device)
+
+    def log_prob(ops, parameters):
+        return ops.log_prob(parameters, values[: len(parameters)])
 
     def convolve(ops, x):
         return ops.short_convolution(x, weight, OFFSETS)
@@ -112,9 +139,15 @@ def list_operations(
     qkv, x = random(N, L, 3, H, E), random(N, L, D, dtype=f)
     traffic = attention_traffic(N, L, H, E, dtype)
     yield "attention", Operation(attend, [qkv], traffic, 11 * elements * b, [])
-    traffic, parameters = norm_traffic(N * L, D, f, dtype), list(layer_norm.parameters())
+    traffic, parameters = norm_traffic(N, L, D, f, dtype), list(layer_norm.parameters())
     least = elements * (5 * FLOAT32 + 2 * b)
     yield "norm", Operation(add_norm, [x, random(N, L, D)], traffic, least, parameters)
+    traffic = relu_traffic(N, L, 4 * D, dtype)
+    least = sum(traffic.values())
+    yield "ReLU", Operation(relu, [random(N, L, 4 * D)], traffic, least, [])
+    traffic = loss_traffic(N * L, MIXTURES, dtype)
+    least = sum(traffic.values())
+    yield "loss", Operation(log_prob, [random(N, L, 3 * MIXTURES)], traffic, least, [])
     traffic = convolution_traffic(N, L, D, len(OFFSETS), f)
     yield "convolution", Operation(convolve, [x], traffic, 5 * elements * FLOAT32, [weight])
     traffic = step_traffic(n_steps, H, E, dtype)

@@ -146,7 +146,10 @@ def mixture_gradients(
 ) -> None:
     """Fills gradients."""
     rows, grid = values.numel(), (triton.cdiv(values.numel(), ROWS),)
-    tensors, constants = (parameters, values, d_log_probs, gradients), sizes(parameters.shape[-1] // 3)
+    tensors, constants = (
+        (parameters, values, d_log_probs, gradients),
+        sizes(parameters.shape[-1] // 3),
+    )
     mixture_backward[grid](*tensors, rows, **constants, **OPTIONS)
 
 

@@ -135,8 +135,15 @@ def small_cases(config: ModelConfig, device: torch.device) -> Iterator[Case]:
 
     norm = nn.LayerNorm(D, device=device)
     norm.weight.data, norm.bias.data = random(D), random(D)
-    rows = [random(1, 70, D), random(1, 70, D)]
-    yield Case("norm", lambda ops, x, y: ops.add_norm(x, y, norm), rows, tuple(norm.parameters()))
+    keys = torch.tensor([[1, -2], [-3, 4]], dtype=torch.int32, device=device)
+    noise, rows = (keys, 2**31), [random(2, 35, D), random(2, 35, D)]
+    for name, drop in (("norm", None), ("norm with dropout", noise)):
+        operation = partial(add_norm, norm=norm, noise=drop)
+        yield Case(name, operation, rows, tuple(norm.parameters()))
+    yield Case("ReLU with dropout", partial(relu_with_dropout, noise=noise), rows[:1])
+    values = torch.randint(256, (2, 35), generator=generator).to(device, torch.uint8)
+    parameters = random(2, 35, 3 * config.mixtures)
+    yield Case("loss", lambda ops, x: ops.log_prob(x, values), [parameters])
     if config.neighbours:
         offsets = convolution_offsets(config.length, config.width, config.channels)
         weight = nn.Parameter(random(len(offsets), D))
@@ -156,6 +163,15 @@ def small_cases(config: ModelConfig, device: torch.device) -> Iterator[Case]:
         qkv = [random(1, 100, 3, 2, E)]
         yield Case("attention", lambda ops, x: ops.linear_attention(x), qkv)
         yield Case("sampling step", two_steps, [random(1, 1, 3, 2, E) for _ in range(2)])
+
+
+def add_norm(ops: PlainOps, x: torch.Tensor, y: torch.Tensor, **arguments) -> torch.Tensor:
+    return ops.add_norm(x, y, **arguments)
+
+
+def relu_with_dropout(ops: PlainOps, x: torch.Tensor, noise: Noise) -> torch.Tensor:
+    """What follows the product of a linear layer, which would round differently."""
+    return ops.linear(x, nn.Identity(), activation="relu", noise=noise)
 
 
 def convolve(ops: PlainOps, x: torch.Tensor, **arguments) -> torch.Tensor:
