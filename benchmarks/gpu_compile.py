@@ -19,8 +19,7 @@ from triton.compiler import ASTSource
 
 from gpu import attention, convolution, dropout, mixture, norm, step
 
-# Compute capabilities, and the architectures whose instructions Triton's PTX uses.
-TARGETS = {80: "sm_80", 90: "sm_90a", 100: "sm_100a"}
+TARGETS = 80, 90, 100  # ten times the compute capabilities
 # Tensor-core instructions: of every architecture, of Hopper, of Blackwell.
 SHORT = {"mma.sync": "mma", "wgmma.mma_async": "wgmma", "tcgen05.mma": "tcgen05"}
 PRODUCTS = "|".join(map(re.escape, SHORT))
@@ -100,7 +99,9 @@ def argument_type(name: str, dtype: torch.dtype, constants: dict) -> str:
 def assemble(ptx: str, target: int) -> str:
     """What the assembler in Triton's package reports."""
     name = "ptxas-blackwell" if target >= 100 else "ptxas"
-    command = [Path(nvidia.__file__).parent / "bin" / name, "-v", "--gpu-name", TARGETS[target]]
+    # Triton's PTX uses the instructions of one architecture alone ("a") if there are such.
+    architecture = f"sm_{target}a" if target >= 90 else f"sm_{target}"
+    command = [Path(nvidia.__file__).parent / "bin" / name, "-v", "--gpu-name", architecture]
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder) / "kernel.ptx"
         source.write_text(ptx)

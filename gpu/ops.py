@@ -20,6 +20,8 @@ from layers.ops import PlainOps, update
 from models import ModelConfig
 from utils import UserError
 
+# Compute capabilities that the kernels compile for. For an unknown one LLVM may abort the process.
+CAPABILITIES = (8, 0), (8, 6), (8, 7), (8, 9), (9, 0), (10, 0), (10, 3), (11, 0), (12, 0), (12, 1)
 # The largest difference from the plain form in float32 that is rounding, relative to the largest
 # number of a tensor.
 TOLERANCES = {torch.float32: 1e-4, torch.bfloat16: 0.05}
@@ -33,6 +35,8 @@ class TritonOps(PlainOps):
     """
 
     def __init__(self, config: ModelConfig, device: torch.device):
+        if device.type == "cuda":
+            check_gpu(device)
         if config.attention_type == "causal-linear" and config.d_query not in SIZES:
             raise UserError(f"heads of {config.d_query}, not a multiple of 16 up to {max(SIZES)}")
         for case in small_cases(config, device):
@@ -100,6 +104,16 @@ class TritonOps(PlainOps):
     def log_prob(self, parameters: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
         check(parameters)
         return LogProb.apply(parameters, values)
+
+
+def check_gpu(device: torch.device) -> None:
+    """Raise a `UserError` for a GPU that the kernels are not for."""
+    if torch.version.hip:
+        raise UserError("a GPU of AMD, and they are for NVIDIA's")
+    capability = torch.cuda.get_device_capability(device)
+    if capability not in CAPABILITIES:
+        known = ", ".join(f"{major}.{minor}" for major, minor in CAPABILITIES)
+        raise UserError(f"compute capability {capability[0]}.{capability[1]}, not one of {known}")
 
 
 def check(*tensors: torch.Tensor) -> None:
