@@ -50,9 +50,8 @@ class TritonOps(PlainOps):
         activation: str | None = None,
         noise: Noise | None = None,
     ) -> torch.Tensor:
-        if (
-            len(layers) > 1 and torch.is_grad_enabled()
-        ):  # x is converted, and its gradient added, once
+        if len(layers) > 1 and torch.is_grad_enabled():
+            # One product: x is converted to bfloat16 once, and no gradients of it are added.
             weight = torch.cat([layer.weight for layer in layers])  # (O, I)
             bias = torch.cat([layer.bias for layer in layers])
             return nn.functional.linear(x, weight, bias)

@@ -81,9 +81,8 @@ def test_linear_attention(dtype, length):
 
 @pytest.mark.parametrize(
     ("size", "dtype"),
-    [(32, torch.float32), (32, torch.bfloat16), (48, torch.float32), (64, torch.float32),
-     (96, torch.bfloat16), (128, torch.bfloat16)],
-)  # fmt: skip
+    [(32, torch.float32), (32, torch.bfloat16), (48, torch.float32), (128, torch.bfloat16)],
+)
 def test_sizes_of_heads(size, dtype):
     tensors = (
         make_qkv(dtype, 36, size, n_images=1)[:, :, :, :1],
@@ -96,7 +95,7 @@ def test_sizes_of_heads(size, dtype):
 
 
 @TYPES
-@pytest.mark.parametrize("size", [16, 48, 112, 128])
+@pytest.mark.parametrize("size", [16, 48, 128])
 @torch.no_grad()
 def test_steps(dtype, size):
     """The recurrence, position by position: outputs and states, changed in place."""
@@ -204,7 +203,7 @@ def make_noise(n_images):
 
 @pytest.mark.parametrize("noisy", [False, True], ids=["", "dropout"])
 @pytest.mark.parametrize("y_type", TOLERANCES, ids=["fp32", "bf16"])
-@pytest.mark.parametrize("shape", [(1, 1, 64), (2, 35, 24), (3, 70, 96)], ids=str)
+@pytest.mark.parametrize("shape", [(1, 1, 64), (2, 35, 24), (1, 70, 96)], ids=str)
 @TYPES
 def test_norm_of_a_sum(dtype, y_type, shape, noisy):
     """The gradients have the types of their tensors; the same elements are dropped."""
@@ -348,8 +347,8 @@ def test_training_equals_the_plain_form(attention_type):
     losses, gradients = [], []
     for ops in (PlainOps(), TRITON):
         torch.manual_seed(0)
-        model = ImageTransformer(ModelConfig(48, n_layers=2, n_heads=2, d_query=16, **options), ops)
-        images = torch.randint(256, (2, 48))
+        model = ImageTransformer(ModelConfig(24, n_layers=2, n_heads=2, d_query=16, **options), ops)
+        images = torch.randint(256, (2, 24))
         losses.append(model.train().nll(images, torch.arange(2)).sum())
         losses[-1].backward()
         gradients.append({name: p.grad.double() for name, p in model.named_parameters()})
@@ -509,7 +508,7 @@ def test_traffic(dtype, monkeypatch):
 
 def test_kernels_are_measured():
     """As `make gpu` does. Regression: the reference in float64 was given float32 parameters."""
-    sizes = {"length": 40, "n_heads": 2}
+    sizes = {"length": 20, "n_heads": 1}
     records = list(gpu_kernels.measure_kernels(sizes, 1, 2, torch.device("cpu"), 1e10, 1))
     assert len(records) == 12
     for record in records:
