@@ -420,17 +420,16 @@ def test_operators(monkeypatch):
             model.eval().step(image, torch.tensor([0]), model.empty_states(1))
     assert len(operators.calls) == 12
     for function, arguments in operators.calls.items():
-        torch.library.opcheck(function, arguments)
+        checks = "test_schema", "test_faketensor"  # the others are about gradients and compiling
+        torch.library.opcheck(function, arguments, test_utils=checks)
 
 
 def config(**options):
     return ModelConfig(64, **{"n_layers": 1, "n_heads": 2, "d_query": 16, **options})
 
 
-@pytest.mark.parametrize("neighbours", [False, True])
-def test_operations_that_agree_are_accepted(neighbours):
-    options = {"neighbours": True, "width": 8, "channels": 1} if neighbours else {}
-    TritonOps(config(**options), torch.device("cpu"))
+def test_operations_that_agree_are_accepted():
+    TritonOps(config(neighbours=True, width=8, channels=1), torch.device("cpu"))
 
 
 def test_other_types_are_refused():
