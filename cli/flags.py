@@ -125,8 +125,8 @@ MODEL_TEXT = "For a new model or a checkpoint of the original; other checkpoints
 MACHINE = {
     "device": flag("auto (a GPU if there is one), cpu, cuda, cuda:N or mps", default="auto"),
     "precision": flag(
-        "of the matrix products; attention sums and the loss remain fp32; auto: bf16 if the device "
-        "has bfloat16 instructions, without which it is slow",
+        "of the matrix products; attention sums and the loss remain fp32; auto: the faster one, "
+        "which on a CPU is measured",
         ("fp32", "bf16", "auto"),
         "fp32",
     ),
