@@ -26,7 +26,7 @@ from engine.metrics import Metrics
 from engine.optimizers import export_state, make_optimizer, set_rates
 from engine.precision import Choices, layer_candidates, muon_candidates
 from engine.progress import TrainingLog
-from engine.recipes import Settings, choose_recipe
+from engine.recipes import Settings, add_colour, choose_recipe
 from engine.sample_grid import SampleGrid
 from engine.training import NegativeLogLikelihood, evaluate, non_finite_parameter, train_step
 from models import ImageTransformer, ModelConfig
@@ -106,7 +106,7 @@ class Trainer:
         check_batch_size(args)
         checkpoint = load_checkpoint(args)
         self.settings, recipe = choose_settings(args, checkpoint)
-        model_options = choose_model(args, checkpoint, recipe)
+        choose_model(args, checkpoint, recipe)  # for its errors, before the data are loaded
         self.seed = choose_seed(args, checkpoint)
         self.start = checkpoint.iteration
         check_other_run(args, checkpoint)
@@ -116,7 +116,10 @@ class Trainer:
         validation = 0 if args.evaluate_only else self.settings.validation
         self.split = "validation" if validation else "test"
         self.training, self.held_out = load_data(args, checkpoint, validation, self.seed)
-        config = ModelConfig.for_images(self.held_out.image_shape, **model_options)
+        shape = self.held_out.image_shape
+        if args.backend == "native":
+            recipe = add_colour(recipe, shape)
+        config = ModelConfig.for_images(shape, **choose_model(args, checkpoint, recipe))
         precision = select_precision(args.precision, device, args.backend)
         self.model = build_model(config, args, precision, device, self.seed, checkpoint)
         self.choices = Choices(checkpoint.measured)

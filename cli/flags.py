@@ -14,7 +14,7 @@ from typing import Any, NoReturn
 import options
 from datasets import NAMES
 from engine.checkpoint import Checkpoint
-from engine.recipes import RECIPES, Settings
+from engine.recipes import COLOUR, RECIPES, Settings
 from models import NATIVE_ATTENTIONS, ModelConfig
 from options import Number, Option, choose_all
 from utils import UserError
@@ -103,6 +103,8 @@ def default_text(option: Option) -> str:
         return ""
     text = f" (default: {option.default}"
     fast = RECIPES["fast"].get(option.name, option.default)
+    if option.name in COLOUR["fast"]:
+        fast = f"{COLOUR['fast'][option.name]} for colour images"
     return text + ("" if fast == option.default else f", fast: {fast}") + ")"
 
 
