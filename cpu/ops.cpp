@@ -19,6 +19,15 @@ void run_row_tasks(int64_t rows, int threads, const Run& run) {
     });
 }
 
+// Calls run(first, last) for parts of `size` elements.
+template <class Run>
+void run_parts(int64_t size, int threads, const Run& run) {
+    constexpr int64_t PART = 1 << 14;
+    run_tasks((size + PART - 1) / PART, threads, [&](int64_t task) {
+        run(task * PART, std::min(size, (task + 1) * PART));
+    });
+}
+
 // One row of out = norm(x + y). The gradient needs `sums`, x + y, and the moments; `row` is a
 // buffer for the sums in float32.
 template <class X, class T>
@@ -119,6 +128,26 @@ void relu_backward(const T* g, const T* outputs, T* masked, float* sums, int64_t
                 sum[d] += value;
                 store(target + d, value);
             }
+        }
+    });
+}
+
+// y = 2 sigmoid(z) x for `size` numbers.
+template <class T>
+void gate(const T* x, const T* z, T* y, int64_t size, int64_t threads) {
+    run_parts(size, threads, [=](int64_t first, int64_t last) {
+        for (int64_t i = first; i < last; i++) store(y + i, 2 * sigmoid(load(z[i])) * load(x[i]));
+    });
+}
+
+template <class T>
+void gate_backward(const T* g, const T* x, const T* z, T* d_x, T* d_z, int64_t size,
+                   int64_t threads) {
+    run_parts(size, threads, [=](int64_t first, int64_t last) {
+        for (int64_t i = first; i < last; i++) {
+            float factor = 2 * sigmoid(load(z[i])), gradient = factor * load(g[i]);
+            store(d_x + i, gradient);
+            store(d_z + i, gradient * load(x[i]) * (1 - factor / 2));
         }
     });
 }
@@ -247,6 +276,8 @@ extern "C" const Export* exports() {
         FOR_EACH_TYPE(convolve),
         FOR_EACH_TYPE(convolve_backward),
         FOR_EACH_TYPE(drop),
+        FOR_EACH_TYPE(gate),
+        FOR_EACH_TYPE(gate_backward),
         FOR_EACH_TYPE(bias_backward),
         FOR_EACH_TYPE(relu_backward),
         // Named by the types of x and y.

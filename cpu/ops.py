@@ -73,6 +73,10 @@ class CompiledOps(PlainOps):
         check_shape(keys, (len(x), 2))
         return Dropout.apply(self.library, x, keys, threshold)
 
+    def gate(self, x: torch.Tensor, z: torch.Tensor) -> torch.Tensor:
+        check_shape(z, x.shape)
+        return Gate.apply(self.library, x, z)
+
     def linear_attention(
         self, qkv: torch.Tensor, state: Sequence[torch.Tensor] | None = None
     ) -> torch.Tensor:
@@ -233,6 +237,31 @@ class Dropout(torch.autograd.Function):
         numbers = len(x), x[0].numel(), threshold, scale(threshold), torch.get_num_threads()
         library.call(f"drop_{TYPES[x.dtype]}", x, y, keys, *numbers)
         return y
+
+
+class Gate(torch.autograd.Function):
+    """2 sigmoid(z) x of tensors of one type and shape."""
+
+    @staticmethod
+    def forward(ctx, library, x, z):
+        ctx.library = library
+        x, z = x.contiguous(), z.contiguous()
+        ctx.save_for_backward(x, z)
+        y = torch.empty_like(x)
+        check(x)
+        check(z, types=(x.dtype,))
+        library.call(f"gate_{TYPES[x.dtype]}", x, z, y, x.numel(), torch.get_num_threads())
+        return y
+
+    @staticmethod
+    def backward(ctx, gradient):
+        x, z = ctx.saved_tensors
+        gradient = gradient.contiguous()
+        d_x, d_z = torch.empty_like(x), torch.empty_like(z)
+        check(gradient, types=(x.dtype,))
+        tensors, numbers = (gradient, x, z, d_x, d_z), (x.numel(), torch.get_num_threads())
+        ctx.library.call(f"gate_backward_{TYPES[x.dtype]}", *tensors, *numbers)
+        return None, d_x, d_z
 
 
 class Attention(torch.autograd.Function):
