@@ -11,6 +11,7 @@ if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_
 import math
 from argparse import Namespace
 from dataclasses import asdict
+from functools import partial
 
 import torch
 
@@ -23,8 +24,9 @@ from engine.checkpoint import NO_CHECKPOINT, Checkpoint, find_files, format_path
 from engine.construction import load_model
 from engine.metrics import Metrics
 from engine.optimizers import export_state, make_optimizer, set_rates
+from engine.precision import Choices, layer_candidates, muon_candidates
 from engine.progress import TrainingLog
-from engine.recipes import Settings, choose_recipe
+from engine.recipes import Settings, add_colour, choose_recipe
 from engine.sample_grid import SampleGrid
 from engine.training import NegativeLogLikelihood, evaluate, non_finite_parameter, train_step
 from models import ImageTransformer, ModelConfig
@@ -101,11 +103,10 @@ class Trainer:
 
     def __init__(self, args: Namespace, device: torch.device):
         self.args, self.device = args, device
-        self.precision = select_precision(args.precision, device)
         check_batch_size(args)
         checkpoint = load_checkpoint(args)
         self.settings, recipe = choose_settings(args, checkpoint)
-        model_options = choose_model(args, checkpoint, recipe)
+        choose_model(args, checkpoint, recipe)  # for its errors, before the data are loaded
         self.seed = choose_seed(args, checkpoint)
         self.start = checkpoint.iteration
         check_other_run(args, checkpoint)
@@ -115,13 +116,19 @@ class Trainer:
         validation = 0 if args.evaluate_only else self.settings.validation
         self.split = "validation" if validation else "test"
         self.training, self.held_out = load_data(args, checkpoint, validation, self.seed)
-        config = ModelConfig.for_images(self.held_out.image_shape, **model_options)
-        self.model = build_model(config, args, self.precision, device, self.seed, checkpoint)
+        shape = self.held_out.image_shape
+        if args.backend == "native":
+            recipe = add_colour(recipe, shape)
+        config = ModelConfig.for_images(shape, **choose_model(args, checkpoint, recipe))
+        precision = select_precision(args.precision, device, args.backend)
+        self.model = build_model(config, args, precision, device, self.seed, checkpoint)
+        self.choices = Choices(checkpoint.measured)
+        self.precisions = self.choose_precisions(precision)
         if checkpoint.first_byte_counts is None:
             self.model.first_byte_counts.copy_(self.training.first_byte_counts())
         if not args.evaluate_only:
             self.training = self.training.on_device_if_small(device)
-            self.optimizer = make_optimizer(self.model, self.settings)
+            self.optimizer = make_optimizer(self.model, self.settings, self.muon_precision())
             checkpoint.restore_optimizer(self.optimizer)
         self.nll = parallel_nll(self.model, args, device)
 
@@ -132,6 +139,23 @@ class Trainer:
         self.describe()
         if self.start and self.start < args.iterations:
             self.describe_rates(checkpoint.lr)
+
+    def choose_precisions(self, precision: str) -> dict[str, str]:
+        """Those of the parts of the run; "auto" is measured with the images of a process."""
+        n = self.args.batch_size // distributed.world_size()
+        parts = ("evaluation",) if self.args.evaluate_only else ("training", "evaluation")
+        candidates = {
+            part: partial(layer_candidates, self.model, n, train=part == "training")
+            for part in parts
+        }
+        return {part: self.choices.choose(part, precision, candidates[part]) for part in parts}
+
+    def muon_precision(self) -> str:
+        """That of Muon's products, whatever --precision is."""
+        precision = select_precision("auto", self.device)
+        if self.settings.optimizer != "muon":
+            return precision
+        return self.choices.choose("Muon", precision, partial(muon_candidates, self.model))
 
     def step(self, iteration: int) -> torch.Tensor:
         """Train on the images of an iteration; returns the loss in nats per byte."""
@@ -147,7 +171,7 @@ class Trainer:
             seed=self.seed,
             iteration=iteration,
             accumulate=self.args.accumulate,
-            precision=self.precision,
+            precision=self.precisions["training"],
             clip_norm=self.settings.clip_norm,
         )
 
@@ -156,7 +180,8 @@ class Trainer:
         self.held_out.check_file()
         with self.log.paused():
             images = self.held_out.images[: self.args.evaluate_images]
-            options = {"batch_size": self.args.batch_size, "precision": self.precision}
+            precision = self.precisions["evaluation"]
+            options = {"batch_size": self.args.batch_size, "precision": precision}
             bits = evaluate(self.nll, images, **options, stop=stop)
         if not bits:
             return
@@ -206,6 +231,7 @@ class Trainer:
             seed=self.seed,
             settings=asdict(self.settings),
             threads=torch.get_num_threads(),
+            measured=self.choices.stored,
         )
 
     def describe(self) -> None:
@@ -219,8 +245,7 @@ class Trainer:
         numbers = f"{len(training)} training and " if training else ""
         numbers += f"{len(self.held_out)} {self.split} images of "
         say(f"data: {self.held_out.name}, {numbers}{datasets.describe(self.held_out.image_shape)}")
-        threads = f" ({torch.get_num_threads()} threads)" if self.device.type == "cpu" else ""
-        say(f"machine: {self.device}{threads}, {self.precision}")
+        say(self.choices.describe(self.device, self.precisions))
         if not (self.args.save_to or self.args.evaluate_only):
             warn("without --save_to the trained weights are not saved")
 

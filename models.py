@@ -87,6 +87,8 @@ class ModelConfig:
     def n_parameters(self) -> int:
         """The number of parameters, without those of `neighbours`."""
         layer = 12 * self.d_model**2 + 13 * self.d_model
+        if self.attention_type == "gated-linear":
+            layer += (self.d_model + 2 * self.n_heads) * (self.d_model + 1)
         rest = 130 * self.d_model + 3 * self.mixtures * (self.d_model + 1)
         return self.n_layers * layer + rest
 
@@ -130,13 +132,14 @@ class AttentionLayer(nn.Module):
         super().__init__()
         D = config.d_model
         self.ops, H = ops, config.n_heads
-        n_gates = 2 * H if config.attention_type == "gated-linear" else 0
+        gated = config.attention_type == "gated-linear"
         self.query_projection = nn.Linear(D, D)
         self.key_projection = nn.Linear(D, D)
         # The gates of the heads follow the values, so that no layer of the original fits.
-        self.value_projection = nn.Linear(D, D + n_gates)
+        self.value_projection = nn.Linear(D, D + (2 * H if gated else 0))
         self.out_projection = nn.Linear(D, D)
-        if config.attention_type == "gated-linear":
+        self.gate_projection = nn.Linear(D, D) if gated else None
+        if gated:
             self.attend = GatedAttention(ops, H)
             initialise_gates(self.value_projection, H)
         elif config.attention_type == "causal-linear":
@@ -150,7 +153,10 @@ class AttentionLayer(nn.Module):
 
     def forward(self, x: torch.Tensor, state: tuple | KVCache | None) -> torch.Tensor:
         projected = self.ops.linear(x, *self.projections)  # (N, L, 3D) or, with gates, + 2H
-        return self.ops.linear(self.attend(projected, state), self.out_projection)  # (N, L, D)
+        outputs = self.attend(projected, state)  # (N, L, D)
+        if self.gate_projection:
+            outputs = self.ops.gate(outputs, self.ops.linear(x, self.gate_projection))
+        return self.ops.linear(outputs, self.out_projection)
 
 
 class EncoderLayer(nn.Module):

@@ -24,6 +24,7 @@ from cli.process import run
 from engine import construction, distributed
 from engine.checkpoint import NO_CHECKPOINT, Checkpoint
 from engine.construction import load_model
+from engine.precision import Choices, layer_candidates, sampling_candidates
 from engine.sampling import complete_batches, complete_images, first_bytes, sample_images
 from engine.surprisal import surprisal
 from models import ImageTransformer, ModelConfig
@@ -42,7 +43,6 @@ def main(argv: list[str] | None = None) -> None:
 
 def complete(args: Namespace, device: torch.device) -> None:
     """Load the model and the images, complete the images, write them."""
-    precision = select_precision(args.precision, device)
     outputs.check_outputs(args)
     checkpoint = load_checkpoint(args)
     model_options = choose_model(args, checkpoint, recipe={})
@@ -50,15 +50,39 @@ def complete(args: Namespace, device: torch.device) -> None:
         real, shape, counts = open_images(args, checkpoint)
     config = ModelConfig.for_images(shape, **model_options)
     offset = choose_offset(args, config.length)
-    check_flags(args, config, precision, device)
+    check_flags(args, config, select_precision(args.precision, device, args.backend), device)
     model = build_model(args, config, checkpoint, device)
     if counts is not None:
         model.first_byte_counts.copy_(counts)
     noise = {"seed": args.seed, "temperature": args.temperature}
     given = first_bytes(model, args.index, **noise) if real is None else real
+    precision = choose_precision(args, model, len(given), max(1, offset))
     options = noise | {"index": args.index, "precision": precision, "recompute": args.recompute}
     written = outputs.Outputs(args, real, args.image_shape or shape, offset)
     draw_samples(args, model, given, max(1, offset), options, written)
+
+
+def choose_precision(args: Namespace, model: ImageTransformer, n: int, offset: int) -> str:
+    """That of --precision to draw the bytes of n images from `offset` on; "auto" is measured on a
+    CPU."""
+    device, config = model.first_byte_counts.device, model.config
+    precision = select_precision(args.precision, device, args.backend)
+    size = min(args.batch_size, math.ceil(n / distributed.world_size()))  # images at a time
+    if (args.precision, args.backend, device.type) != ("auto", "native", "cpu"):
+        return precision
+    if config.has_recurrence and not args.recompute:
+        # Also without bfloat16 instructions: with few images at a time, reading the weights takes
+        # most of the time.
+        steps = math.ceil(n / size / distributed.world_size()) * (config.length - offset)
+        candidates = partial(sampling_candidates, model, size, args.compile, steps)
+    elif precision == "auto":
+        candidates = partial(layer_candidates, model, size, train=False)
+    else:
+        return precision
+    choices = Choices()
+    precision = choices.choose("sampling", "auto", candidates)
+    say(choices.describe(device, {"sampling": precision}))
+    return precision
 
 
 def draw_samples(

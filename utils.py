@@ -2,6 +2,7 @@
 
 import logging
 import os
+import platform
 import re
 import shutil
 import subprocess
@@ -11,8 +12,8 @@ from pathlib import Path
 
 import torch
 
-# Where Linux lists the instruction sets of a CPU, and those with bfloat16 (x86; ARM).
-CPU_FLAGS = Path("/proc/cpuinfo")
+# Where Linux describes a CPU, and the instruction sets with bfloat16 (x86; ARM).
+CPU_INFO = Path("/proc/cpuinfo")
 BFLOAT16_FLAGS = {"avx512_bf16", "amx_bf16", "bf16"}
 MEMORY = Path("/proc/meminfo")
 
@@ -81,11 +82,13 @@ def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
     return tensor.to(device, non_blocking=True)
 
 
-def select_precision(name: str, device: torch.device) -> str:
-    """The precision, "fp32" or "bf16", that --precision names: "auto" is bf16 if the device has
-    bfloat16 instructions, since emulating them is slow."""
+def select_precision(name: str, device: torch.device, backend: str = "native") -> str:
+    """The precision, "fp32" or "bf16", that --precision names. On a GPU "auto" is bf16 if it has
+    bfloat16 instructions. On a CPU with such instructions it remains "auto", to be measured."""
     if name == "auto":
-        return "bf16" if has_bfloat16(device) else "fp32"
+        if backend != "native" or not has_bfloat16(device):
+            return "fp32"
+        return "auto" if device.type == "cpu" else "bf16"
     if name == "bf16" and not has_bfloat16(device):
         warn(f"--precision bf16: this {device.type} has no bfloat16 instructions: fp32 is faster")
     return name
@@ -97,12 +100,23 @@ def has_bfloat16(device: torch.device) -> bool:
         return torch.cuda.get_device_capability(device) >= (8, 0)
     if device.type == "mps":
         return True
-    if CPU_FLAGS.exists():
-        return not BFLOAT16_FLAGS.isdisjoint(CPU_FLAGS.read_text().split())
+    if CPU_INFO.exists():
+        return not BFLOAT16_FLAGS.isdisjoint(CPU_INFO.read_text().split())
     if not shutil.which("sysctl"):
         return False
     command = ["sysctl", "-n", "hw.optional.arm.FEAT_BF16"]
     return subprocess.run(command, capture_output=True).stdout.strip() == b"1"
+
+
+def cpu_name() -> str:
+    """The name of the CPU; on x86 with the numbers of its family and model, since virtual machines
+    may have names without a generation."""
+    lines = CPU_INFO.read_text().splitlines() if CPU_INFO.exists() else []
+    known = {key.strip(): value.strip() for key, _, value in (x.partition(":") for x in lines)}
+    if "model name" not in known:
+        return platform.processor() or platform.machine()
+    numbers = [f"{key} {known[key]}" for key in ("cpu family", "model") if key in known]
+    return ", ".join([known["model name"], *numbers])
 
 
 def autocast(device: torch.device, precision: str) -> torch.autocast:

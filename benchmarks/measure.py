@@ -6,7 +6,9 @@ import statistics
 import sys
 import time
 from argparse import Namespace
+from collections import Counter
 from collections.abc import Callable, Hashable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,7 @@ import torch
 
 from benchmarks.command_line import OUTPUTS, parse
 from cli.flags import flag
+from cpu.torch_private import private_or_public, public_linear
 from engine.checkpoint import NO_CHECKPOINT
 from engine.construction import load_model
 from layers.ops import PlainOps
@@ -44,12 +47,16 @@ def parse_arguments(
 
 
 def print_machine(precisions: list[str], device: torch.device) -> dict[str, float]:
-    """Print the machine and its rate of matrix products in each precision; returns the rates,
-    floating-point operations per second."""
+    """Print the machine, its rate of large matrix products in each precision, and those of its
+    memory; returns the former, floating-point operations per second."""
     print(describe_machine(device))
     rates = {name: matrix_rate(DTYPES[name], device) for name in precisions}
     for name, rate in rates.items():
-        print(f"matrix products in {name}: {rate / 1e9:.0f} GFLOP/s")
+        print(f"large matrix products in {name}: {rate / 1e9:.0f} GFLOP/s")
+    reading, changing = read_rate(2**28, device) / 1e9, memory_rate(2**28, device) / 1e9
+    print(
+        f"memory beyond the caches: {reading:.0f} GB/s read, {changing:.0f} GB/s read and written"
+    )
     return rates
 
 
@@ -153,16 +160,47 @@ def matrix_rate(dtype: torch.dtype, device: torch.device) -> float:
     """Floating-point operations per second of a large matrix product, the best of ten."""
     n = 8192 if device.type == "cuda" else 2048
     a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
-    torch.mm(a, b)
-    return 2 * n**3 / min(timed(lambda: torch.mm(a, b), device) for _ in range(10))
+    return 2 * n**3 / fastest_call(lambda: torch.mm(a, b), device)
+
+
+def product_rate(
+    model: ImageTransformer, rows: int, dtype: torch.dtype, device: torch.device, train: bool
+) -> float:
+    """Floating-point operations per second of the products of a pass through a model with so many
+    rows, one after the other without anything between them; to `train`, with those of the gradients
+    of inputs and weights."""
+    matrices = [p for p in model.transformer.parameters() if p.dim() == 2]
+    shapes = Counter(tuple(p.shape) for p in [*matrices, model.predictor.weight])
+    linear = private_or_public(dtype) if device.type == "cpu" else public_linear
+    operations = seconds = 0.0
+    for (outputs, inputs), n in shapes.items():
+        sizes = (rows, inputs), (outputs, inputs), (rows, outputs)
+        x, weight, g = (torch.randn(size, device=device).to(dtype) for size in sizes)
+        products = [partial(linear, x, weight, None, None)]
+        if train:
+            products += [partial(linear, g, weight.t(), None, None), partial(torch.mm, g.t(), x)]
+        operations += n * 2 * rows * weight.numel() * len(products)
+        seconds += n * sum(fastest_call(product, device) for product in products)
+    return operations / seconds
+
+
+def fastest_call(run: Callable, device: torch.device) -> float:
+    """Seconds of the fastest of ten calls, after one that does not count."""
+    run()
+    return min(timed(run, device) for _ in range(10))
+
+
+def read_rate(size: int, device: torch.device) -> float:
+    """Bytes per second when `size` bytes are read; as `memory_rate`."""
+    x = torch.zeros(max(1, size // 4), device=device)
+    return size / fastest_call(x.sum, device)
 
 
 def memory_rate(size: int, device: torch.device) -> float:
     """Bytes per second, read plus written, when `size` bytes are changed in place; for sizes that
     fit into a cache, the rate of the cache."""
     x = torch.zeros(max(1, size // 4), device=device)
-    x.add_(1)
-    return 2 * size / min(timed(lambda: x.add_(1), device) for _ in range(10))
+    return 2 * size / fastest_call(lambda: x.add_(1), device)
 
 
 def describe_machine(device: torch.device) -> str:

@@ -46,7 +46,6 @@ def main(argv: list[str] | None = None) -> None:
     for config in configs.values():
         check_memory(sampling_memory(config, max(args.batches)), device)
     rates = measure.print_machine(args.precisions, device)
-    print(f"memory, beyond the caches: {measure.memory_rate(2**28, device) / 1e9:.0f} GB/s")
     records = []
     with tempfile.TemporaryDirectory() as cache, torch.inference_mode():
         os.environ["XDG_CACHE_HOME"] = cache  # so that compilation is measured
@@ -153,12 +152,13 @@ def least_seconds(
     model: ImageTransformer, batch: int, rate: float, precision: str, device: torch.device
 ) -> float:
     """A lower bound of a byte's time: its operations at the measured rate, or its memory traffic
-    (weights read, states read and written), whichever takes longer."""
+    (weights read, states read and written, from the caches if all fit), whichever takes longer."""
     weights = measure.count_weights(model)
     states = batch * measure.state_bytes(model.empty_states(1))
     weight_bytes = weights * measure.DTYPES[precision].itemsize
-    memory = measure.memory_rate(weight_bytes + states, device)
-    return max(2 * weights * batch / rate, (weight_bytes + 2 * states) / memory)
+    reading = measure.read_rate(weight_bytes + states, device)
+    changing = measure.memory_rate(weight_bytes + states, device)
+    return max(2 * weights * batch / rate, weight_bytes / reading + 2 * states / changing)
 
 
 def measure_recomputing(name: str, models: dict, rounds: int, device: torch.device) -> dict:

@@ -26,7 +26,8 @@ CASES = {"mnist": [4, 16], "cifar10": [4]}
 DROPOUTS = [0.1, 0.0]
 COLUMNS = {
     "config": "", "batch": "", "precision": "", "mode": "", "dropout": "", "ours_s": ".3f",
-    "theirs_s": ".3f", "ratio": ".2f", "images_per_second": ".2f", "limit_fraction": ".0%",
+    "theirs_s": ".3f", "ratio": ".2f", "images_per_second": ".2f", "products_gflops": ".0f",
+    "limit_fraction": ".0%",
     "peak_mb": ".0f", "theirs_peak_mb": ".0f",
 }  # fmt: skip
 
@@ -43,8 +44,8 @@ def main(argv: list[str] | None = None) -> None:
     for config, batch, _ in cases:
         sizes = ModelConfig(**measure.CONFIGS[config])
         check_memory(training_memory(sizes, batch, 1, device, args.precisions[0]), device)
-    rates = measure.print_machine(args.precisions, device)
-    records = [record for case in cases for record in measure_case(*case, args, rates, device)]
+    measure.print_machine(args.precisions, device)
+    records = [record for case in cases for record in measure_case(*case, args, device)]
     write_comparison(records, args, label, "times as fast as the library in float32")
     print_table(records, COLUMNS)
 
@@ -55,7 +56,7 @@ def label(record: dict) -> str:
 
 
 def measure_case(
-    config: str, batch: int, dropout: float, args: Namespace, rates: dict, device: torch.device
+    config: str, batch: int, dropout: float, args: Namespace, device: torch.device
 ) -> list[dict]:
     """Records of training and, without dropout, of evaluation at each precision."""
     model_config = ModelConfig(**measure.CONFIGS[config], dropout=dropout)
@@ -67,18 +68,20 @@ def measure_case(
             if not dropout:
                 runs[who, "evaluate", precision] = partial(evaluate, nll, images, precision, device)
     seconds = measure.interleaved(runs, args.rounds, device)
-    weights = measure.count_weights(losses["ours"].model)
+    model, rows = losses["ours"].model, images[:, 1:].numel()
     records = []
     for who, mode, precision in runs:
         if who == "theirs":
             continue
         ours, theirs = seconds[who, mode, precision], seconds.get(("theirs", mode, "fp32"))
-        operations = 2 * weights * images[:, 1:].numel() * (3 if mode == "train" else 1)
+        train = mode == "train"
+        operations = 2 * measure.count_weights(model) * rows * (3 if train else 1)
+        rate = measure.product_rate(model, rows, measure.DTYPES[precision], device, train)
         record = {
             "config": config, "batch": batch, "precision": precision, "mode": mode,
             "dropout": dropout, "ours_s": ours, "theirs_s": theirs,
             "ratio": theirs and theirs / ours, "images_per_second": batch / ours,
-            "limit_fraction": operations / rates[precision] / ours,
+            "products_gflops": rate / 1e9, "limit_fraction": operations / rate / ours,
         }  # fmt: skip
         case = model_config, batch, mode, device
         record["peak_mb"] = added_mb("ours", precision, *case)

@@ -14,7 +14,7 @@ from typing import Any, NoReturn
 import options
 from datasets import NAMES
 from engine.checkpoint import Checkpoint
-from engine.recipes import RECIPES, Settings
+from engine.recipes import COLOUR, RECIPES, Settings
 from models import NATIVE_ATTENTIONS, ModelConfig
 from options import Number, Option, choose_all
 from utils import UserError
@@ -103,6 +103,8 @@ def default_text(option: Option) -> str:
         return ""
     text = f" (default: {option.default}"
     fast = RECIPES["fast"].get(option.name, option.default)
+    if option.name in COLOUR["fast"]:
+        fast = f"{COLOUR['fast'][option.name]} for colour images"
     return text + ("" if fast == option.default else f", fast: {fast}") + ")"
 
 
@@ -125,8 +127,8 @@ MODEL_TEXT = "For a new model or a checkpoint of the original; other checkpoints
 MACHINE = {
     "device": flag("auto (a GPU if there is one), cpu, cuda, cuda:N or mps", default="auto"),
     "precision": flag(
-        "of the matrix products; attention sums and the loss remain fp32; auto: bf16 if the device "
-        "has bfloat16 instructions, without which it is slow",
+        "of the matrix products; attention sums and the loss remain fp32; auto: the faster one, "
+        "which on a CPU is measured",
         ("fp32", "bf16", "auto"),
         "fp32",
     ),

@@ -25,12 +25,15 @@ FOLDER = Path(__file__).parent
 HEADERS = "common.h", "gated.h", "attention.h"  # included by the sources
 # The eps of torch.nn.LayerNorm.
 NORM_EPSILON = 1e-5
+# Of the operations on rows: enough to be worth starting a task, few enough to stay in the cache.
+ROWS_PER_TASK = 64
 CONSTANTS = {
     "ATTENTION_EPSILON": attention.EPSILON,
     "LENGTH_EPSILON": gated.LENGTH_EPSILON,
     "MIN_LOG_SCALE": mixture.MIN_LOG_SCALE,
     "NORM_EPSILON": NORM_EPSILON,
     "OUTPUT_RMS": gated.OUTPUT_RMS,
+    "ROWS_PER_TASK": ROWS_PER_TASK,
 }
 # Letters of the argument types in common.h's table of functions.
 ARGUMENTS = {"p": ctypes.c_void_p, "i": ctypes.c_int64, "f": ctypes.c_float}

@@ -154,6 +154,11 @@ inline float exponential(float x) {
     return e * power;
 }
 
+inline float sigmoid(float x) {
+    float e = exponential(x > 0 ? -x : x);
+    return (x > 0 ? 1 : e) / (1 + e);
+}
+
 // phi(x) = elu(x) + 1 of a row, without a branch: exp(min(x, 0)) + max(x, 0). The minimum is
 // written so that NaN stays NaN.
 template <class T>

@@ -9,11 +9,6 @@
 
 namespace gated {
 
-inline float sigmoid(float x) {
-    float e = exponential(x > 0 ? -x : x);
-    return (x > 0 ? 1 : e) / (1 + e);
-}
-
 // What a head's output is multiplied by to have a root mean square of OUTPUT_RMS.
 inline float output_scale(const float* output) {
     return float(OUTPUT_RMS) / std::sqrt(dot(output, output) / SIZE + float(LENGTH_EPSILON));

@@ -1,11 +1,32 @@
 // Operations of training and evaluation on CPUs: attention (attention.h), the layer norm of a
-// residual sum and the short convolution (add_norm, short_convolution of layers/ops.py), and dropout
-// (keep_mask of layers/dropout.py).
+// residual sum and the short convolution (add_norm, short_convolution of layers/ops.py), dropout
+// (keep_mask of layers/dropout.py), and what the gradient of a linear layer needs besides products.
 //
 // Tensors are float32 or bfloat16; everything between reading and writing a row is float32. The
 // compile-time constants are those of the headers.
 
 #include "attention.h"
+
+// Of a task. A sum over all rows consists of those of the tasks, in their order, so that it does not
+// depend on the number of threads.
+constexpr int64_t ROWS = ROWS_PER_TASK;
+
+// Calls run(task, first row, last row) for the tasks of so many rows.
+template <class Run>
+void run_row_tasks(int64_t rows, int threads, const Run& run) {
+    run_tasks((rows + ROWS - 1) / ROWS, threads, [&](int64_t task) {
+        run(task, task * ROWS, std::min(rows, (task + 1) * ROWS));
+    });
+}
+
+// Calls run(first, last) for parts of `size` elements.
+template <class Run>
+void run_parts(int64_t size, int threads, const Run& run) {
+    constexpr int64_t PART = 1 << 14;
+    run_tasks((size + PART - 1) / PART, threads, [&](int64_t task) {
+        run(task * PART, std::min(size, (task + 1) * PART));
+    });
+}
 
 // One row of out = norm(x + y). The gradient needs `sums`, x + y, and the moments; `row` is a
 // buffer for the sums in float32.
@@ -25,15 +46,108 @@ Moments norm_row(const T* __restrict y, const X* __restrict x, const float* weig
 template <class X, class T>
 void norm(const T* y, const X* x, const float* weight, const float* bias, X* sums, X* out,
           float* means, float* inverses, int64_t rows, int64_t width, int64_t threads) {
-    constexpr int64_t ROWS = 64;  // per task
-    run_tasks((rows + ROWS - 1) / ROWS, threads, [=](int64_t task) {
+    run_row_tasks(rows, threads, [=](int64_t, int64_t first, int64_t last) {
         std::vector<float> row(width);
-        for (int64_t i = task * ROWS; i < std::min(rows, (task + 1) * ROWS); i++) {
+        for (int64_t i = first; i < last; i++) {
             int64_t at = i * width;
             Moments moments =
                 norm_row(y + at, x + at, weight, bias, sums + at, out + at, row.data(), width);
             means[i] = moments.mean;
             inverses[i] = moments.inverse;
+        }
+    });
+}
+
+// The gradients of one row. `normed` and `scaled` are buffers; those of weight and bias are added
+// to `d_weight` and `d_bias`.
+template <class X, class T>
+void norm_row_backward(const X* __restrict g, const X* __restrict sums, Moments moments,
+                       const float* __restrict weight, X* __restrict d_x, T* __restrict d_y,
+                       float* __restrict d_weight, float* __restrict d_bias,
+                       float* __restrict normed, float* __restrict scaled, int width) {
+    float total = 0, product = 0;
+#pragma omp simd reduction(+ : total, product)
+    for (int d = 0; d < width; d++) {
+        float gradient = load(g[d]);
+        normed[d] = (load(sums[d]) - moments.mean) * moments.inverse;
+        scaled[d] = gradient * weight[d];
+        d_weight[d] += gradient * normed[d];
+        d_bias[d] += gradient;
+        total += scaled[d];
+        product += scaled[d] * normed[d];
+    }
+    float mean = total / width, slope = product / width;
+    for (int d = 0; d < width; d++) {
+        float value = (scaled[d] - mean - normed[d] * slope) * moments.inverse;
+        store(d_x + d, value);
+        store(d_y + d, value);
+    }
+}
+
+// The gradients of x and of y, which are equal but for their types, and for each task those of
+// weight and bias, `parameters` (tasks, 2, width).
+template <class X, class T>
+void norm_backward(const X* g, const X* sums, const float* means, const float* inverses,
+                   const float* weight, X* d_x, T* d_y, float* parameters, int64_t rows,
+                   int64_t width, int64_t threads) {
+    run_row_tasks(rows, threads, [=](int64_t task, int64_t first, int64_t last) {
+        std::vector<float> normed(width), scaled(width);
+        float *d_weight = parameters + task * 2 * width, *d_bias = d_weight + width;
+        std::fill_n(d_weight, 2 * width, 0.f);
+        for (int64_t i = first; i < last; i++) {
+            int64_t at = i * width;
+            norm_row_backward(g + at, sums + at, {means[i], inverses[i]}, weight, d_x + at,
+                              d_y + at, d_weight, d_bias, normed.data(), scaled.data(), width);
+        }
+    });
+}
+
+// The gradient of a bias: the sums of the rows of g (rows, width), for each task (tasks, width).
+template <class T>
+void bias_backward(const T* g, float* sums, int64_t rows, int64_t width, int64_t threads) {
+    run_row_tasks(rows, threads, [=](int64_t task, int64_t first, int64_t last) {
+        float* __restrict sum = sums + task * width;
+        std::fill_n(sum, width, 0.f);
+        for (int64_t i = first; i < last; i++)
+            for (int64_t d = 0; d < width; d++) sum[d] += load(g[i * width + d]);
+    });
+}
+
+// The same behind a relu with these `outputs`: `masked` is g where they are positive, else 0.
+template <class T>
+void relu_backward(const T* g, const T* outputs, T* masked, float* sums, int64_t rows,
+                   int64_t width, int64_t threads) {
+    run_row_tasks(rows, threads, [=](int64_t task, int64_t first, int64_t last) {
+        float* __restrict sum = sums + task * width;
+        std::fill_n(sum, width, 0.f);
+        for (int64_t i = first; i < last; i++) {
+            const T *__restrict row = g + i * width, *__restrict output = outputs + i * width;
+            T* __restrict target = masked + i * width;
+            for (int64_t d = 0; d < width; d++) {
+                float value = load(output[d]) <= 0 ? 0 : load(row[d]);  // NaN is no 0
+                sum[d] += value;
+                store(target + d, value);
+            }
+        }
+    });
+}
+
+// y = 2 sigmoid(z) x for `size` numbers.
+template <class T>
+void gate(const T* x, const T* z, T* y, int64_t size, int64_t threads) {
+    run_parts(size, threads, [=](int64_t first, int64_t last) {
+        for (int64_t i = first; i < last; i++) store(y + i, 2 * sigmoid(load(z[i])) * load(x[i]));
+    });
+}
+
+template <class T>
+void gate_backward(const T* g, const T* x, const T* z, T* d_x, T* d_z, int64_t size,
+                   int64_t threads) {
+    run_parts(size, threads, [=](int64_t first, int64_t last) {
+        for (int64_t i = first; i < last; i++) {
+            float factor = 2 * sigmoid(load(z[i])), gradient = factor * load(g[i]);
+            store(d_x + i, gradient);
+            store(d_z + i, gradient * load(x[i]) * (1 - factor / 2));
         }
     });
 }
@@ -162,7 +276,14 @@ extern "C" const Export* exports() {
         FOR_EACH_TYPE(convolve),
         FOR_EACH_TYPE(convolve_backward),
         FOR_EACH_TYPE(drop),
+        FOR_EACH_TYPE(gate),
+        FOR_EACH_TYPE(gate_backward),
+        FOR_EACH_TYPE(bias_backward),
+        FOR_EACH_TYPE(relu_backward),
         // Named by the types of x and y.
+        exported<norm_backward<float, float>>("norm_backward_float32_float32"),
+        exported<norm_backward<float, BFloat16>>("norm_backward_float32_bfloat16"),
+        exported<norm_backward<BFloat16, BFloat16>>("norm_backward_bfloat16_bfloat16"),
         exported<norm<float, float>>("norm_float32_float32"),
         exported<norm<float, BFloat16>>("norm_float32_bfloat16"),
         exported<norm<BFloat16, BFloat16>>("norm_bfloat16_bfloat16"),

@@ -1,12 +1,13 @@
 """The operations of layers/ops.py compiled for the CPU: ops.cpp for attention, norms and dropout,
 oneDNN for matrix products, each with its gradient. Float32 or bfloat16."""
 
+import math
 from collections.abc import Sequence
 
 import torch
 from torch import nn
 
-from cpu.build import NORM_EPSILON, Library, load_library
+from cpu.build import NORM_EPSILON, ROWS_PER_TASK, Library, load_library
 from cpu.torch_private import private_or_public
 from layers.dropout import Noise, scale
 from layers.ops import PlainOps
@@ -51,7 +52,7 @@ class CompiledOps(PlainOps):
             x, weight = x.to(dtype), weight.to(dtype)
             bias = bias if bias is None else bias.to(dtype)
         check(x, weight)
-        x = Linear.apply(x, weight, bias, activation)
+        x = Linear.apply(self.library, x, weight, bias, activation)
         return x if noise is None else self.dropout(x, *noise)
 
     def add_norm(
@@ -79,6 +80,10 @@ class CompiledOps(PlainOps):
     def dropout(self, x: torch.Tensor, keys: torch.Tensor, threshold: int) -> torch.Tensor:
         check_shape(keys, (len(x), 2))
         return Dropout.apply(self.library, x, keys, threshold)
+
+    def gate(self, x: torch.Tensor, z: torch.Tensor) -> torch.Tensor:
+        check_shape(z, x.shape)
+        return Gate.apply(self.library, x, z)
 
     def linear_attention(
         self, qkv: torch.Tensor, state: Sequence[torch.Tensor] | None = None
@@ -112,7 +117,8 @@ class Linear(torch.autograd.Function):
     """x (..., I), weight (O, I), bias (O,) or None, of one type -> (..., O)."""
 
     @staticmethod
-    def forward(ctx, x, weight, bias, activation):
+    def forward(ctx, library, x, weight, bias, activation):
+        ctx.library = library
         outputs = private_or_public(x.dtype)(x, weight, bias, activation)
         ctx.save_for_backward(x, weight, outputs if activation == "relu" else None)
         return outputs
@@ -120,14 +126,40 @@ class Linear(torch.autograd.Function):
     @staticmethod
     def backward(ctx, gradient):
         x, weight, outputs = ctx.saved_tensors
-        if outputs is not None:
-            gradient = torch.ops.aten.threshold_backward(gradient, outputs, 0)
-        rows = gradient.flatten(0, -2)  # (positions, O)
-        needs_x, _, needs_bias, _ = ctx.needs_input_grad
+        gradient, bias = bias_gradient(ctx.library, gradient.contiguous(), outputs)
         inputs = None
-        if needs_x:
+        if ctx.needs_input_grad[1]:
             inputs = private_or_public(x.dtype)(gradient, weight.t(), None, None)
-        return inputs, rows.t() @ x.flatten(0, -2), rows.sum(0) if needs_bias else None, None
+        rows = gradient.flatten(0, -2)  # (positions, O)
+        needs_bias = ctx.needs_input_grad[3]
+        return None, inputs, rows.t() @ x.flatten(0, -2), bias if needs_bias else None, None
+
+
+def bias_gradient(
+    library: Library, gradient: torch.Tensor, outputs: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The gradient (..., O) in front of a relu with these `outputs`, if there are any, and that of
+    the bias (O,)."""
+    rows, width = gradient.flatten(0, -2).shape
+    sums = gradient.new_empty(tasks(rows), width, dtype=torch.float32)
+    numbers = rows, width, torch.get_num_threads()
+    check(gradient)
+    kind = TYPES[gradient.dtype]
+    if outputs is None:
+        library.call(f"bias_backward_{kind}", gradient, sums, *numbers)
+    else:
+        check(outputs, types=(gradient.dtype,))
+        masked = torch.empty_like(gradient)
+        library.call(
+            f"relu_backward_{kind}", gradient, outputs.contiguous(), masked, sums, *numbers
+        )
+        gradient = masked
+    return gradient, sums.sum(0).to(gradient.dtype)
+
+
+def tasks(rows: int) -> int:
+    """How many tasks ops.cpp makes of rows."""
+    return math.ceil(rows / ROWS_PER_TASK)
 
 
 class AddNorm(torch.autograd.Function):
@@ -135,7 +167,7 @@ class AddNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, library, x, y, weight, bias):
-        ctx.y_type = y.dtype
+        ctx.library, ctx.y_type = library, y.dtype
         x, y = x.contiguous(), y.contiguous()
         sums, outputs = torch.empty_like(x), torch.empty_like(x)
         rows, D = x.flatten(0, -2).shape
@@ -145,19 +177,21 @@ class AddNorm(torch.autograd.Function):
         name = f"norm_{TYPES[x.dtype]}_{TYPES[y.dtype]}"
         tensors = y, x, weight, bias, sums, outputs, mean, inverse
         library.call(name, *tensors, rows, D, torch.get_num_threads())
-        ctx.save_for_backward(sums, mean, inverse, weight, bias)
+        ctx.save_for_backward(sums, mean, inverse, weight)
         return outputs
 
     @staticmethod
     def backward(ctx, gradient):
-        sums, mean, inverse, weight, bias = ctx.saved_tensors
-        # In bfloat16 torch would also sum the gradients of weight and bias in bfloat16.
-        inputs, *parameters = torch.ops.aten.native_layer_norm_backward(
-            gradient.float().contiguous(),
-            sums.float(),
-            *(weight.shape, mean, inverse, weight, bias, [True] * 3),
-        )
-        return None, inputs.to(sums.dtype), inputs.to(ctx.y_type), *parameters
+        sums, mean, inverse, weight = ctx.saved_tensors
+        gradient = gradient.contiguous()
+        rows, D = sums.flatten(0, -2).shape
+        d_x, d_y = torch.empty_like(sums), torch.empty_like(sums, dtype=ctx.y_type)
+        parameters = sums.new_empty(tasks(rows), 2, D, dtype=torch.float32)
+        check(gradient, types=(sums.dtype,))
+        name = f"norm_backward_{TYPES[sums.dtype]}_{TYPES[ctx.y_type]}"
+        tensors = gradient, sums, mean, inverse, weight, d_x, d_y, parameters
+        ctx.library.call(name, *tensors, rows, D, torch.get_num_threads())
+        return None, d_x, d_y, *parameters.sum(0)
 
 
 class ShortConvolution(torch.autograd.Function):
@@ -211,6 +245,31 @@ class Dropout(torch.autograd.Function):
         numbers = len(x), x[0].numel(), threshold, scale(threshold), torch.get_num_threads()
         library.call(f"drop_{TYPES[x.dtype]}", x, y, keys, *numbers)
         return y
+
+
+class Gate(torch.autograd.Function):
+    """2 sigmoid(z) x of tensors of one type and shape."""
+
+    @staticmethod
+    def forward(ctx, library, x, z):
+        ctx.library = library
+        x, z = x.contiguous(), z.contiguous()
+        ctx.save_for_backward(x, z)
+        y = torch.empty_like(x)
+        check(x)
+        check(z, types=(x.dtype,))
+        library.call(f"gate_{TYPES[x.dtype]}", x, z, y, x.numel(), torch.get_num_threads())
+        return y
+
+    @staticmethod
+    def backward(ctx, gradient):
+        x, z = ctx.saved_tensors
+        gradient = gradient.contiguous()
+        d_x, d_z = torch.empty_like(x), torch.empty_like(z)
+        check(gradient, types=(x.dtype,))
+        tensors, numbers = (gradient, x, z, d_x, d_z), (x.numel(), torch.get_num_threads())
+        ctx.library.call(f"gate_backward_{TYPES[x.dtype]}", *tensors, *numbers)
+        return None, d_x, d_z
 
 
 class Attention(torch.autograd.Function):

@@ -29,7 +29,9 @@ constexpr int ROWS_PER_TEAM = 8;
 // Given bytes are read several positions at a time, so that the weights are read for this many rows.
 constexpr int64_t ROWS_AT_ONCE = 64;
 constexpr int D = HEADS * SIZE;
-constexpr int PROJECTED = 3 * D + (GATED ? 2 * HEADS : 0);  // what attention reads of a position
+// What attention reads of a position: queries, keys and values, and if GATED the heads' decays and
+// betas and the gates of the outputs.
+constexpr int GATES = 3 * D + 2 * HEADS, PROJECTED = GATED ? GATES + D : 3 * D;
 constexpr int offsets[] = {OFFSETS};
 constexpr int TAPS = std::size(offsets), RECENT = offsets[TAPS - 1] + 1;
 
@@ -346,7 +348,8 @@ struct Member {
         position.load(q, gates, 0, D, HEADS);
         gated::attend(position, S, output);
         float scale = gated::output_scale(output[0]);
-        for (int m = 0; m < SIZE; m++) store(target + m, scale * output[0][m]);
+        const float* z = team.projected[r] + GATES + head * SIZE;
+        for (int m = 0; m < SIZE; m++) store(target + m, 2 * sigmoid(z[m]) * scale * output[0][m]);
 #else
         attend<1>(q, q + D, q + 2 * D, 0, S, state.Z + at * SIZE, target, 0);
 #endif

@@ -3,7 +3,8 @@
 A checkpoint has the three entries of the original experiment (`model_state`, `optimizer_state`,
 `iteration`), so that its loader reads ours, and what else a run needs: `config` (the fields of
 ModelConfig), `dataset` (its name and image_shape), `first_byte_counts` (256), `seed`, `settings`
-(of the optimisation), `threads` (of the CPU) and `format_version`.
+(of the optimisation), `threads` (of the CPU), `measured` (the CPU and which precisions were faster
+on it) and `format_version`.
 """
 
 import glob
@@ -50,6 +51,7 @@ class Checkpoint:
     seed: int | None = None
     settings: dict[str, Any] = field(default_factory=dict)  # fields of Settings
     threads: int | None = None
+    measured: dict[str, str] = field(default_factory=dict)  # engine.precision.Choices.stored
     path: Path | None = None
 
     def __bool__(self) -> bool:
@@ -85,7 +87,9 @@ class Checkpoint:
         if COUNT.accepts(version) and version > FORMAT_VERSION:
             raise UserError(f"{path} was written by a newer version: update this program")
         # Those of the original may come without moments.
-        required = ENTRIES if "format_version" in entries else ("model_state", "iteration")
+        required = ("model_state", "iteration")
+        if "format_version" in entries:
+            required = ENTRIES.keys() - {"measured"}  # which version 3 did not have at first
         if missing := [name for name in ENTRIES if name in required and name not in entries]:
             raise UserError(f"{path} is not a checkpoint: it has no {' and no '.join(missing)}")
         for name, is_valid in ENTRIES.items():
@@ -272,6 +276,7 @@ class Checkpoint:
                 "seed": self.seed,
                 "settings": self.settings,
                 "threads": self.threads,
+                "measured": self.measured,
                 "format_version": FORMAT_VERSION,
             }
         write_atomically(path, lambda file: torch_save(entries, file), durable=True)
@@ -378,6 +383,12 @@ def is_dataset(x: Any) -> bool:
     return False
 
 
+def is_measured(x: Any) -> bool:
+    if not isinstance(x, dict) or not all(isinstance(value, str) for value in x.values()):
+        return False
+    return all(x[part] in ("fp32", "bf16") for part in x.keys() - {"machine"})
+
+
 def is_histogram(x: Any) -> bool:
     plain = isinstance(x, torch.Tensor) and x.dtype == torch.int64 and x.shape == (256,)
     return plain and bool((x >= 0).all())
@@ -394,6 +405,7 @@ ENTRIES: dict[str, Callable[[Any], bool]] = {
     "seed": SEED.accepts,
     "settings": has_options(Settings),
     "threads": COUNT.accepts,
+    "measured": is_measured,
     "format_version": COUNT.accepts,
 }
 

@@ -21,6 +21,7 @@ RECIPES = {
         "neighbours": True,
     },
 }
+COLOUR = {"fast": {"attention_type": "gated-linear"}}  # further ones, for colour images
 RATES = {"lr", "muon_lr"}  # in recipes, those for 1,600 iterations
 
 
@@ -32,7 +33,7 @@ class Settings:
         "paper",
         tuple(RECIPES),
         "paper: RAdam at a constant rate; fast: Muon, a cosine schedule, no dropout, no clipping, "
-        "and --neighbours; each part can be overridden",
+        "--neighbours, and for colour images gated-linear attention; each part can be overridden",
     )
     optimizer: str = option(
         "radam",
@@ -92,3 +93,8 @@ def choose_recipe(given: dict, stored: dict, iterations: int) -> dict[str, Any]:
     values, factor = RECIPES[name], min(1.5, (1600 / iterations) ** 0.3)
     rates = {rate: float(f"{factor * values[rate]:.2g}") for rate in values.keys() & RATES}
     return {"recipe": name, **values, **rates}
+
+
+def add_colour(recipe: dict[str, Any], image_shape: tuple[int, ...]) -> dict[str, Any]:
+    """The values of a recipe of `choose_recipe` for images of this shape."""
+    return {**recipe, **(COLOUR.get(recipe["recipe"], {}) if len(image_shape) == 3 else {})}

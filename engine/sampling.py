@@ -185,6 +185,16 @@ class Batch:
             raise UserError(f"{problem}: give an earlier checkpoint")
 
 
+def empty_batch(model: ImageTransformer, n: int) -> Batch:
+    """Black images at their first byte, with random noise, to measure the speed of a decoder."""
+    device, length = model.first_byte_counts.device, model.config.length
+    images = torch.zeros(n, length, dtype=torch.int64, device=device)
+    noise = image_noise(0, [0], length).expand(n, -1, -1).contiguous().to(device)
+    position = torch.zeros(1, dtype=torch.int64, device=device)
+    finite = torch.ones((), dtype=torch.bool, device=device)
+    return Batch(images, noise, 1.0, position, model.empty_states(n), finite)
+
+
 class EagerDecoder:
     """Draws bytes with `ImageTransformer.step`, or a compiled `step` of the same signature."""
 

@@ -8,7 +8,7 @@ to it, and reads it:
 The key k has unit length; a = exp(-softplus(decay)) and beta = sigmoid(beta) are numbers of each
 head and position that depend on the input, as the decays of "Mamba-2" do (Dao and Gu, 2024). `norm`
 divides a head's output by ten times its root mean square, where linear attention divides by a sum
-of weights.
+of weights. (`AttentionLayer` of models.py then multiplies the outputs by gates.)
 
 Sizes: N images, L positions, H heads, E query/key size, M value size. Queries and keys are
 (N, L, H, E), values and outputs (N, L, H, M), decays and betas (N, L, H); the state is (S,) with S

@@ -72,6 +72,10 @@ class PlainOps:
         """As `layers.dropout.drop`: x (N, ...), keys (N, 2)."""
         return drop(x, keys, threshold)
 
+    def gate(self, x: torch.Tensor, z: torch.Tensor) -> torch.Tensor:
+        """2 sigmoid(z) x: x (N, L, D) itself where z (N, L, D) is 0."""
+        return 2 * z.sigmoid() * x
+
     def linear_attention(
         self, qkv: torch.Tensor, state: Sequence[torch.Tensor] | None = None
     ) -> torch.Tensor:

@@ -173,6 +173,7 @@ WRONG = [
     ("first_byte_counts", torch.zeros(255, dtype=torch.int64)), ("first_byte_counts", 1),
     ("first_byte_counts", torch.full((256,), -1)), ("first_byte_counts", torch.zeros(256)),
     ("seed", -1), ("seed", 0.5), ("threads", -1), ("threads", "2"),
+    ("measured", "bf16"), ("measured", "machine", 2), ("measured", "training", "fp16"),
     ("config", "neighbours", 1), ("config", "neighbours", True), ("config", "width", -1),
     ("config", "width", "8"), ("config", "channels", 1.0),
     ("settings", None), ("settings", []), ("settings", "unknown", 1), ("settings", "lr", "x"),

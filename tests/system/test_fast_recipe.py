@@ -6,7 +6,16 @@ from dataclasses import fields
 from pathlib import Path
 
 import pytest
-from helpers import DIGITS, TINY, assert_equal_weights, help_of, load, losses, records
+from helpers import (
+    DIGITS,
+    TINY,
+    assert_equal_weights,
+    help_of,
+    load,
+    losses,
+    records,
+    require_library,
+)
 
 from engine.recipes import Settings
 from models import ImageTransformer, ModelConfig
@@ -46,7 +55,7 @@ def test_fast_sets_what_the_help_says(call, succeed):
         assert str(settings[name]) == (fast or default), name
     assert "(default: 0.1, fast: 0.0)" in help_of(call, "main.py", "dropout")
     text = help_of(call, "main.py", "recipe")
-    assert "fast: Muon, a cosine schedule, no dropout, no clipping, and --nei" in text
+    assert "fast: Muon, a cosine schedule, no dropout, no clipping, --neighbours, and" in text
     assert "(default: paper)" in text
     changed = {name for name in config if config[name] != plain[name]}
     assert changed == {"dropout", "neighbours", "width", "channels"}
@@ -223,3 +232,30 @@ def test_bfloat16_trains_the_fast_recipe(succeed, tmp_path):
         bits[precision] = losses(file).values()
     for a, b in zip(*bits.values(), strict=True):
         assert math.isclose(a, b, rel_tol=0.02)
+
+
+def attention_of(checkpoint):
+    return load(checkpoint)["config"]["attention_type"]
+
+
+def test_colour_images_get_gated_attention(succeed, colour_folder):
+    """By the fast recipe, unless another attention is given; a run that began with another one
+    keeps it. Grey images have the paper's attention in either recipe."""
+    colour = ["main.py", "--dataset", colour_folder, *TINY, "--batch_size", 4, "--iterations", 1]
+    succeed(*colour, "--save_to", "paper.pth")
+    succeed(*colour, "--recipe", "fast", "--save_to", "fast.pth")
+    given = ["--attention_type", "causal-linear", "--save_to", "given.{}.pth"]
+    succeed(*colour, "--recipe", "fast", *given)
+    succeed(*colour, "--iterations", 2, "--continue_from", "given.1.pth", "--save_to", "more.pth")
+    train(succeed, "--recipe", "fast")
+    found = [attention_of(f"{name}.pth") for name in ("paper", "fast", "given.1", "more", "w")]
+    assert found == ["causal-linear", "gated-linear", *["causal-linear"] * 3]
+
+
+def test_the_library_trains_colour_images_by_the_fast_recipe(succeed, colour_folder):
+    """It has no gated attention."""
+    require_library()
+    flags = ["--dataset", colour_folder, *TINY, "--batch_size", 4, "--iterations", 1]
+    flags += ["--recipe", "fast", "--no-neighbours", "--backend", "fast-transformers"]
+    succeed("main.py", *flags, "--save_to", "theirs.pth")
+    assert attention_of("theirs.pth") == "causal-linear"

@@ -286,7 +286,7 @@ def test_bfloat16_where_it_is_slow_is_a_warning(command, call, monkeypatch, tmp_
     """And where the CPU has instructions for it there is none."""
     flags = tmp_path / "cpuinfo"
     flags.write_text("flags : fpu avx2 avx512f\n")
-    monkeypatch.setattr(utils, "CPU_FLAGS", flags)
+    monkeypatch.setattr(utils, "CPU_INFO", flags)
     model = [*command, "--dataset", "digits", *TINY, "--device", "cpu", "--precision", "bf16"]
     model += ["--iterations", 1, "--evaluate_images", 2] if command[0] == "main.py" else []
     result = call(*model)

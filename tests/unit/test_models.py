@@ -59,6 +59,7 @@ def test_the_configuration_gives_the_number_of_parameters():
     for config, millions in (
         (ModelConfig(784, n_layers=8, n_heads=8), 6.36),  # the paper's
         (ModelConfig(20, n_layers=3, n_heads=2, d_query=6, mixtures=5), 0.01),
+        (ModelConfig(784, "gated-linear", n_layers=8, n_heads=8), 6.92),
     ):
         size = sum(p.numel() for p in ImageTransformer(config).parameters())
         assert (config.n_parameters, round(size / 1e6, 2)) == (size, millions)
