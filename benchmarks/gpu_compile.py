@@ -17,7 +17,7 @@ from triton.backends import nvidia
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from gpu import attention, convolution, norm, step
+from gpu import attention, convolution, gated, norm, step
 
 # Compute capabilities, and the architectures whose instructions Triton's PTX uses.
 TARGETS = {80: "sm_80", 90: "sm_90a", 100: "sm_100a"}
@@ -26,11 +26,11 @@ SHORT = {"mma.sync": "mma", "wgmma.mma_async": "wgmma", "tcgen05.mma": "tcgen05"
 PRODUCTS = "|".join(map(re.escape, SHORT))
 TYPES = {torch.float32: "fp32", torch.bfloat16: "bf16"}
 # Arguments that are numbers, and tensors that are float32 whatever the type of the others is.
-INTEGERS = "L", "H", "D", "N", "R", "rows"
+INTEGERS = "L", "H", "D", "N", "R", "W", "K", "rows"
 LONG_INTEGERS = "steps_back", "position"
 FLOAT32 = {
     "sums", "gradient_sums", "scales", "S", "Z", "weight", "bias", "means", "inverses", "d_weight",
-    "d_bias", "residual", "normed", "d_residual",
+    "d_bias", "residual", "normed", "d_residual", "kept",
 }  # fmt: skip
 REGISTERS = 65536  # of a multiprocessor
 COLUMNS = {
@@ -54,6 +54,12 @@ def list_kernels(E: int, n_heads: int = 8) -> Iterator[tuple]:
         ):  # fmt: skip
             yield kernel, dtype, attention.sizes(E, dtype), attention.OPTIONS
         yield step.read_position, dtype, step.sizes(E), step.OPTIONS
+        for kernel in (
+            gated.gated_sum_chunks, gated.gated_attend, gated.gated_sum_gradients,
+            gated.gated_backpropagate,
+        ):  # fmt: skip
+            yield kernel, dtype, gated.sizes(E, dtype), gated.OPTIONS
+        yield gated.gated_position, dtype, {"E": E}, gated.step_options(E)
         yield norm.add_norm, dtype, norms, norm.OPTIONS
         yield norm.add_norm_backward, dtype, backward, norm.OPTIONS
         yield convolution.convolve, dtype, convolutions, convolution.OPTIONS
