@@ -59,6 +59,9 @@ def list_kernels(E: int, n_heads: int = 8) -> Iterator[tuple]:
             gated.gated_backpropagate,
         ):  # fmt: skip
             yield kernel, dtype, gated.sizes(E, dtype), gated.OPTIONS
+        carry = {"E": E, "TILE": gated.TILE, "BACKWARD": True}
+        if dtype == torch.float32:  # as the states always are
+            yield gated.gated_carry, dtype, carry, gated.CARRY_OPTIONS
         yield gated.gated_position, dtype, {"E": E}, gated.step_options(E)
         yield norm.add_norm, dtype, norms, norm.OPTIONS
         yield norm.add_norm_backward, dtype, backward, norm.OPTIONS
@@ -72,8 +75,13 @@ def compile_kernel(kernel, dtype: torch.dtype, constants: dict, options: dict, t
     """Registers of a thread, bytes it spills, shared memory (bytes), blocks whose registers fit a
     multiprocessor, and tensor-core instructions of a kernel."""
     signature = {name: argument_type(name, dtype, constants) for name in kernel.arg_names}
-    pointers = [i for i, kind in enumerate(signature.values()) if kind.startswith("*")]
-    aligned = {(i,): [["tt.divisibility", 16]] for i in pointers}  # as torch's tensors are
+    # As torch's tensors are, and as rows of `projected` are wide if 8 divides the heads.
+    aligned = [
+        i
+        for i, (name, kind) in enumerate(signature.items())
+        if kind.startswith("*") or (name == "W" and kind == "i32")
+    ]
+    aligned = {(i,): [["tt.divisibility", 16]] for i in aligned}
     source = ASTSource(kernel, signature, constexprs=constants, attrs=aligned)
     compiled = triton.compile(source, target=GPUTarget("cuda", target, 32), options=options)
     ptx = compiled.asm["ptx"]

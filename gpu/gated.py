@@ -86,10 +86,12 @@ def decays_until_end(log_a):
 
 
 @triton.jit
-def decays_between(log_a, C: tl.constexpr):
-    """The decay from position j to i >= j, else 0, (C, C)."""
+def decayed(weights, log_a, C: tl.constexpr):
+    """The weights (C, C) of positions j for i times the decay from j to i, 0 where j > i, even if
+    they were NaN."""
     c, total = tl.arange(0, C), tl.cumsum(log_a, 0)
-    return tl.where(c[:, None] >= c, tl.exp(total[:, None] - total[None, :]), 0.0)
+    between = tl.exp(total[:, None] - total[None, :])
+    return tl.where(c[:, None] >= c, weights * between, 0.0)
 
 
 @triton.jit
@@ -144,9 +146,7 @@ def gated_attend(
         k = k.to(tl.float32)
         squares += tl.sum(k * k, 1)
     log_a, _, beta = load_gates(projected, first, h, H, W, chunk, L, C)
-    c = tl.arange(0, C)
-    weights *= decays_between(log_a, C) * (beta * inverse_length(squares))[None, :]
-    weights = tl.where(c[:, None] >= c, weights, 0.0)  # not NaN before a position with NaN
+    weights = decayed(weights * (beta * inverse_length(squares))[None, :], log_a, C)
     v = tl.load(row_pointers(projected, first, W, (2 * H + h) * E + e, C), mask, 0.0)
     y = decays_since_start(log_a)[:, None] * y + product(weights, v, dtype)
     scale = output_scale(y, 1, E)[:, None]
@@ -208,17 +208,14 @@ def gated_backpropagate(
         squares += tl.sum(k * k, 1)
 
     log_a, d, beta = load_gates(projected, first, h, H, W, chunk, L, C)
-    c = tl.arange(0, C)
-    between, inverse = decays_between(log_a, C), inverse_length(squares)
-    until_end = decays_until_end(log_a)
-    weights = tl.where(c[:, None] >= c, weights * between, 0.0) * inverse[None, :]  # without beta
-    d_weights = tl.where(c[:, None] >= c, d_weights, 0.0)
-    pairs = weights * d_weights
-    d_beta = tl.sum(pairs, 0)  # k.d(beta k)
-    d_c = tl.sum(pairs * beta[None, :], 1) - beta * d_beta
-    d_weights *= between
+    until_end, inverse = decays_until_end(log_a), inverse_length(squares)
+    factor = beta * inverse
+    pairs = decayed(weights * d_weights, log_a, C)
+    weights, d_weights = decayed(weights, log_a, C), decayed(d_weights, log_a, C)
+    k_d_k = tl.sum(pairs, 0)  # of keys before they are scaled, and the gradients of beta k
+    d_c = tl.sum(pairs * factor[None, :], 1) - factor * k_d_k
 
-    from_later = tl.zeros((C,), tl.float32)
+    later_k_d_k = tl.zeros((C,), tl.float32)
     for start in range(0, E, B):
         b = start + tl.arange(0, B)
         d_v = tl.zeros((C, B), tl.float32)
@@ -227,17 +224,17 @@ def gated_backpropagate(
             k = tl.load(row_pointers(projected, first, W, (H + h) * E + j, C), mask, 0.0)
             R = tl.load(matrix_pointers(gradient_sums, head, later, K, j, b, E))
             d_v += product(k, R, dtype)
-        d_v *= (until_end * inverse)[:, None]
+        d_v *= until_end[:, None]
         v = tl.load(row_pointers(projected, first, W, (2 * H + h) * E + b, C), mask, 0.0)
-        from_later += tl.sum(d_v * v.to(tl.float32), 1)
+        later_k_d_k += tl.sum(d_v * v.to(tl.float32), 1)
         g = tl.load(row_pointers(gradient, first, H * E, h * E + b, C), mask, 0.0)
-        d_v = beta[:, None] * (d_v + product(tl.trans(weights), g, dtype))
+        d_v = factor[:, None] * (d_v + product(tl.trans(weights), g, dtype))
         pointers = row_pointers(gradients, first, W, (2 * H + h) * E + b, C)
         tl.store(pointers, d_v.to(dtype), mask)
-    d_beta += from_later
-    d_c -= beta * from_later
+    d_beta = inverse * (k_d_k + later_k_d_k)
+    d_c -= factor * later_k_d_k
 
-    d_last = tl.sum(beta * from_later, 0)
+    d_last = tl.sum(factor * later_k_d_k, 0)
     kept = tl.exp(tl.sum(log_a, 0))
     for start in range(0, E, B):
         b = start + tl.arange(0, B)
@@ -253,18 +250,19 @@ def gated_backpropagate(
             d_last += kept * tl.sum(S * R)
         q = tl.load(row_pointers(projected, first, W, h * E + b, C), mask, 0.0)
         k = tl.load(row_pointers(projected, first, W, (H + h) * E + b, C), mask, 0.0)
+        k = k.to(tl.float32)
         d_q *= decays_since_start(log_a)[:, None]
         d_c += tl.sum(d_q * q.to(tl.float32), 1)
-        d_q += product(d_weights * (beta * inverse)[None, :], k, dtype)
+        d_q += product(d_weights, factor[:, None] * k, dtype)
         pointers = row_pointers(gradients, first, W, h * E + b, C)
         tl.store(pointers, d_q.to(dtype), mask)
         d_k = until_end[:, None] * d_k + product(tl.trans(d_weights), q, dtype)
-        d_k -= (d_beta * inverse)[:, None] * k.to(tl.float32)
-        d_k *= (beta * inverse)[:, None]
+        d_k = factor[:, None] * (d_k - (d_beta * inverse)[:, None] * k)
         pointers = row_pointers(gradients, first, W, (H + h) * E + b, C)
         tl.store(pointers, d_k.to(dtype), mask)
 
     d_log_a = tl.cumsum(d_c, 0, reverse=True) + d_last
+    c = tl.arange(0, C)
     pointers = gradients + (first + c) * W + W - 2 * H + h
     mask = chunk * C + c < L
     tl.store(pointers, (-d_log_a * tl.sigmoid(d)).to(dtype), mask)
@@ -293,10 +291,9 @@ def gated_position(projected, outputs, S, H, W, E: tl.constexpr):
 
 
 def sizes(E: int, dtype: torch.dtype) -> dict[str, int]:
-    """C positions in a chunk and B columns at a time, for heads of size E."""
-    if dtype == torch.float32:
-        return {"E": E, "C": 32, "B": 16}
-    return {"E": E, "C": 64, "B": min(E, 32)}
+    """C positions in a chunk and B columns at a time, for heads of size E: the most that no
+    architecture's compiler spills from registers to memory (python -m benchmarks.gpu_compile)."""
+    return {"E": E, "C": 32 if dtype == torch.float32 else 64, "B": 16}
 
 
 def step_options(E: int) -> dict[str, int]:

@@ -7,14 +7,14 @@ from functools import partial
 import torch
 from torch import nn
 
-from gpu import convolution
+from gpu import convolution, gated
 from gpu.attention import SIZES, LinearAttention
 from gpu.convolution import ShortConvolution
 from gpu.norm import AddNorm
 from gpu.step import step
 from layers.convolution import convolution_offsets
 from layers.ops import PlainOps, update
-from models import ModelConfig
+from models import CONSTANT_STATE, ModelConfig
 from utils import UserError
 
 # The largest difference from the plain form in float32 that is rounding, relative to the largest
@@ -23,14 +23,14 @@ TOLERANCES = {torch.float32: 1e-4, torch.bfloat16: 0.05}
 
 
 class TritonOps(PlainOps):
-    """As `PlainOps`, on one GPU, for a model of this configuration; gated attention stays plain.
+    """As `PlainOps`, on one GPU, for a model of this configuration.
 
     Raises `UserError` for a model or a GPU that the kernels are not for, or if they disagree with
     the plain form on a few random numbers. Triton's own errors are of many types.
     """
 
     def __init__(self, config: ModelConfig, device: torch.device):
-        if config.attention_type == "causal-linear" and config.d_query not in SIZES:
+        if config.attention_type in CONSTANT_STATE and config.d_query not in SIZES:
             raise UserError(f"heads of {config.d_query}, not {', '.join(map(str, SIZES))}")
         for case in small_cases(config, device):
             for dtype in TOLERANCES:
@@ -72,6 +72,25 @@ class TritonOps(PlainOps):
             return super().linear_step(qkv, state)  # the kernel has no gradient
         check(qkv)
         return step(qkv, *state)
+
+    def gated_attention(
+        self,
+        projected: torch.Tensor,
+        n_heads: int,
+        state: Sequence[torch.Tensor] | None = None,
+    ) -> torch.Tensor:
+        check(projected)
+        outputs, final = gated.GatedAttention.apply(projected, n_heads, *(state or (None,)))
+        update(state, (final,))
+        return outputs
+
+    def gated_step(
+        self, projected: torch.Tensor, n_heads: int, state: Sequence[torch.Tensor]
+    ) -> torch.Tensor:
+        if torch.is_grad_enabled() and projected.requires_grad:
+            return super().gated_step(projected, n_heads, state)
+        check(projected)
+        return gated.step(projected, n_heads, *state)
 
 
 def check(*tensors: torch.Tensor) -> None:
@@ -128,6 +147,20 @@ def small_cases(config: ModelConfig, device: torch.device) -> Iterator[Case]:
         qkv = [random(1, 100, 3, 2, E)]
         yield Case("attention", lambda ops, x: ops.linear_attention(x), qkv)
         yield Case("sampling step", two_steps, [random(1, 1, 3, 2, E) for _ in range(2)])
+    if config.attention_type == "gated-linear":
+
+        @torch.no_grad()
+        def two_gated_steps(ops, *projected):
+            state = (torch.zeros(1, 2, E, E, device=device),)
+            outputs = [ops.gated_step(x, 2, state) for x in projected]
+            return torch.cat([x.float().flatten() for x in (*outputs, *state)])
+
+        def attend(ops, projected):
+            return ops.gated_attention(projected, 2)
+
+        W = 2 * (3 * E + 2)
+        yield Case("gated attention", attend, [random(1, 100, W)])
+        yield Case("sampling step", two_gated_steps, [random(1, 1, W) for _ in range(2)])
 
 
 def convolve(ops: PlainOps, x: torch.Tensor, **arguments) -> torch.Tensor:

@@ -12,7 +12,7 @@ from torch.nn.functional import pad, relu
 
 from layers.attention import linear_chunked, linear_recurrent
 from layers.dropout import drop
-from layers.gated import gated_chunked, split
+from layers.gated import gated_chunked, gated_recurrent, split
 
 
 class PlainOps:
@@ -94,6 +94,12 @@ class PlainOps:
         outputs, final = gated_chunked(*split(projected, n_heads), state)
         update(state, final)
         return outputs.flatten(-2)
+
+    def gated_step(
+        self, projected: torch.Tensor, n_heads: int, state: Sequence[torch.Tensor]
+    ) -> torch.Tensor:
+        """As `gated_attention` of one position, L = 1, in sampling."""
+        return gated_recurrent(*split(projected, n_heads), state)[0].flatten(-2)
 
 
 def update(state, final):
