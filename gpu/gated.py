@@ -63,14 +63,23 @@ def output_scale(y, axis: tl.constexpr, E: tl.constexpr):
 
 
 @triton.jit
-def load_gates(projected, first, h, H, W, chunk, L, C: tl.constexpr):
-    """Of each of C positions: log a, 0 after the last position; the decay as given; beta (C,)."""
-    c = tl.arange(0, C)
-    mask = chunk * C + c < L
-    decays = projected + (first + c) * W + W - 2 * H + h
-    d = tl.load(decays, mask, 0.0).to(tl.float32)
-    beta = tl.sigmoid(tl.load(decays + H, mask, 0.0).to(tl.float32))
-    return tl.where(mask, log_decay(d), 0.0), d, beta
+def load_gate(projected, first, W, column, mask, C: tl.constexpr):
+    """A column of decays or betas, before their functions, at C positions (C,); beyond the last
+    position -inf: these forget nothing and add nothing."""
+    pointers = projected + (first + tl.arange(0, C)) * W + column
+    return tl.load(pointers, tl.reshape(mask, (C,)), -float("inf")).to(tl.float32)
+
+
+@triton.jit
+def load_decays(projected, first, h, H, W, mask, C: tl.constexpr):
+    """log a at C positions (C,)."""
+    return log_decay(load_gate(projected, first, W, W - 2 * H + h, mask, C))
+
+
+@triton.jit
+def load_betas(projected, first, h, H, W, mask, C: tl.constexpr):
+    """beta at C positions (C,)."""
+    return tl.sigmoid(load_gate(projected, first, W, W - H + h, mask, C))
 
 
 @triton.jit
@@ -102,7 +111,8 @@ def gated_sum_chunks(
     before it, `kept` (N, H, K)."""
     chunk, K, head, first, h, mask, e = locate(L, H, C, E)
     dtype: tl.constexpr = projected.dtype.element_ty
-    log_a, _, beta = load_gates(projected, first, h, H, W, chunk, L, C)
+    log_a = load_decays(projected, first, h, H, W, mask, C)
+    beta = load_betas(projected, first, h, H, W, mask, C)
     tl.store(kept + head.to(tl.int64) * K + chunk, tl.exp(tl.sum(log_a, 0)))
     k = tl.load(row_pointers(projected, first, W, (H + h) * E + e, C), mask, 0.0).to(tl.float32)
     k *= (decays_until_end(log_a) * beta * inverse_length(tl.sum(k * k, 1)))[:, None]
@@ -145,7 +155,8 @@ def gated_attend(
         y += product(q, tl.load(matrix_pointers(sums, head, chunk, K, j, e, E)), dtype)
         k = k.to(tl.float32)
         squares += tl.sum(k * k, 1)
-    log_a, _, beta = load_gates(projected, first, h, H, W, chunk, L, C)
+    log_a = load_decays(projected, first, h, H, W, mask, C)
+    beta = load_betas(projected, first, h, H, W, mask, C)
     weights = decayed(weights * (beta * inverse_length(squares))[None, :], log_a, C)
     v = tl.load(row_pointers(projected, first, W, (2 * H + h) * E + e, C), mask, 0.0)
     y = decays_since_start(log_a)[:, None] * y + product(weights, v, dtype)
@@ -170,7 +181,7 @@ def gated_sum_gradients(
     scale = tl.load(row_pointers(scales, first, H, h + tl.arange(0, 1), C), mask, 0.0)
     g = scale * (g - (tl.sum(y * g, 1) / (E * OUTPUT_RMS * OUTPUT_RMS))[:, None] * y)
     tl.store(row_pointers(unscaled, first, H * E, h * E + e, C), g.to(dtype), mask)
-    log_a, _, _ = load_gates(projected, first, h, H, W, chunk, L, C)
+    log_a = load_decays(projected, first, h, H, W, mask, C)
     g *= decays_since_start(log_a)[:, None]
     for start in range(0, E, B):
         j = start + tl.arange(0, B)
@@ -207,7 +218,8 @@ def gated_backpropagate(
         k = k.to(tl.float32)
         squares += tl.sum(k * k, 1)
 
-    log_a, d, beta = load_gates(projected, first, h, H, W, chunk, L, C)
+    d = load_gate(projected, first, W, W - 2 * H + h, mask, C)
+    log_a, beta = log_decay(d), load_betas(projected, first, h, H, W, mask, C)
     until_end, inverse = decays_until_end(log_a), inverse_length(squares)
     factor = beta * inverse
     pairs = decayed(weights * d_weights, log_a, C)
@@ -262,9 +274,8 @@ def gated_backpropagate(
         tl.store(pointers, d_k.to(dtype), mask)
 
     d_log_a = tl.cumsum(d_c, 0, reverse=True) + d_last
-    c = tl.arange(0, C)
-    pointers = gradients + (first + c) * W + W - 2 * H + h
-    mask = chunk * C + c < L
+    pointers = gradients + (first + tl.arange(0, C)) * W + W - 2 * H + h
+    mask = tl.reshape(mask, (C,))
     tl.store(pointers, (-d_log_a * tl.sigmoid(d)).to(dtype), mask)
     tl.store(pointers + H, (d_beta * beta * (1 - beta)).to(dtype), mask)
 

@@ -24,6 +24,11 @@ from utils import UserError
 
 TOLERANCES = {torch.float32: 2e-6, torch.bfloat16: 0.02}
 TYPES = pytest.mark.parametrize("dtype", TOLERANCES, ids=["fp32", "bf16"])
+MODELS = pytest.mark.parametrize(
+    "options",
+    [{}, {"neighbours": True, "width": 8, "channels": 1}, {"attention_type": "gated-linear"}],
+    ids=["linear", "neighbours", "gated"],
+)
 LENGTHS = pytest.mark.parametrize("length", [1, 31, 32, 33, 100])
 
 
@@ -57,7 +62,7 @@ def differentiate(function, *tensors):
     generator = torch.Generator().manual_seed(1)
     weights = [torch.randn(x.shape, generator=generator) for x in results]
     total = sum((x.double() * w).sum() for x, w in zip(results, weights, strict=True))
-    return *results, *torch.autograd.grad(total, tensors)
+    return [*results, *torch.autograd.grad(total, tensors)]
 
 
 def reference(qkv, S, Z):
@@ -124,12 +129,11 @@ def test_steps_with_gradients_are_plain():
     assert qkv.grad.isfinite().all()
 
 
-@pytest.mark.parametrize("neighbours", [False, True])
+@MODELS
 @torch.no_grad()
-def test_sampled_bytes_equal_the_plain_ones(neighbours):
+def test_sampled_bytes_equal_the_plain_ones(options):
     """Of a small model, prefill included."""
     torch.manual_seed(2)
-    options = {"neighbours": True, "width": 8, "channels": 1} if neighbours else {}
     plain = ImageTransformer(config(**options)).eval()
     ours = ImageTransformer(config(**options), TRITON).eval()
     ours.load_state_dict(plain.state_dict())
@@ -273,9 +277,8 @@ def config(**options):
     return ModelConfig(64, **{"n_layers": 1, "n_heads": 2, "d_query": 16, **options})
 
 
-@pytest.mark.parametrize("neighbours", [False, True])
-def test_operations_that_agree_are_accepted(neighbours):
-    options = {"neighbours": True, "width": 8, "channels": 1} if neighbours else {}
+@MODELS
+def test_operations_that_agree_are_accepted(options):
     TritonOps(config(**options), torch.device("cpu"))
 
 
@@ -356,7 +359,7 @@ def test_kernels_are_measured():
     """As `make gpu` does. Regression: the reference in float64 was given float32 parameters."""
     sizes = {"length": 40, "n_heads": 2}
     records = list(gpu_kernels.measure_kernels(sizes, 1, 2, torch.device("cpu"), 1e10, 1))
-    assert len(records) == 8
+    assert len(records) == 12
     for record in records:
         errors = record["text"].partition("errors ")[2].split(", ")
         assert all(float(error) < 0.03 for error in errors), record

@@ -7,7 +7,8 @@ pytest.importorskip("triton", reason="torch comes with triton on Linux alone")
 from benchmarks.gpu_compile import INTEGERS, TARGETS, compile_kernel, list_kernels, measure
 
 # The kernels with matrix products.
-PRODUCTS = "sum_chunks", "attend", "sum_gradients", "backpropagate"
+PRODUCTS = {"sum_chunks", "attend", "sum_gradients", "backpropagate"}
+PRODUCTS |= {f"gated_{name}" for name in PRODUCTS}
 pytestmark = pytest.mark.slow
 
 
