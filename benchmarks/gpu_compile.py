@@ -17,7 +17,7 @@ from triton.backends import nvidia
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from gpu import attention, convolution, dropout, mixture, norm, step
+from gpu import attention, convolution, dropout, gated, mixture, norm, step
 
 TARGETS = 80, 90, 100  # ten times the compute capabilities
 # Tensor-core instructions: of every architecture, of Hopper, of Blackwell.
@@ -25,12 +25,12 @@ SHORT = {"mma.sync": "mma", "wgmma.mma_async": "wgmma", "tcgen05.mma": "tcgen05"
 PRODUCTS = "|".join(map(re.escape, SHORT))
 TYPES = {torch.float32: "fp32", torch.bfloat16: "bf16"}
 # Arguments that are numbers, and tensors that are float32 whatever the type of the others is.
-INTEGERS = "L", "H", "D", "N", "R", "rows", "size"
+INTEGERS = "L", "H", "D", "N", "R", "W", "K", "rows", "size"
 NUMBERS = {"EPSILON": "fp32", "scale": "fp32", "threshold": "i64"}
 TENSORS = {"steps_back": "*i64", "position": "*i64", "keys": "*i32", "values": "*u8"}
 FLOAT32 = {
     "sums", "gradient_sums", "scales", "S", "Z", "weight", "bias", "means", "inverses", "d_weight",
-    "d_bias", "residual", "normed", "d_residual", "log_probs", "d_log_probs",
+    "d_bias", "residual", "normed", "d_residual", "log_probs", "d_log_probs", "kept",
 }  # fmt: skip
 REGISTERS = 65536  # of a multiprocessor
 COLUMNS = {
@@ -54,6 +54,15 @@ def list_kernels(E: int, n_heads: int = 8) -> Iterator[tuple]:
         ):  # fmt: skip
             yield kernel, dtype, attention.sizes(E, dtype), attention.OPTIONS
         yield step.read_position, dtype, step.sizes(E), step.OPTIONS
+        for kernel in (
+            gated.gated_sum_chunks, gated.gated_attend, gated.gated_sum_gradients,
+            gated.gated_backpropagate,
+        ):  # fmt: skip
+            yield kernel, dtype, gated.sizes(E, dtype), gated.OPTIONS
+        carry = {"E": E, "TILE": gated.TILE, "BACKWARD": True}
+        if dtype == torch.float32:  # as the states always are
+            yield gated.gated_carry, dtype, carry, gated.CARRY_OPTIONS
+        yield gated.gated_position, dtype, {"E": E}, gated.step_options(E)
         yield norm.add_norm, dtype, norms, norm.OPTIONS
         yield norm.add_norm_backward, dtype, backward, norm.OPTIONS
         for kernel in (dropout.relu_drop, dropout.relu_drop_backward):
@@ -70,8 +79,13 @@ def compile_kernel(kernel, dtype: torch.dtype, constants: dict, options: dict, t
     """Registers of a thread, bytes it spills, shared memory (bytes), blocks whose registers fit a
     multiprocessor, and tensor-core instructions of a kernel."""
     signature = {name: argument_type(name, dtype, constants) for name in kernel.arg_names}
-    pointers = [i for i, kind in enumerate(signature.values()) if kind.startswith("*")]
-    aligned = {(i,): [["tt.divisibility", 16]] for i in pointers}  # as torch's tensors are
+    # As torch's tensors are, and as rows of `projected` are wide if 8 divides the heads.
+    aligned = [
+        i
+        for i, (name, kind) in enumerate(signature.items())
+        if kind.startswith("*") or (name == "W" and kind == "i32")
+    ]
+    aligned = {(i,): [["tt.divisibility", 16]] for i in aligned}
     source = ASTSource(kernel, signature, constexprs=constants, attrs=aligned)
     compiled = triton.compile(source, target=GPUTarget("cuda", target, 32), options=options)
     ptx = compiled.asm["ptx"]

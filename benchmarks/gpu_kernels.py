@@ -17,7 +17,7 @@ import triton
 from torch import nn
 
 from benchmarks import measure
-from gpu import attention, convolution, norm
+from gpu import attention, convolution, gated, norm
 from gpu.ops import TritonOps, relu_with_dropout
 from layers.ops import PlainOps
 
@@ -46,6 +46,27 @@ def attention_traffic(N: int, L: int, H: int, E: int, dtype: torch.dtype) -> dic
 def step_traffic(N: int, H: int, E: int, dtype: torch.dtype) -> dict[str, int]:
     """The same for a sampling step."""
     return {"read_position": N * H * (4 * E * dtype.itemsize + 2 * (E * E + E) * FLOAT32)}
+
+
+def gated_traffic(N: int, L: int, H: int, E: int, dtype: torch.dtype) -> dict[str, int]:
+    """The same for gated attention, in training."""
+    tensor, gate = N * L * H * E * dtype.itemsize, N * L * H * dtype.itemsize
+    scales, row = N * L * H * FLOAT32, N * H * E * E * FLOAT32
+    K = triton.cdiv(L, gated.sizes(E, dtype)["C"])
+    sums, kept = K * row, K * N * H * FLOAT32
+    return {
+        "gated_sum_chunks": 2 * tensor + 2 * gate + sums + kept,
+        "gated_carry": 2 * sums + row + kept,
+        "gated_attend": 4 * tensor + 2 * gate + scales + sums,
+        "gated_sum_gradients": 4 * tensor + gate + scales + sums,
+        "gated_carry, of gradients": 2 * sums + row + kept,
+        "gated_backpropagate": 7 * tensor + 4 * gate + 2 * sums,
+    }
+
+
+def gated_step_traffic(N: int, H: int, E: int, dtype: torch.dtype) -> dict[str, int]:
+    """The same for a sampling step."""
+    return {"gated_position": N * H * ((4 * E + 2) * dtype.itemsize + 2 * E * E * FLOAT32)}
 
 
 def norm_traffic(
@@ -155,6 +176,20 @@ def list_operations(
     tensors = [random(n_steps, 1, 3, H, E), *state]
     yield "sampling step", Operation(step, tensors, traffic, least, [])
 
+    def attend_gated(ops, projected):
+        return ops.gated_attention(projected, H)
+
+    def gated_step(ops, projected, S):
+        with torch.no_grad():
+            return ops.gated_step(projected, H, (S,))
+
+    W, traffic = 3 * D + 2 * H, gated_traffic(N, L, H, E, dtype)
+    least = (11 * elements + 6 * N * L * H) * b
+    yield "gated attention", Operation(attend_gated, [random(N, L, W)], traffic, least, [])
+    traffic = gated_step_traffic(n_steps, H, E, dtype)
+    least, tensors = sum(traffic.values()), [random(n_steps, 1, W), state[0]]
+    yield "gated sampling step", Operation(gated_step, tensors, traffic, least, [])
+
 
 def measure_kernels(
     config: dict, batch: int, n_steps: int, device: torch.device, copy_rate: float, rounds: int
@@ -217,7 +252,7 @@ def main() -> int:
         for dtype in measure.DTYPES.values()
     ]
     for name, operation in tables[0].items():
-        positions = 1 if name == "sampling step" else sizes[1]
+        positions = 1 if name.endswith("sampling step") else sizes[1]
         both = [table[name] for table in tables]
         for kernel in operation.traffic:
             numbers = [f"{x.traffic[kernel] / positions:,.0f}" for x in both]

@@ -7,8 +7,8 @@ from functools import partial
 import torch
 from torch import nn
 
-from gpu import convolution
-from gpu.attention import SIZES, LinearAttention
+from gpu import attention, convolution, gated
+from gpu.attention import LinearAttention
 from gpu.convolution import ShortConvolution
 from gpu.dropout import ReluDropout
 from gpu.mixture import LogProb
@@ -22,13 +22,15 @@ from utils import UserError
 
 # Compute capabilities that the kernels compile for. For an unknown one LLVM may abort the process.
 CAPABILITIES = (8, 0), (8, 6), (8, 7), (8, 9), (9, 0), (10, 0), (10, 3), (11, 0), (12, 0), (12, 1)
+# Of heads.
+SIZES_OF = {"causal-linear": attention.SIZES, "gated-linear": gated.SIZES}
 # The largest difference from the plain form in float32 that is rounding, relative to the largest
 # number of a tensor.
 TOLERANCES = {torch.float32: 1e-4, torch.bfloat16: 0.05}
 
 
 class TritonOps(PlainOps):
-    """As `PlainOps`, on one GPU, for a model of this configuration; gated attention stays plain.
+    """As `PlainOps`, on one GPU, for a model of this configuration.
 
     Raises `UserError` for a model or a GPU that the kernels are not for, or if they disagree with
     the plain form on a few random numbers. Triton's own errors are of many types.
@@ -37,8 +39,9 @@ class TritonOps(PlainOps):
     def __init__(self, config: ModelConfig, device: torch.device):
         if device.type == "cuda":
             check_gpu(device)
-        if config.attention_type == "causal-linear" and config.d_query not in SIZES:
-            raise UserError(f"heads of {config.d_query}, not a multiple of 16 up to {max(SIZES)}")
+        sizes = SIZES_OF.get(config.attention_type)
+        if sizes and config.d_query not in sizes:
+            raise UserError(f"heads of {config.d_query}, not {', '.join(map(str, sizes))}")
         for case in small_cases(config, device):
             for dtype in TOLERANCES:
                 compare(case, self, dtype)
@@ -103,6 +106,25 @@ class TritonOps(PlainOps):
     def log_prob(self, parameters: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
         check(parameters)
         return LogProb.apply(parameters, values)
+
+    def gated_attention(
+        self,
+        projected: torch.Tensor,
+        n_heads: int,
+        state: Sequence[torch.Tensor] | None = None,
+    ) -> torch.Tensor:
+        check(projected)
+        outputs, final = gated.GatedAttention.apply(projected, n_heads, *(state or (None,)))
+        update(state, (final,))
+        return outputs
+
+    def gated_step(
+        self, projected: torch.Tensor, n_heads: int, state: Sequence[torch.Tensor]
+    ) -> torch.Tensor:
+        if torch.is_grad_enabled() and projected.requires_grad:
+            return super().gated_step(projected, n_heads, state)
+        check(projected)
+        return gated.step(projected, n_heads, *state)
 
 
 def check_gpu(device: torch.device) -> None:
@@ -176,6 +198,20 @@ def small_cases(config: ModelConfig, device: torch.device) -> Iterator[Case]:
         qkv = [random(1, 100, 3, 2, E)]
         yield Case("attention", lambda ops, x: ops.linear_attention(x), qkv)
         yield Case("sampling step", two_steps, [random(1, 1, 3, 2, E) for _ in range(2)])
+    if config.attention_type == "gated-linear":
+
+        @torch.no_grad()
+        def two_gated_steps(ops, *projected):
+            state = (torch.zeros(1, 2, E, E, device=device),)
+            outputs = [ops.gated_step(x, 2, state) for x in projected]
+            return torch.cat([x.float().flatten() for x in (*outputs, *state)])
+
+        def attend(ops, projected):
+            return ops.gated_attention(projected, 2)
+
+        W = 2 * (3 * E + 2)
+        yield Case("gated attention", attend, [random(1, 100, W)])
+        yield Case("sampling step", two_gated_steps, [random(1, 1, W) for _ in range(2)])
 
 
 def add_norm(ops: PlainOps, x: torch.Tensor, y: torch.Tensor, **arguments) -> torch.Tensor:

@@ -167,7 +167,7 @@ def split(projected: torch.Tensor, n_heads: int) -> Sequence[torch.Tensor]:
 class GatedAttention(nn.Module):
     """Gated linear attention, with the same interface as `LinearAttention`.
 
-    `ops` computes it over a whole sequence (layers/ops.py).
+    `ops` computes it, over a whole sequence or at one position (layers/ops.py).
     """
 
     def __init__(self, ops: Any, n_heads: int):
@@ -182,5 +182,5 @@ class GatedAttention(nn.Module):
         """Queries, keys and values of all heads, their decays and their betas, side by side,
         (N, L, 3HE + 2H) -> outputs (N, L, HE). The `state` is updated in place."""
         if state is not None and projected.shape[1] == 1:
-            return gated_recurrent(*split(projected, self.n_heads), state)[0].flatten(-2)
+            return self.ops.gated_step(projected, self.n_heads, state)
         return self.ops.gated_attention(projected, self.n_heads, state)

@@ -13,7 +13,7 @@ from torch.nn.functional import pad, relu
 from layers import mixture
 from layers.attention import linear_chunked, linear_recurrent
 from layers.dropout import Noise, drop
-from layers.gated import gated_chunked, split
+from layers.gated import gated_chunked, gated_recurrent, split
 
 
 class PlainOps:
@@ -107,6 +107,12 @@ class PlainOps:
         outputs, final = gated_chunked(*split(projected, n_heads), state)
         update(state, final)
         return outputs.flatten(-2)
+
+    def gated_step(
+        self, projected: torch.Tensor, n_heads: int, state: Sequence[torch.Tensor]
+    ) -> torch.Tensor:
+        """As `gated_attention` of one position, L = 1, in sampling."""
+        return gated_recurrent(*split(projected, n_heads), state)[0].flatten(-2)
 
     def log_prob(self, parameters: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
         """As `layers.mixture.log_prob`: parameters (..., 3K) and bytes (...) -> (...), in nats."""

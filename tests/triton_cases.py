@@ -18,7 +18,7 @@ import gpu.ops
 from benchmarks import gpu_kernels
 from engine.sampling import plain_decoder, sample_recurrent
 from gpu.attention import LinearAttention
-from gpu.ops import TritonOps
+from gpu.ops import SIZES_OF, TritonOps
 from layers.attention import linear_quadratic
 from layers.dropout import draw_keys
 from layers.ops import PlainOps
@@ -27,6 +27,12 @@ from utils import UserError
 
 TOLERANCES = {torch.float32: 2e-6, torch.bfloat16: 0.02}
 TYPES = pytest.mark.parametrize("dtype", TOLERANCES, ids=["fp32", "bf16"])
+ATTENTIONS = pytest.mark.parametrize("attention_type", SIZES_OF)
+MODELS = pytest.mark.parametrize(
+    "options",
+    [{}, {"neighbours": True, "width": 8, "channels": 1}, {"attention_type": "gated-linear"}],
+    ids=["linear", "neighbours", "gated"],
+)
 LENGTHS = pytest.mark.parametrize("length", [1, 31, 32, 33, 100])
 
 
@@ -60,7 +66,7 @@ def differentiate(function, *tensors):
     generator = torch.Generator().manual_seed(1)
     weights = [torch.randn(x.shape, generator=generator) for x in results]
     total = sum((x.double() * w).sum() for x, w in zip(results, weights, strict=True))
-    return *results, *torch.autograd.grad(total, tensors)
+    return [*results, *torch.autograd.grad(total, tensors)]
 
 
 def reference(qkv, S, Z):
@@ -127,12 +133,11 @@ def test_steps_with_gradients_are_plain():
     assert qkv.grad.isfinite().all()
 
 
-@pytest.mark.parametrize("neighbours", [False, True])
+@MODELS
 @torch.no_grad()
-def test_sampled_bytes_equal_the_plain_ones(neighbours):
+def test_sampled_bytes_equal_the_plain_ones(options):
     """Of a small model, prefill included."""
     torch.manual_seed(2)
-    options = {"neighbours": True, "width": 8, "channels": 1} if neighbours else {}
     plain = ImageTransformer(config(**options)).eval()
     ours = ImageTransformer(config(**options), TRITON).eval()
     ours.load_state_dict(plain.state_dict())
@@ -340,7 +345,7 @@ def test_convolution_steps(dtype):
         assert torch.equal(ours, plain)
 
 
-@pytest.mark.parametrize("attention_type", ["causal-linear", "gated-linear"])
+@ATTENTIONS
 def test_training_equals_the_plain_form(attention_type):
     """Every gradient of a model with neighbours and dropout."""
     options = {"attention_type": attention_type, "neighbours": True, "width": 4, "channels": 3}
@@ -358,11 +363,12 @@ def test_training_equals_the_plain_form(attention_type):
         assert (gradients[1][name] - gradient).abs().max() < 1e-4 * largest, name
 
 
-def small_model(ops=TRITON):
+def small_model(attention_type):
     """With dropout and every kernel, for images of three rows."""
     torch.manual_seed(0)
     options = {"neighbours": True, "width": 5, "channels": 1, "mixtures": 3, "dropout": 0.2}
-    return ImageTransformer(ModelConfig(15, n_layers=1, n_heads=2, d_query=16, **options), ops)
+    options["attention_type"] = attention_type
+    return ImageTransformer(ModelConfig(15, n_layers=1, n_heads=2, d_query=16, **options), TRITON)
 
 
 def small_loss(model, nll):
@@ -372,9 +378,11 @@ def small_loss(model, nll):
     return losses, *torch.autograd.grad(losses.sum(), list(model.parameters()))
 
 
-def test_compiled_training():
+@ATTENTIONS
+def test_compiled_training(attention_type):
     """One graph, whose operators the compiler does not look into."""
-    model = small_model().train()
+    torch._dynamo.reset()
+    model = small_model(attention_type).train()
     expected = small_loss(model, model.nll)
     counters.clear()
     compiled = torch.compile(model.nll, backend="aot_eager", fullgraph=True)
@@ -382,9 +390,11 @@ def test_compiled_training():
     assert counters["stats"]["unique_graphs"] == 1
 
 
-def test_compiled_sampling():
+@ATTENTIONS
+def test_compiled_sampling(attention_type):
     """The step that a CUDA graph records, which updates its states in place."""
-    model = small_model().eval()
+    torch._dynamo.reset()
+    model = small_model(attention_type).eval()
     noise, images = torch.rand(2, 15, 2), torch.zeros(2, 2, 15, dtype=torch.int64)
     sample_recurrent(model, images[0], 4, noise)
     counters.clear()
@@ -411,14 +421,15 @@ class Operators(TorchDispatchMode):
 
 def test_operators(monkeypatch):
     """What they write to is what they say they write to, and they work on fake tensors."""
-    model = small_model().train()
     with monkeypatch.context() as patch, Operators() as operators:
         patch.setattr(torch.compiler, "is_compiling", lambda: True)
-        small_loss(model, model.nll)
-        with torch.no_grad():
-            image = torch.zeros(1, 15, dtype=torch.int64)
-            model.eval().step(image, torch.tensor([0]), model.empty_states(1))
-    assert len(operators.calls) == 12
+        for attention_type in SIZES_OF:
+            model = small_model(attention_type).train()
+            small_loss(model, model.nll)
+            with torch.no_grad():
+                image = torch.zeros(1, 15, dtype=torch.int64)
+                model.eval().step(image, torch.tensor([0]), model.empty_states(1))
+    assert len(operators.calls) == 15
     for function, arguments in operators.calls.items():
         checks = "test_schema", "test_faketensor"  # the others are about gradients and compiling
         torch.library.opcheck(function, arguments, test_utils=checks)
@@ -428,8 +439,9 @@ def config(**options):
     return ModelConfig(64, **{"n_layers": 1, "n_heads": 2, "d_query": 16, **options})
 
 
-def test_operations_that_agree_are_accepted():
-    TritonOps(config(neighbours=True, width=8, channels=1), torch.device("cpu"))
+@MODELS
+def test_operations_that_agree_are_accepted(options):
+    TritonOps(config(**options), torch.device("cpu"))
 
 
 def test_other_types_are_refused():

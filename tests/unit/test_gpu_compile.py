@@ -8,7 +8,8 @@ from benchmarks.gpu_compile import INTEGERS, TARGETS, compile_kernel, list_kerne
 from gpu.ops import CAPABILITIES
 
 # The kernels with matrix products.
-PRODUCTS = "sum_chunks", "attend", "sum_gradients", "backpropagate"
+PRODUCTS = {"sum_chunks", "attend", "sum_gradients", "backpropagate"}
+PRODUCTS |= {f"gated_{name}" for name in PRODUCTS}
 pytestmark = pytest.mark.slow
 
 

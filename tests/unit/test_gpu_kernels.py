@@ -20,7 +20,8 @@ import gpu.ops
 @pytest.mark.slow
 def test_kernels_in_the_interpreter():
     """A process of its own: triton reads the variable when it is imported."""
-    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "tests/triton_cases.py"]
+    cases = "tests/triton_cases.py", "tests/triton_gated_cases.py"
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", *cases]
     environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
