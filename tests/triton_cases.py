@@ -521,7 +521,8 @@ def test_kernels_are_measured():
     """As `make gpu` does. Regression: the reference in float64 was given float32 parameters."""
     sizes = {"length": 20, "n_heads": 1}
     records = list(gpu_kernels.measure_kernels(sizes, 1, 2, torch.device("cpu"), 1e10, 1))
-    assert len(records) == 12
+    assert len(records) == 16
     for record in records:
         errors = record["text"].partition("errors ")[2].split(", ")
-        assert all(float(error) < 0.03 for error in errors), record
+        tolerance = 1e-4 if ", fp32" in record["text"] else 0.1  # relative to a few numbers
+        assert all(float(error) < tolerance for error in errors), record
