@@ -152,6 +152,9 @@ class AttentionLayer(nn.Module):
         return self.query_projection, self.key_projection, self.value_projection
 
     def forward(self, x: torch.Tensor, state: tuple | KVCache | None) -> torch.Tensor:
+        device = x.device.type
+        if self.gate_projection and torch.is_autocast_enabled(device):
+            x = x.to(torch.get_autocast_dtype(device))  # once for both products
         projected = self.ops.linear(x, *self.projections)  # (N, L, 3D) or, with gates, + 2H
         outputs = self.attend(projected, state)  # (N, L, D)
         if self.gate_projection:

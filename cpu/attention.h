@@ -246,7 +246,7 @@ struct GatedBackward {
         float g[N][SIZE], sums[N][SIZE] = {};
         head.load(projected, first, 1, at);
         for (int n = 0; n < N; n++) load_gradient(first + n, g[n]);
-        update<N, true>(S[0], at.v, at.added, g, sums, at.a);
+        gated::decay_and_update<N>(S[0], at.v, at.added, g, sums, at.a);
         for (int n = 0; n < N; n++) {
             products[first + n] = dot(at.q[n], sums[n]);
             T* target = gradients + head.queries + (first + n) * head.stride;
@@ -267,8 +267,8 @@ struct GatedBackward {
             decays[n] = later;
             later = at.a[n];
         }
-        update<N, true>(transposed[0], g, at.q, at.v, keys, decays);
-        update<N, true>(R[0], at.q, g, at.added, values, decays);
+        gated::decay_and_update<N>(transposed[0], g, at.q, at.v, keys, decays);
+        gated::decay_and_update<N>(R[0], at.q, g, at.added, values, decays);
         for (int n = 0; n < N; n++)
             write_position(start - n, n, at, keys[n], values[n]);
     }

@@ -185,12 +185,12 @@ inline float dot(const float* a, const float* b) {
 constexpr int WIDTH = std::min(LANES, SIZE & -SIZE), COUNT = SIZE / WIDTH;
 typedef float RowVector __attribute__((vector_size(4 * WIDTH), aligned(4), may_alias));
 
-// For N positions, one after the other: multiplies the matrix (SIZE, SIZE) by the position's decay if
-// DECAYS, adds the outer product of x and row to it, and then y * matrix to sums. The matrix is read
-// and written once for all of them.
-template <int N, bool DECAYS = false>
+// For N positions, one after the other: adds the outer product of x and row to the matrix
+// (SIZE, SIZE), and then y * matrix to sums. The matrix is read and written once for all of them; its
+// numbers become before(numbers, n) ahead of position n and after(numbers) at the end.
+template <int N, class Before, class After>
 inline void update(float* __restrict matrix, const float (*x)[SIZE], const float (*row)[SIZE],
-                   const float (*y)[SIZE], float (*sums)[SIZE], const float* decays = nullptr) {
+                   const float (*y)[SIZE], float (*sums)[SIZE], Before before, After after) {
     RowVector rows[N][COUNT], totals[N][COUNT];
     memcpy(rows, row, sizeof rows);
     memcpy(totals, sums, sizeof totals);
@@ -201,14 +201,20 @@ inline void update(float* __restrict matrix, const float (*x)[SIZE], const float
             RowVector changed = line[i];
 #pragma GCC unroll 64
             for (int n = 0; n < N; n++) {
-                if (DECAYS) changed *= decays[n];
-                changed += x[n][a] * rows[n][i];
+                changed = before(changed, n) + x[n][a] * rows[n][i];
                 totals[n][i] += y[n][a] * changed;
             }
-            line[i] = changed;
+            line[i] = after(changed);
         }
     }
     memcpy(sums, totals, sizeof totals);
+}
+
+template <int N>
+inline void update(float* matrix, const float (*x)[SIZE], const float (*row)[SIZE],
+                   const float (*y)[SIZE], float (*sums)[SIZE]) {
+    auto keep = [](RowVector numbers, auto...) { return numbers; };
+    update<N>(matrix, x, row, y, sums, keep, keep);
 }
 
 // Adds a position's features of the key to Z, and returns 1 / the denominator of its output.

@@ -43,11 +43,32 @@ struct Positions {
     }
 };
 
+// `update` with a matrix that each position multiplies by its decay first. Unless the decays are
+// extreme, only their product multiplies it, at the end. Until then it is the matrix divided by the
+// decays so far; so are the rows that are added, and the sums are multiplied by these decays.
+template <int N>
+inline void decay_and_update(float* matrix, const float (*x)[SIZE], const float (*row)[SIZE],
+                             const float (*y)[SIZE], float (*sums)[SIZE], const float* decays) {
+    auto keep = [](RowVector numbers, auto...) { return numbers; };
+    float kept[N], rows[N][SIZE];
+    for (int n = 0; n < N; n++) kept[n] = decays[n] * (n ? kept[n - 1] : 1);
+    float all = kept[N - 1];
+    if (N == 1 || !(all > 1e-20f)) {
+        auto decay = [=](RowVector numbers, int n) { return numbers * decays[n]; };
+        return update<N>(matrix, x, row, y, sums, decay, keep);
+    }
+    for (int n = 0; n < N; n++)
+        for (int m = 0; m < SIZE; m++) rows[n][m] = row[n][m] / kept[n];
+    update<N>(matrix, x, rows, y, sums, keep, [=](RowVector numbers) { return numbers * all; });
+    for (int n = 0; n < N; n++)
+        for (int m = 0; m < SIZE; m++) sums[n][m] *= kept[n];
+}
+
 // The outputs of N positions before they are normalised; the state S (E, M) is updated in place.
 template <int N>
 inline void attend(const Positions<N>& at, float* S, float (*outputs)[SIZE]) {
     memset(outputs, 0, N * sizeof *outputs);
-    update<N, true>(S, at.added, at.v, at.q, outputs, at.a);
+    decay_and_update<N>(S, at.added, at.v, at.q, outputs, at.a);
 }
 
 }  // namespace gated

@@ -168,6 +168,23 @@ def test_the_compiled_form_and_its_gradients(L, E, dtype, tolerance):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(
+    "decays", [[-60.0], [10.0], [60.0], [-60.0, 60.0, -60.0, 10.0, 1.0]], ids=str
+)
+def test_the_compiled_form_with_extreme_decays(decays):
+    """Those of four positions are multiplied, unless the product is too small to divide by."""
+    projected, weights = torch.randn(2, 42, H * 26), torch.randn(2, 42, H * 8)
+    split(projected, H)[3].copy_(torch.tensor(decays).repeat(42)[:42, None])
+    expected = with_gradients(PlainOps(), projected.double(), weights.double())
+    actual = with_gradients(compiled(), projected, weights)
+    largest = max(e.abs().max() for e in expected[1:])
+    for a, e, scale in zip(
+        actual, expected, [expected[0].abs().max(), *[largest] * 5], strict=True
+    ):
+        assert (a.double() - e).abs().max() <= 2e-5 * scale
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("lengths", [[40], [16, 24], [1, 38, 1], [1] * 40])
 @torch.no_grad()
 def test_the_compiled_form_with_a_state(lengths):
