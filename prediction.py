@@ -50,26 +50,27 @@ def complete(args: Namespace, device: torch.device) -> None:
         real, shape, counts = open_images(args, checkpoint)
     config = ModelConfig.for_images(shape, **model_options)
     offset = choose_offset(args, config.length)
-    check_flags(args, config, select_precision(args.precision, device, args.backend), device)
+    precision = select_precision(args.precision, device, args.backend)
+    check_flags(args, config, precision, device)
     model = build_model(args, config, checkpoint, device)
     if counts is not None:
         model.first_byte_counts.copy_(counts)
     noise = {"seed": args.seed, "temperature": args.temperature}
     given = first_bytes(model, args.index, **noise) if real is None else real
-    precision = choose_precision(args, model, len(given), max(1, offset))
+    if (args.precision, args.backend, device.type) == ("auto", "native", "cpu"):
+        precision = measure_precision(args, model, precision, len(given), max(1, offset))
     options = noise | {"index": args.index, "precision": precision, "recompute": args.recompute}
     written = outputs.Outputs(args, real, args.image_shape or shape, offset)
     draw_samples(args, model, given, max(1, offset), options, written)
 
 
-def choose_precision(args: Namespace, model: ImageTransformer, n: int, offset: int) -> str:
-    """That of --precision to draw the bytes of n images from `offset` on; "auto" is measured on a
-    CPU."""
+def measure_precision(
+    args: Namespace, model: ImageTransformer, precision: str, n: int, offset: int
+) -> str:
+    """The faster one to draw the bytes of n images from `offset` on; the given one if recomputing
+    in bfloat16 would be emulated."""
     device, config = model.first_byte_counts.device, model.config
-    precision = select_precision(args.precision, device, args.backend)
     size = min(args.batch_size, math.ceil(n / distributed.world_size()))  # images at a time
-    if (args.precision, args.backend, device.type) != ("auto", "native", "cpu"):
-        return precision
     if config.has_recurrence and not args.recompute:
         # Also without bfloat16 instructions: with few images at a time, reading the weights takes
         # most of the time.

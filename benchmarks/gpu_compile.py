@@ -54,15 +54,7 @@ def list_kernels(E: int, n_heads: int = 8) -> Iterator[tuple]:
         ):  # fmt: skip
             yield kernel, dtype, attention.sizes(E, dtype), attention.OPTIONS
         yield step.read_position, dtype, step.sizes(E), step.OPTIONS
-        for kernel in (
-            gated.gated_sum_chunks, gated.gated_attend, gated.gated_sum_gradients,
-            gated.gated_backpropagate,
-        ):  # fmt: skip
-            yield kernel, dtype, gated.sizes(E, dtype), gated.OPTIONS
-        carry = {"E": E, "TILE": gated.TILE, "BACKWARD": True}
-        if dtype == torch.float32:  # as the states always are
-            yield gated.gated_carry, dtype, carry, gated.CARRY_OPTIONS
-        yield gated.gated_position, dtype, {"E": E}, gated.step_options(E)
+        yield from list_gated(E, dtype)
         yield norm.add_norm, dtype, norms, norm.OPTIONS
         yield norm.add_norm_backward, dtype, backward, norm.OPTIONS
         for kernel in (dropout.relu_drop, dropout.relu_drop_backward):
@@ -73,6 +65,21 @@ def list_kernels(E: int, n_heads: int = 8) -> Iterator[tuple]:
         yield convolution.weight_gradient, dtype, gradients, convolution.OPTIONS
         steps = {"T": 6, "COLUMNS": convolution.SIZES["COLUMNS"]}
         yield convolution.convolve_position, dtype, steps, convolution.STEP_OPTIONS
+
+
+def list_gated(E: int, dtype: torch.dtype) -> Iterator[tuple]:
+    """Those of gated attention, if they are for heads of size E."""
+    if E not in gated.SIZES:
+        return
+    for kernel in (
+        gated.gated_sum_chunks, gated.gated_attend, gated.gated_sum_gradients,
+        gated.gated_backpropagate,
+    ):  # fmt: skip
+        yield kernel, dtype, gated.sizes(E, dtype), gated.OPTIONS
+    carry = {"E": E, "TILE": gated.TILE, "BACKWARD": True}
+    if dtype == torch.float32:  # as the states always are
+        yield gated.gated_carry, dtype, carry, gated.CARRY_OPTIONS
+    yield gated.gated_position, dtype, {"E": E}, gated.step_options(E)
 
 
 def compile_kernel(kernel, dtype: torch.dtype, constants: dict, options: dict, target: int) -> dict:
