@@ -29,6 +29,9 @@ CONFIGS = {
     "mnist": {"length": 784, "n_layers": 8, "n_heads": 8},
     "cifar10": {"length": 3072, "n_layers": 16, "n_heads": 8},
 }
+# Those that are compared with the library: also a small one, that of `make demo` but without
+# neighbours, which the library lacks.
+COMPARED = CONFIGS | {"small": {"length": 784, "n_layers": 3, "n_heads": 3}}
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
@@ -37,7 +40,9 @@ def parse_arguments(
 ) -> Namespace:
     """The flags of the comparisons with the library, with these batches by default."""
     flags = {
-        "configs": flag("models of the paper", tuple(CONFIGS), list(CONFIGS), nargs="+"),
+        "configs": flag(
+            "models of the paper, and a small one", tuple(COMPARED), list(COMPARED), nargs="+"
+        ),
         "batches": flag("images at a time", COUNT, batches, nargs="+"),
         "precisions": flag("of our model", tuple(DTYPES), list(DTYPES), nargs="+"),
         "rounds": flag("repetitions, of which the median counts", COUNT, 5),
@@ -191,9 +196,10 @@ def fastest_call(run: Callable, device: torch.device) -> float:
 
 
 def read_rate(size: int, device: torch.device) -> float:
-    """Bytes per second when `size` bytes are read; as `memory_rate`."""
+    """Bytes per second when `size` bytes are read: by a sum, which may be limited by its additions,
+    or as fast as they are read and written."""
     x = torch.zeros(max(1, size // 4), device=device)
-    return size / fastest_call(x.sum, device)
+    return max(size / fastest_call(x.sum, device), memory_rate(size, device))
 
 
 def memory_rate(size: int, device: torch.device) -> float:

@@ -42,7 +42,7 @@ COLUMNS = {
 def main(argv: list[str] | None = None) -> None:
     args = measure.parse_arguments(__doc__, [1, 10, 64, 256], argv)
     device = select_device(args.device)
-    configs = {name: ModelConfig(**measure.CONFIGS[name]) for name in args.configs}
+    configs = {name: ModelConfig(**measure.COMPARED[name]) for name in args.configs}
     for config in configs.values():
         check_memory(sampling_memory(config, max(args.batches)), device)
     rates = measure.print_machine(args.precisions, device)

@@ -22,7 +22,7 @@ from models import ImageTransformer, ModelConfig
 from utils import autocast, select_device
 
 # On random images, which take as long as real ones.
-CASES = {"mnist": [4, 16], "cifar10": [4]}
+CASES = {"mnist": [4, 16], "cifar10": [4], "small": [16]}
 DROPOUTS = [0.1, 0.0]
 COLUMNS = {
     "config": "", "batch": "", "precision": "", "mode": "", "dropout": "", "ours_s": ".3f",
@@ -42,7 +42,7 @@ def main(argv: list[str] | None = None) -> None:
         for dropout in DROPOUTS
     ]
     for config, batch, _ in cases:
-        sizes = ModelConfig(**measure.CONFIGS[config])
+        sizes = ModelConfig(**measure.COMPARED[config])
         check_memory(training_memory(sizes, batch, 1, device, args.precisions[0]), device)
     measure.print_machine(args.precisions, device)
     records = [record for case in cases for record in measure_case(*case, args, device)]
@@ -59,7 +59,7 @@ def measure_case(
     config: str, batch: int, dropout: float, args: Namespace, device: torch.device
 ) -> list[dict]:
     """Records of training and, without dropout, of evaluation at each precision."""
-    model_config = ModelConfig(**measure.CONFIGS[config], dropout=dropout)
+    model_config = ModelConfig(**measure.COMPARED[config], dropout=dropout)
     runs, losses = {}, make_losses(model_config, device)
     images = make_images(losses["ours"].model, batch, device)
     for who, nll in losses.items():

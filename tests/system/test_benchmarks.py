@@ -14,7 +14,7 @@ SMALL = {"length": 784, "n_layers": 1, "n_heads": 1}
 )
 def test_a_benchmark_runs(benchmark, monkeypatch, tmp_path):
     """Regression: the one of sampling stopped when the state of a layer became an object."""
-    monkeypatch.setitem(measure.CONFIGS, "mnist", SMALL)
+    monkeypatch.setitem(measure.COMPARED, "mnist", SMALL)
     words = "--configs mnist --batches 2 --precisions fp32 --rounds 1 --json r.json --plot r.png"
     benchmark.main(words.split())
     records = json.loads((tmp_path / "r.json").read_text())
