@@ -78,13 +78,15 @@ def faster(candidates: dict[str, Callable]) -> tuple[str, str]:
 def seconds_of_calls(candidates: dict[str, Callable]) -> dict[str, float]:
     """The time of each function's fastest call, summed over all processes. They are called
     alternately, so that a slow phase of the machine affects both."""
-    times, start = {name: [] for name in candidates}, time.perf_counter()
-    while len(times[name := next(iter(times))]) < 3 or time.perf_counter() - start < SECONDS:
+    times = {name: [] for name in candidates}
+    start, rounds = time.perf_counter(), 0
+    while rounds < 3 or time.perf_counter() - start < SECONDS:
+        rounds += 1
         for name, run in candidates.items():
             began = time.perf_counter()
             run()
             times[name].append(time.perf_counter() - began)
-    fastest = (min(calls[1:]) for calls in times.values())  # the first calls initialise libraries
+    fastest = (min(calls[1:]) for calls in times.values())  # the first ones initialise libraries
     return dict(zip(times, distributed.total(*fastest), strict=True))
 
 
