@@ -57,29 +57,22 @@ def complete(args: Namespace, device: torch.device) -> None:
         model.first_byte_counts.copy_(counts)
     noise = {"seed": args.seed, "temperature": args.temperature}
     given = first_bytes(model, args.index, **noise) if real is None else real
-    if (args.precision, args.backend, device.type) == ("auto", "native", "cpu"):
-        precision = measure_precision(args, model, precision, len(given), max(1, offset))
+    if precision == "auto":
+        precision = measure_precision(args, model, len(given), max(1, offset))
     options = noise | {"index": args.index, "precision": precision, "recompute": args.recompute}
     written = outputs.Outputs(args, real, args.image_shape or shape, offset)
     draw_samples(args, model, given, max(1, offset), options, written)
 
 
-def measure_precision(
-    args: Namespace, model: ImageTransformer, precision: str, n: int, offset: int
-) -> str:
-    """The faster one to draw the bytes of n images from `offset` on; the given one if recomputing
-    in bfloat16 would be emulated."""
+def measure_precision(args: Namespace, model: ImageTransformer, n: int, offset: int) -> str:
+    """The faster one to draw the bytes of n images from `offset` on."""
     device, config = model.first_byte_counts.device, model.config
     size = min(args.batch_size, math.ceil(n / distributed.world_size()))  # images at a time
     if config.has_recurrence and not args.recompute:
-        # Also without bfloat16 instructions: with few images at a time, reading the weights takes
-        # most of the time.
         steps = math.ceil(n / size / distributed.world_size()) * (config.length - offset)
         candidates = partial(sampling_candidates, model, size, args.compile, steps)
-    elif precision == "auto":
-        candidates = partial(layer_candidates, model, size, train=False)
     else:
-        return precision
+        candidates = partial(layer_candidates, model, size, train=False)
     choices = Choices()
     precision = choices.choose("sampling", "auto", candidates)
     say(choices.describe(device, {"sampling": precision}))

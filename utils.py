@@ -84,11 +84,11 @@ def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
 
 def select_precision(name: str, device: torch.device, backend: str = "native") -> str:
     """The precision, "fp32" or "bf16", that --precision names. On a GPU "auto" is bf16 if it has
-    bfloat16 instructions. On a CPU with such instructions it remains "auto", to be measured."""
-    if name == "auto":
-        if backend != "native" or not has_bfloat16(device):
-            return "fp32"
-        return "auto" if device.type == "cpu" else "bf16"
+    bfloat16 instructions; on a CPU it remains "auto", to be measured (engine/precision.py)."""
+    if name == "auto" and backend != "native":
+        return "fp32"  # the library's only one
+    if name == "auto" and device.type != "cpu":
+        return "bf16" if has_bfloat16(device) else "fp32"
     if name == "bf16" and not has_bfloat16(device):
         warn(f"--precision bf16: this {device.type} has no bfloat16 instructions: fp32 is faster")
     return name

@@ -1,6 +1,6 @@
 """What the benchmarks measure with: models, times, memory and the machine's limits."""
 
-import platform
+import os
 import resource
 import statistics
 import sys
@@ -22,7 +22,7 @@ from engine.construction import load_model
 from layers.ops import PlainOps
 from models import ImageTransformer, ModelConfig
 from options import COUNT
-from utils import UserError, warn
+from utils import UserError, cpu_name, warn
 
 # The models of the paper.
 CONFIGS = {
@@ -80,8 +80,11 @@ def make_models(
 
 def count_weights(model: ImageTransformer) -> int:
     """Those of matrices, which every byte is multiplied by."""
-    matrices = [p.numel() for p in model.transformer.parameters() if p.dim() == 2]
-    return sum(matrices) + model.predictor.weight.numel()
+    return sum(matrix.numel() for matrix in matrices(model))
+
+
+def matrices(model: ImageTransformer) -> list[torch.Tensor]:
+    return [p for p in model.transformer.parameters() if p.dim() == 2] + [model.predictor.weight]
 
 
 def state_bytes(states: Any) -> int:
@@ -174,8 +177,7 @@ def product_rate(
     """Floating-point operations per second of the products of a pass through a model with so many
     rows, one after the other without anything between them; to `train`, with those of the gradients
     of inputs and weights."""
-    matrices = [p for p in model.transformer.parameters() if p.dim() == 2]
-    shapes = Counter(tuple(p.shape) for p in [*matrices, model.predictor.weight])
+    shapes = Counter(tuple(matrix.shape) for matrix in matrices(model))
     linear = private_or_public(dtype) if device.type == "cpu" else public_linear
     operations = seconds = 0.0
     for (outputs, inputs), n in shapes.items():
@@ -211,11 +213,7 @@ def memory_rate(size: int, device: torch.device) -> float:
 
 def describe_machine(device: torch.device) -> str:
     """One line: CPU or GPU, threads, torch."""
-    name = platform.processor() or platform.machine()
+    name = f"{cpu_name()}, {os.cpu_count()} cores"
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
-    elif Path("/proc/cpuinfo").exists():
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        models = [line.partition(": ")[2] for line in lines if line.startswith("model name")]
-        name = f"{models[0]}, {len(models)} cores" if models else name
     return f"{name}, {torch.get_num_threads()} threads, torch {torch.__version__}"

@@ -17,11 +17,11 @@ from cli.process import run
 from engine.checkpoint import NO_CHECKPOINT
 from engine.construction import check_memory, choose_ops, load_model, sampling_memory
 from engine.sampling import (
-    Batch,
     EagerDecoder,
+    black_images,
     choose_decoder,
     convert_weights,
-    image_noise,
+    empty_batch,
     plain_decoder,
     sample_recomputing,
 )
@@ -114,25 +114,11 @@ def milliseconds_per_byte(
     return {name: 1e3 * seconds[name] / counts[name] for name in runs}
 
 
-def new_batch(model: ImageTransformer, n: int, device: torch.device) -> Batch:
-    """A `Batch` of n images at their first byte."""
-    images, noise = new_images(n, model.config.length, device)
-    position = torch.zeros(1, dtype=torch.int64, device=device)
-    finite = torch.ones((), dtype=torch.bool, device=device)
-    return Batch(images, noise, 1.0, position, model.empty_states(n), finite)
-
-
-def new_images(n: int, length: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """Black images (n, length), int64, and noise (n, length, 2) to draw them with."""
-    images = torch.zeros(n, length, dtype=torch.int64, device=device)
-    return images, image_noise(0, [0], length).expand(n, -1, -1).contiguous().to(device)
-
-
 def loop(
     model: ImageTransformer, decoder: Callable, n: int, precision: str, device: torch.device
 ) -> Callable[[int], None]:
     """A function that draws a given number of bytes of n images from the first one on."""
-    batch = new_batch(model, n, device)
+    batch = empty_batch(model, n)
 
     def run(count):
         batch.position.zero_()
@@ -168,7 +154,7 @@ def measure_recomputing(name: str, models: dict, rounds: int, device: torch.devi
     models = {**models, "ours": load_model(NO_CHECKPOINT, config, device=device, ops=ops)}
 
     def run(model):
-        images, noise = new_images(RECOMPUTED_IMAGES, length, device)
+        images, noise = black_images(RECOMPUTED_IMAGES, length, device)
         sample_recomputing(model, images, length - 1, noise)
 
     runs = {who: partial(run, model) for who, model in models.items()}

@@ -14,7 +14,7 @@ from engine import distributed
 from engine.optimizers import Muon
 from engine.sampling import choose_decoder, convert_weights, empty_batch
 from models import ImageTransformer
-from utils import autocast, cpu_name, say
+from utils import autocast, cpu_name, has_bfloat16, say
 
 SECONDS = 0.1  # of a measurement, if three rounds do not take longer
 OPERATIONS = 5e8  # at most, of floating-point numbers in the forward pass of a measurement
@@ -43,14 +43,15 @@ class Choices:
 
     def choose(self, part: str, precision: str, candidates: Callable[[], dict]) -> str:
         """The precision of a part: the given one, or for "auto" the faster one. `candidates`
-        returns functions that compute the same, {precision: function}, the usual one first."""
+        returns one or two functions that compute the same, {precision: function}, the usual one
+        first."""
         if precision != "auto":
             return precision
         before = self.before.get(part)
         if before and not self.moved:
             precision, self.reasons[part] = before, "as before"
         else:
-            precision, self.reasons[part] = faster(candidates())
+            precision, self.reasons[part] = fastest(candidates())
         if before not in (None, precision):
             say(f"{part}: {precision} on this machine, {before} on the one before")
         self.made[part] = precision
@@ -61,14 +62,16 @@ class Choices:
         fp32), evaluation in fp32"."""
         threads = f" ({torch.get_num_threads()} threads)" if device.type == "cpu" else ""
         (first, precision), *others = precisions.items()
-        reason = f" ({self.reasons[first]})" if first in self.reasons else ""
+        reason = f" ({self.reasons[first]})" if self.reasons.get(first) else ""
         changes = (f", {part} in {other}" for part, other in others if other != precision)
         return f"machine: {device}{threads}, {precision}{reason}{''.join(changes)}"
 
 
-def faster(candidates: dict[str, Callable]) -> tuple[str, str]:
-    """The name of the faster one of two functions, and how much faster it is in words. The first
-    one is chosen unless the second one is faster by MARGIN."""
+def fastest(candidates: dict[str, Callable]) -> tuple[str, str]:
+    """The name of the only function, or of the faster one of two, and then how much faster it is in
+    words. The first one is chosen unless the second one is faster by MARGIN."""
+    if len(candidates) == 1:
+        return *candidates, ""
     (usual, first), (other, second) = seconds_of_calls(candidates).items()
     if first > MARGIN * second:
         return other, f"{first / second:.1f} times as fast as {usual}"
@@ -90,6 +93,13 @@ def seconds_of_calls(candidates: dict[str, Callable]) -> dict[str, float]:
     return dict(zip(times, distributed.total(*fastest), strict=True))
 
 
+def not_emulated(*precisions: str) -> list[str]:
+    """Those of the precisions that this CPU has instructions for. torch's emulation of bfloat16
+    takes many times as long as float32, so it is not even measured."""
+    cpu = torch.device("cpu")
+    return [name for name in precisions if name == "fp32" or has_bfloat16(cpu)]
+
+
 def layer_candidates(model: ImageTransformer, n: int, train: bool) -> dict[str, Callable]:
     """The first layer's outputs at the positions of n images, or at fewer positions in a model that
     is too large for a quick measurement; to `train`, the gradients, too."""
@@ -105,13 +115,14 @@ def layer_candidates(model: ImageTransformer, n: int, train: bool) -> dict[str, 
         if train:
             torch.autograd.grad(y.float().sum(), [x, *layer.parameters()])
 
-    return {precision: partial(run, precision) for precision in ("fp32", "bf16")}
+    return {precision: partial(run, precision) for precision in not_emulated("fp32", "bf16")}
 
 
 def sampling_candidates(
     model: ImageTransformer, n: int, compile: bool | None, steps: float
 ) -> dict[str, Callable]:
-    """A byte of n images; `compile` and `steps` are those of `choose_decoder`."""
+    """A byte of n images; `compile` and `steps` are those of `choose_decoder`. Also in bfloat16
+    without instructions for it: with few images, reading the weights takes most of the time."""
 
     @torch.no_grad()
     def run(precision, decoder, batch):
@@ -132,4 +143,5 @@ def muon_candidates(model: ImageTransformer) -> dict[str, Callable]:
     """Muon's update of a feed-forward network's weight."""
     weight = nn.Parameter(torch.randn_like(model.transformer.layers[0].linear1.weight))
     weight.grad = torch.randn_like(weight)
-    return {precision: Muon([weight], 0.0, 0.0, precision).step for precision in ("bf16", "fp32")}
+    names = not_emulated("bf16", "fp32")
+    return {precision: Muon([weight], 0.0, 0.0, precision).step for precision in names}

@@ -186,13 +186,18 @@ class Batch:
 
 
 def empty_batch(model: ImageTransformer, n: int) -> Batch:
-    """Black images at their first byte, with random noise, to measure the speed of a decoder."""
-    device, length = model.first_byte_counts.device, model.config.length
-    images = torch.zeros(n, length, dtype=torch.int64, device=device)
-    noise = image_noise(0, [0], length).expand(n, -1, -1).contiguous().to(device)
+    """A `Batch` of n images at their first byte, to measure the speed of a decoder."""
+    device = model.first_byte_counts.device
+    images, noise = black_images(n, model.config.length, device)
     position = torch.zeros(1, dtype=torch.int64, device=device)
     finite = torch.ones((), dtype=torch.bool, device=device)
     return Batch(images, noise, 1.0, position, model.empty_states(n), finite)
+
+
+def black_images(n: int, length: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """Black images (n, length), int64, and noise (n, length, 2) to draw them with."""
+    images = torch.zeros(n, length, dtype=torch.int64, device=device)
+    return images, image_noise(0, [0], length).expand(n, -1, -1).contiguous().to(device)
 
 
 class EagerDecoder:

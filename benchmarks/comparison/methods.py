@@ -6,11 +6,10 @@ from functools import partial
 
 import torch
 
-from benchmarks.sampling_speed import new_batch, new_images
 from engine import construction
 from engine.checkpoint import NO_CHECKPOINT
 from engine.construction import load_model
-from engine.sampling import choose_decoder, sample_recomputing
+from engine.sampling import black_images, choose_decoder, empty_batch, sample_recomputing
 from layers.attention import KVCache
 from layers.ops import PlainOps
 from models import ImageTransformer, ModelConfig
@@ -92,11 +91,11 @@ def make_sampler(name: str, fields: dict, batch_size: int, device: torch.device)
     """The `Sampler` of a method, with random weights."""
     if METHODS[name].recurrent:
         model = make_model(name, fields, device, PlainOps()).eval()
-        batch = new_batch(model, batch_size, device)
+        batch = empty_batch(model, batch_size)
         draw = partial(draw_recurrently, choose_decoder(model, "fp32"), batch)
         return Sampler(draw, batch.images, batch.states)
     model = make_model(name, fields, device).eval()
-    images, noise = new_images(batch_size, fields["length"], device)
+    images, noise = black_images(batch_size, fields["length"], device)
     return Sampler(partial(draw_recomputing, model, images, noise), images, [])
 
 

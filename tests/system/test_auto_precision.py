@@ -6,7 +6,7 @@ import imageio.v3
 import numpy as np
 import pytest
 import torch
-from helpers import DIGITS, assert_equal_weights, load, require_library, run_two
+from helpers import DIGITS, ROOT, assert_equal_weights, load, require_library, run_two
 
 import utils
 from engine import precision
@@ -18,7 +18,8 @@ TRAIN = ["main.py", *DIGITS, "--recipe", "fast", "--device", "cpu", "--precision
 def favour(monkeypatch):
     """Let a precision win every measurement from now on, on a CPU that has bfloat16 instructions.
     Returns the list of how many measurements each command made."""
-    monkeypatch.setattr(utils, "has_bfloat16", lambda device: True)
+    for module in (utils, precision):
+        monkeypatch.setattr(module, "has_bfloat16", lambda device: True)
     measure, count = precision.seconds_of_calls, []
 
     def favour(fast):
@@ -111,7 +112,8 @@ def test_sampling_draws_what_the_faster_precision_draws(
 
 def test_without_instructions_training_is_not_measured(monkeypatch, succeed):
     """Emulated bfloat16 would take seconds, and loses."""
-    monkeypatch.setattr(utils, "has_bfloat16", lambda device: False)
+    for module in (utils, precision):
+        monkeypatch.setattr(module, "has_bfloat16", lambda device: False)
     monkeypatch.setattr(precision, "seconds_of_calls", None)
     assert machine(succeed(*TRAIN, "--iterations", 1)) == "fp32"
 
@@ -124,8 +126,31 @@ def test_the_library_has_one_precision(favour, succeed):
     assert machine(succeed("main.py", *flags, "--precision", "auto")) == "fp32"
 
 
-def test_processes_agree():
-    """Each measures its own times, and noise may favour another precision in each."""
-    out = run_two(*TRAIN, "--iterations", 2, "--save_to", "w.pth")
-    assert re.search(r"^machine: cpu \(1 threads\), (fp32|bf16)", out, re.M)
-    assert load("w.pth")["iteration"] == 2
+TWO_PROCESSES = """
+import time
+from functools import partial
+
+import torch
+
+from engine import distributed
+from engine.precision import fastest
+
+with distributed.process_group(torch.device("cpu")):
+    seconds = {"fp32": 0.04, "bf16": 0.001} if distributed.rank() else {"fp32": 0.001, "bf16": 0.01}
+    name, _ = fastest({name: partial(time.sleep, s) for name, s in seconds.items()})
+    print(f"rank {distributed.rank()}: {name}", flush=True)
+"""
+
+
+def test_processes_agree(tmp_path, monkeypatch):
+    """Where another precision is faster in each: they would train with different roundings."""
+    script = tmp_path / "two.py"
+    script.write_text(TWO_PROCESSES)
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    out = run_two(script)
+    assert sorted(out.split("\n"))[-2:] == ["rank 0: bf16", "rank 1: bf16"]
+
+
+def test_two_processes_measure():
+    run_two(*TRAIN, "--iterations", 2, "--save_to", "w.pth")
+    assert load("w.pth")["measured"].keys() == {"machine", "training", "evaluation", "Muon"}

@@ -9,7 +9,7 @@ import torch
 from engine import precision
 from engine.precision import (
     Choices,
-    faster,
+    fastest,
     layer_candidates,
     muon_candidates,
     sampling_candidates,
@@ -26,7 +26,7 @@ def sleepers(**seconds):
     ("usual", "other", "expected"), [(0.01, 0.005, "bf16"), (0.005, 0.01, "fp32")]
 )
 def test_the_faster_one_is_chosen(usual, other, expected):
-    name, reason = faster(sleepers(fp32=usual, bf16=other))
+    name, reason = fastest(sleepers(fp32=usual, bf16=other))
     assert name == expected
     assert "times as" in reason
 
@@ -37,7 +37,7 @@ def test_noise_does_not_change_the_usual_choice(ratio, monkeypatch):
     monkeypatch.setattr(
         precision, "seconds_of_calls", lambda runs: {"fp32": ratio * 1e-3, "bf16": 1e-3}
     )
-    assert faster({})[0] == "fp32"
+    assert fastest({})[0] == "fp32"
 
 
 def test_the_first_calls_do_not_count():
@@ -80,8 +80,9 @@ def test_another_machine_measures_again_and_says_what_changes(before, caplog):
 
 
 @pytest.mark.parametrize("attention_type", ["causal-linear", "gated-linear", "full"])
-def test_measuring_changes_nothing(attention_type):
+def test_measuring_changes_nothing(attention_type, monkeypatch):
     """No weight, gradient or buffer, and every candidate runs in its precision."""
+    monkeypatch.setattr(precision, "has_bfloat16", lambda device: True)
     config = ModelConfig(
         20, n_layers=2, n_heads=2, d_query=8, attention_type=attention_type,
         neighbours=attention_type != "full", width=5, channels=1,
