@@ -17,7 +17,7 @@ from triton.backends import nvidia
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from gpu import attention, convolution, dropout, gated, mixture, norm, step
+from gpu import attention, convolution, dropout, gated, gated_step, mixture, norm, step
 
 TARGETS = 80, 90, 100  # ten times the compute capabilities
 # Tensor-core instructions: of every architecture, of Hopper, of Blackwell.
@@ -79,7 +79,7 @@ def list_gated(E: int, dtype: torch.dtype) -> Iterator[tuple]:
     carry = {"E": E, "TILE": gated.TILE, "BACKWARD": True}
     if dtype == torch.float32:  # as the states always are
         yield gated.gated_carry, dtype, carry, gated.CARRY_OPTIONS
-    yield gated.gated_position, dtype, {"E": E}, gated.step_options(E)
+    yield gated_step.gated_position, dtype, {"E": E}, gated_step.step_options(E)
 
 
 def compile_kernel(kernel, dtype: torch.dtype, constants: dict, options: dict, target: int) -> dict:

@@ -1,6 +1,7 @@
 // Operations of training and evaluation on CPUs: attention (attention.h), the layer norm of a
 // residual sum and the short convolution (add_norm, short_convolution of layers/ops.py), dropout
-// (keep_mask of layers/dropout.py), and what the gradient of a linear layer needs besides products.
+// (keep_mask of layers/dropout.py), the gate of gated attention's outputs, and what the gradient of a
+// linear layer needs besides products.
 //
 // Tensors are float32 or bfloat16; everything between reading and writing a row is float32. The
 // compile-time constants are those of the headers.

@@ -1,6 +1,5 @@
-"""Gated linear attention on a GPU, in Triton: of a sequence, with its gradients, and at one
-position. The names are those of layers/gated.py; a program of its own computes a chunk of
-positions of a head of an image.
+"""Gated linear attention of a sequence on a GPU, in Triton, with its gradients. The names are those
+of layers/gated.py; a program of its own computes a chunk of positions of a head of an image.
 
 Forward: (1) what each chunk adds to S and what it keeps of it, (2) S before each chunk, one chunk
 after the other, (3) the outputs of each chunk from S before it. Backward: the same with the
@@ -282,36 +281,10 @@ def gated_backpropagate(
     tl.store(pointers + H, (d_beta * beta * (1 - beta)).to(dtype), mask)
 
 
-@triton.jit
-def gated_position(projected, outputs, S, H, W, E: tl.constexpr):
-    """projected (N, W) -> outputs (N, HE); updates the state in place. A program owns a head of an
-    image."""
-    head = tl.program_id(0).to(tl.int64)  # n * H + h
-    e = tl.arange(0, E)
-    row, gates = projected + head // H * W, W - 2 * H + head % H
-    row_of_head = row + head % H * E + e
-    q = tl.load(row_of_head).to(tl.float32)
-    k = tl.load(row_of_head + H * E).to(tl.float32)
-    v = tl.load(row_of_head + 2 * H * E).to(tl.float32)
-    a = tl.exp(log_decay(tl.load(row + gates).to(tl.float32)))
-    k *= tl.sigmoid(tl.load(row + gates + H).to(tl.float32)) * inverse_length(tl.sum(k * k, 0))
-    pointers = S + head * E * E + e[:, None] * E + e
-    s = a * tl.load(pointers) + k[:, None] * v[None, :]
-    tl.store(pointers, s)
-    y = tl.sum(q[:, None] * s, 0)
-    y *= output_scale(y, 0, E)
-    tl.store(outputs + head * E + e, y.to(outputs.dtype.element_ty))
-
-
 def sizes(E: int, dtype: torch.dtype) -> dict[str, int]:
     """C positions in a chunk and B columns at a time, for heads of size E: the most that no
     architecture's compiler spills from registers to memory (python -m benchmarks.gpu_compile)."""
     return {"E": E, "C": 32 if dtype == torch.float32 else 64, "B": 16}
-
-
-def step_options(E: int) -> dict[str, int]:
-    """A thread holds 32 numbers of S."""
-    return {"num_warps": max(1, E * E // 1024)}
 
 
 def head_size(width: int, n_heads: int) -> int:
@@ -370,14 +343,6 @@ def gated_backward(
     launch(gated_backpropagate, projected, n_heads, sums, unscaled, gradient_sums, gradients)
 
 
-@operator("outputs", "S")
-def gated_step(projected: torch.Tensor, outputs: torch.Tensor, S: torch.Tensor) -> None:
-    """Fills outputs and updates the state."""
-    N, H, E, _ = S.shape
-    W = projected.shape[2]
-    gated_position[(N * H,)](projected, outputs, S, H, W, E=E, **step_options(E))
-
-
 class GatedAttention(torch.autograd.Function):
     """projected (N, L, 3HE + 2H), H and a state S (N, H, E, E) or None -> outputs (N, L, HE) of
     the type of `projected`, and the state after them."""
@@ -414,15 +379,3 @@ def new_sums(projected: torch.Tensor, n_heads: int, S: torch.Tensor | None) -> t
     sums = projected.new_empty(N, n_heads, K + 1, E, E, dtype=torch.float32)
     sums[:, :, 0] = 0 if S is None else S
     return sums
-
-
-def step(projected: torch.Tensor, n_heads: int, S: torch.Tensor) -> torch.Tensor:
-    """projected (N, 1, 3HE + 2H) and the state S (N, H, E, E), float32, updated in place ->
-    outputs (N, 1, HE) of the type of `projected`. Without gradients."""
-    if not (S.is_contiguous() and S.dtype == torch.float32):
-        raise TypeError("a state should be contiguous and float32")
-    projected = projected.contiguous()
-    N, _, W = projected.shape
-    outputs = projected.new_empty(N, 1, n_heads * head_size(W, n_heads))
-    gated_step(projected, outputs, S)
-    return outputs

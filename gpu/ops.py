@@ -7,7 +7,7 @@ from functools import partial
 import torch
 from torch import nn
 
-from gpu import attention, convolution, gated
+from gpu import attention, convolution, gated, gated_step
 from gpu.attention import LinearAttention
 from gpu.convolution import ShortConvolution
 from gpu.dropout import ReluDropout
@@ -124,7 +124,7 @@ class TritonOps(PlainOps):
         if torch.is_grad_enabled() and projected.requires_grad:
             return super().gated_step(projected, n_heads, state)
         check(projected)
-        return gated.step(projected, n_heads, *state)
+        return gated_step.step(projected, n_heads, *state)
 
 
 def check_gpu(device: torch.device) -> None:
