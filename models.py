@@ -15,7 +15,7 @@ from layers import mixture
 from layers.attention import KVCache, LinearAttention, SoftmaxAttention
 from layers.convolution import ShortConvolution, convolution_offsets
 from layers.dropout import Dropout, DropoutNoise, draw_keys
-from layers.gated import GatedAttention, initialise_gates
+from layers.gated import GatedAttention, initialise_decays
 from layers.neighbours import Neighbours
 from layers.ops import PlainOps
 from options import COUNT, POSITIVE, PROBABILITY, changeable, option
@@ -135,31 +135,26 @@ class AttentionLayer(nn.Module):
         gated = config.attention_type == "gated-linear"
         self.query_projection = nn.Linear(D, D)
         self.key_projection = nn.Linear(D, D)
-        # The gates of the heads follow the values, so that no layer of the original fits.
+        # Decays and betas follow the values, so that no layer of the original fits.
         self.value_projection = nn.Linear(D, D + (2 * H if gated else 0))
         self.out_projection = nn.Linear(D, D)
         self.gate_projection = nn.Linear(D, D) if gated else None
         if gated:
             self.attend = GatedAttention(ops, H)
-            initialise_gates(self.value_projection, H)
+            initialise_decays(self.value_projection, H)
         elif config.attention_type == "causal-linear":
             self.attend = LinearAttention(ops, H)
         else:
             self.attend = SoftmaxAttention(H, config.softmax_temp, config.attention_dropout)
 
     @property
-    def projections(self) -> tuple[nn.Linear, nn.Linear, nn.Linear]:
-        return self.query_projection, self.key_projection, self.value_projection
+    def projections(self) -> list[nn.Linear]:
+        gates = [self.gate_projection] if self.gate_projection else []
+        return [self.query_projection, self.key_projection, *gates, self.value_projection]
 
     def forward(self, x: torch.Tensor, state: tuple | KVCache | None) -> torch.Tensor:
-        device = x.device.type
-        if self.gate_projection and torch.is_autocast_enabled(device):
-            x = x.to(torch.get_autocast_dtype(device))  # once for both products
-        projected = self.ops.linear(x, *self.projections)  # (N, L, 3D) or, with gates, + 2H
-        outputs = self.attend(projected, state)  # (N, L, D)
-        if self.gate_projection:
-            outputs = self.ops.gate(outputs, self.ops.linear(x, self.gate_projection))
-        return self.ops.linear(outputs, self.out_projection)
+        projected = self.ops.linear(x, *self.projections)  # (N, L, 3D), or 4D + 2H if gated
+        return self.ops.linear(self.attend(projected, state), self.out_projection)
 
 
 class EncoderLayer(nn.Module):

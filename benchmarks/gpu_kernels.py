@@ -57,8 +57,8 @@ def gated_traffic(N: int, L: int, H: int, E: int, dtype: torch.dtype) -> dict[st
     return {
         "gated_sum_chunks": 2 * tensor + 2 * gate + sums + kept,
         "gated_carry": 2 * sums + row + kept,
-        "gated_attend": 4 * tensor + 2 * gate + scales + sums,
-        "gated_sum_gradients": 4 * tensor + gate + scales + sums,
+        "gated_attend": 5 * tensor + 2 * gate + scales + sums,
+        "gated_sum_gradients": 6 * tensor + gate + scales + sums,
         "gated_carry, of gradients": 2 * sums + row + kept,
         "gated_backpropagate": 7 * tensor + 4 * gate + 2 * sums,
     }
@@ -66,7 +66,7 @@ def gated_traffic(N: int, L: int, H: int, E: int, dtype: torch.dtype) -> dict[st
 
 def gated_step_traffic(N: int, H: int, E: int, dtype: torch.dtype) -> dict[str, int]:
     """The same for a sampling step."""
-    return {"gated_position": N * H * ((4 * E + 2) * dtype.itemsize + 2 * E * E * FLOAT32)}
+    return {"gated_position": N * H * ((5 * E + 2) * dtype.itemsize + 2 * E * E * FLOAT32)}
 
 
 def norm_traffic(
@@ -183,8 +183,8 @@ def list_operations(
         with torch.no_grad():
             return ops.gated_step(projected, H, (S,))
 
-    W, traffic = 3 * D + 2 * H, gated_traffic(N, L, H, E, dtype)
-    least = (11 * elements + 6 * N * L * H) * b
+    W, traffic = 4 * D + 2 * H, gated_traffic(N, L, H, E, dtype)
+    least = (14 * elements + 6 * N * L * H) * b
     yield "gated attention", Operation(attend_gated, [random(N, L, W)], traffic, least, [])
     traffic = gated_step_traffic(n_steps, H, E, dtype)
     least, tensors = sum(traffic.values()), [random(n_steps, 1, W), state[0]]

@@ -1,13 +1,11 @@
-// Causal linear attention and its gradient (linear_quadratic of layers/attention.py), and gated
-// linear attention and its gradient (gated_quadratic of layers/gated.py), computed as recurrences,
-// one image and one head after the other.
+// Causal linear attention and its gradient (linear_quadratic of layers/attention.py), computed as
+// recurrences, one image and one head after the other.
 
 #pragma once
 
 #include <memory>
 
 #include "common.h"
-#include "gated.h"
 
 // Positions per call of `update`: as many as keep their rows in registers.
 #ifdef __AVX512F__
@@ -160,146 +158,5 @@ void backward(const T* qkv, const T* g, T* gradients, int64_t images, int64_t le
         in_groups(shape.length, [&](int64_t first, auto N) { pass->template queries<N>(first); });
         in_groups(shape.length,
                   [&](int64_t first, auto N) { pass->template keys_and_values<N>(first); });
-    });
-}
-
-// Where one head of one image is in `projected` (N, L, 3HE + 2H), which holds the queries, keys and
-// values of all heads, their decays and their betas; in the outputs; and in the factors of the
-// outputs (N, L, H).
-struct GatedHead {
-    int64_t queries, decays, outputs, scales, stride;
-    Shape shape;
-
-    GatedHead(int64_t task, Shape shape) : stride(shape.stride() + 2 * shape.heads), shape(shape) {
-        int64_t first = task / shape.heads * shape.length, head = task % shape.heads;
-        queries = first * stride + head * SIZE;
-        decays = first * stride + shape.stride() + head;
-        outputs = first * shape.width() + head * SIZE;
-        scales = first * shape.heads + head;
-    }
-
-    // Loads positions from `first` on, or back.
-    template <int N, class T>
-    void load(const T* projected, int64_t first, int direction, gated::Positions<N>& at) const {
-        const T* row = projected + first * stride;
-        at.load(row + queries, row + decays, direction * stride, shape.width(), shape.heads);
-    }
-};
-
-// Updates S (N, H, E, M); if it is null, the state starts at zero. `scales` gets the factors of the
-// outputs if it is not null.
-template <class T>
-void gated_forward(const T* projected, T* out, float* scales, float* S, int64_t images,
-                   int64_t length, int64_t heads, int64_t threads) {
-    Shape shape{images, length, heads};
-    run_tasks(images * heads, threads, [&](int64_t task) {
-        GatedHead head(task, shape);
-        auto state = std::make_unique<State>();
-        if (S) memcpy(state->S, S + task * SIZE * SIZE, sizeof state->S);
-        in_groups(length, [&](int64_t first, auto N) {
-            gated::Positions<N> at;
-            float outputs[N][SIZE];
-            head.load(projected, first, 1, at);
-            gated::attend<N>(at, state->S[0], outputs);
-            for (int n = 0; n < N; n++) {
-                float scale = gated::output_scale(outputs[n]);
-                if (scales) scales[head.scales + (first + n) * heads] = scale;
-                T* target = out + head.outputs + (first + n) * shape.width();
-                for (int m = 0; m < SIZE; m++) store(target + m, scale * outputs[n][m]);
-            }
-        });
-        if (S) memcpy(S + task * SIZE * SIZE, state->S, sizeof state->S);
-    });
-}
-
-// The gradients of one image and one head, with g that of the outputs before they are normalised:
-// as `Backward`, the queries' from the first position to the last, the others' back.
-template <class T>
-struct GatedBackward {
-    const T *projected, *out, *gradient;
-    const float* scales;
-    T* gradients;
-    GatedHead head;
-    std::vector<float> products;    // of each position: q.dq
-    float later = 1, sum = 0;       // the decay of the position after; the gradient of log(a)
-    alignas(64) float S[SIZE][SIZE] = {};  // (M, E)
-    alignas(64) float R[SIZE][SIZE] = {}, transposed[SIZE][SIZE] = {};
-
-    GatedBackward(const T* projected, const T* out, const float* scales, const T* gradient,
-                  T* gradients, int64_t task, Shape shape)
-        : projected(projected), out(out), gradient(gradient), scales(scales), gradients(gradients),
-          head(task, shape), products(shape.length) {}
-
-    void load_gradient(int64_t i, float* g) {
-        int64_t at = head.outputs + i * head.shape.width();
-        float output[SIZE], scale = scales[head.scales + i * head.shape.heads];
-        load_row(out + at, output);
-        load_row(gradient + at, g);
-        float mean = dot(output, g) / (SIZE * float(OUTPUT_RMS) * float(OUTPUT_RMS));
-        for (int m = 0; m < SIZE; m++) g[m] = scale * (g[m] - mean * output[m]);
-    }
-
-    // dq = S g.
-    template <int N>
-    void queries(int64_t first) {
-        gated::Positions<N> at;
-        float g[N][SIZE], sums[N][SIZE] = {};
-        head.load(projected, first, 1, at);
-        for (int n = 0; n < N; n++) load_gradient(first + n, g[n]);
-        gated::decay_and_update<N>(S[0], at.v, at.added, g, sums, at.a);
-        for (int n = 0; n < N; n++) {
-            products[first + n] = dot(at.q[n], sums[n]);
-            T* target = gradients + head.queries + (first + n) * head.stride;
-            for (int e = 0; e < SIZE; e++) store(target + e, sums[n][e]);
-        }
-    }
-
-    // With R the sum of q g^T, decayed, over the positions from here on: that of beta k is R v, and
-    // dv = R^T beta k.
-    template <int N>
-    void keys_and_values(int64_t first) {
-        gated::Positions<N> at;
-        float g[N][SIZE], decays[N], keys[N][SIZE] = {}, values[N][SIZE] = {};
-        int64_t start = head.shape.length - 1 - first;
-        head.load(projected, start, -1, at);
-        for (int n = 0; n < N; n++) {
-            load_gradient(start - n, g[n]);
-            decays[n] = later;
-            later = at.a[n];
-        }
-        gated::decay_and_update<N>(transposed[0], g, at.q, at.v, keys, decays);
-        gated::decay_and_update<N>(R[0], at.q, g, at.added, values, decays);
-        for (int n = 0; n < N; n++)
-            write_position(start - n, n, at, keys[n], values[n]);
-    }
-
-    // A decay multiplies the later q and divides the later beta k when both are measured from the
-    // beginning: the gradient of its logarithm is the sum of q.dq - (beta k).d(beta k) from it on.
-    template <int N>
-    void write_position(int64_t i, int n, const gated::Positions<N>& at, const float* key,
-                        const float* value) {
-        float product = dot(at.k[n], key), a = at.a[n], beta = at.beta[n];
-        float factor = beta * at.inverse_lengths[n];
-        T* target = gradients + head.queries + i * head.stride + head.shape.width();
-        for (int e = 0; e < SIZE; e++) store(target + e, factor * (key[e] - product * at.k[n][e]));
-        target += head.shape.width();
-        for (int m = 0; m < SIZE; m++) store(target + m, value[m]);
-        sum += products[i] - beta * product;
-        T* gates = gradients + head.decays + i * head.stride;
-        store(gates, sum * (a - 1));
-        store(gates + head.shape.heads, product * beta * (1 - beta));
-    }
-};
-
-template <class T>
-void gated_backward(const T* projected, const T* out, const float* scales, const T* gradient,
-                    T* gradients, int64_t images, int64_t length, int64_t heads,
-                    int64_t threads) {
-    Shape shape{images, length, heads};
-    run_tasks(images * heads, threads, [&](int64_t task) {
-        auto pass = std::make_unique<GatedBackward<T>>(projected, out, scales, gradient, gradients,
-                                                       task, shape);
-        in_groups(length, [&](int64_t first, auto N) { pass->template queries<N>(first); });
-        in_groups(length, [&](int64_t first, auto N) { pass->template keys_and_values<N>(first); });
     });
 }

@@ -22,7 +22,7 @@ from layers import attention, gated, mixture
 from utils import UserError, one_line, say, warn
 
 FOLDER = Path(__file__).parent
-HEADERS = "common.h", "gated.h", "attention.h"  # included by the sources
+HEADERS = "common.h", "gated.h", "attention.h", "gated_attention.h"  # included by the sources
 # The eps of torch.nn.LayerNorm.
 NORM_EPSILON = 1e-5
 # Of the operations on rows: enough to be worth starting a task, few enough to stay in the cache.

@@ -9,9 +9,18 @@
 
 namespace gated {
 
-// What a head's output is multiplied by to have a root mean square of OUTPUT_RMS.
-inline float output_scale(const float* output) {
-    return float(OUTPUT_RMS) / std::sqrt(dot(output, output) / SIZE + float(LENGTH_EPSILON));
+// What S^T q is multiplied by to have a root mean square of OUTPUT_RMS.
+inline float output_scale(const float* sums) {
+    return float(OUTPUT_RMS) / std::sqrt(dot(sums, sums) / SIZE + float(LENGTH_EPSILON));
+}
+
+// What multiplies the outputs of N positions; `step` is from one position to the next.
+template <int N, class T>
+inline void load_gates(const T* z, int64_t step, float (*gates)[SIZE]) {
+    for (int n = 0; n < N; n++) load_row(z + n * step, gates[n]);
+    // In one loop, so that the CPU overlaps the exponentials of several vectors.
+    float* all = gates[0];
+    for (int i = 0; i < N * SIZE; i++) all[i] = 2 * sigmoid(all[i]);
 }
 
 // What N positions read and write; `added` is beta k, and `a` the decay exp(-softplus(decay)).
@@ -20,14 +29,14 @@ struct Positions {
     float q[N][SIZE], k[N][SIZE], v[N][SIZE], added[N][SIZE];
     float inverse_lengths[N], a[N], beta[N];
 
-    // `step` is from one position to the next. Keys and values follow the queries after `width`
+    // `step` is from one position to the next. Keys, gates and values follow the queries after `width`
     // numbers each, betas the decays after `heads`.
     template <class T>
     void load(const T* query, const T* decay, int64_t step, int64_t width, int64_t heads) {
         for (int n = 0; n < N; n++) {
             load_row(query + n * step, q[n]);
             load_row(query + n * step + width, k[n]);
-            load_row(query + n * step + 2 * width, v[n]);
+            load_row(query + n * step + 3 * width, v[n]);
             a[n] = -::load(decay[n * step]);
             beta[n] = ::load(decay[n * step + heads]);
             inverse_lengths[n] = dot(k[n], k[n]) + float(LENGTH_EPSILON);
@@ -64,11 +73,11 @@ inline void decay_and_update(float* matrix, const float (*x)[SIZE], const float 
         for (int m = 0; m < SIZE; m++) sums[n][m] *= kept[n];
 }
 
-// The outputs of N positions before they are normalised; the state S (E, M) is updated in place.
+// S^T q of N positions; the state S (E, M) is updated in place.
 template <int N>
-inline void attend(const Positions<N>& at, float* S, float (*outputs)[SIZE]) {
-    memset(outputs, 0, N * sizeof *outputs);
-    decay_and_update<N>(S, at.added, at.v, at.q, outputs, at.a);
+inline void attend(const Positions<N>& at, float* S, float (*sums)[SIZE]) {
+    memset(sums, 0, N * sizeof *sums);
+    decay_and_update<N>(S, at.added, at.v, at.q, sums, at.a);
 }
 
 }  // namespace gated

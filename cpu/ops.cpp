@@ -1,12 +1,13 @@
-// Operations of training and evaluation on CPUs: attention (attention.h), the layer norm of a
-// residual sum and the short convolution (add_norm, short_convolution of layers/ops.py), dropout
-// (keep_mask of layers/dropout.py), the gate of gated attention's outputs, and what the gradient of a
-// linear layer needs besides products.
+// Operations of training and evaluation on CPUs: attention (attention.h, gated_attention.h), the
+// layer norm of a residual sum and the short convolution (add_norm, short_convolution of
+// layers/ops.py), dropout (keep_mask of layers/dropout.py), and what the gradient of a linear layer
+// needs besides products.
 //
 // Tensors are float32 or bfloat16; everything between reading and writing a row is float32. The
 // compile-time constants are those of the headers.
 
 #include "attention.h"
+#include "gated_attention.h"
 
 // Of a task. A sum over all rows consists of those of the tasks, in their order, so that it does not
 // depend on the number of threads.
@@ -17,15 +18,6 @@ template <class Run>
 void run_row_tasks(int64_t rows, int threads, const Run& run) {
     run_tasks((rows + ROWS - 1) / ROWS, threads, [&](int64_t task) {
         run(task, task * ROWS, std::min(rows, (task + 1) * ROWS));
-    });
-}
-
-// Calls run(first, last) for parts of `size` elements.
-template <class Run>
-void run_parts(int64_t size, int threads, const Run& run) {
-    constexpr int64_t PART = 1 << 14;
-    run_tasks((size + PART - 1) / PART, threads, [&](int64_t task) {
-        run(task * PART, std::min(size, (task + 1) * PART));
     });
 }
 
@@ -129,26 +121,6 @@ void relu_backward(const T* g, const T* outputs, T* masked, float* sums, int64_t
                 sum[d] += value;
                 store(target + d, value);
             }
-        }
-    });
-}
-
-// y = 2 sigmoid(z) x for `size` numbers.
-template <class T>
-void gate(const T* x, const T* z, T* y, int64_t size, int64_t threads) {
-    run_parts(size, threads, [=](int64_t first, int64_t last) {
-        for (int64_t i = first; i < last; i++) store(y + i, 2 * sigmoid(load(z[i])) * load(x[i]));
-    });
-}
-
-template <class T>
-void gate_backward(const T* g, const T* x, const T* z, T* d_x, T* d_z, int64_t size,
-                   int64_t threads) {
-    run_parts(size, threads, [=](int64_t first, int64_t last) {
-        for (int64_t i = first; i < last; i++) {
-            float factor = 2 * sigmoid(load(z[i])), gradient = factor * load(g[i]);
-            store(d_x + i, gradient);
-            store(d_z + i, gradient * load(x[i]) * (1 - factor / 2));
         }
     });
 }
@@ -277,8 +249,6 @@ extern "C" const Export* exports() {
         FOR_EACH_TYPE(convolve),
         FOR_EACH_TYPE(convolve_backward),
         FOR_EACH_TYPE(drop),
-        FOR_EACH_TYPE(gate),
-        FOR_EACH_TYPE(gate_backward),
         FOR_EACH_TYPE(bias_backward),
         FOR_EACH_TYPE(relu_backward),
         // Named by the types of x and y.

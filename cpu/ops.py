@@ -81,10 +81,6 @@ class CompiledOps(PlainOps):
         check_shape(keys, (len(x), 2))
         return Dropout.apply(self.library, x, keys, threshold)
 
-    def gate(self, x: torch.Tensor, z: torch.Tensor) -> torch.Tensor:
-        check_shape(z, x.shape)
-        return Gate.apply(self.library, x, z)
-
     def linear_attention(
         self, qkv: torch.Tensor, state: Sequence[torch.Tensor] | None = None
     ) -> torch.Tensor:
@@ -105,7 +101,7 @@ class CompiledOps(PlainOps):
         state: Sequence[torch.Tensor] | None = None,
     ) -> torch.Tensor:
         N, L, _ = projected.shape
-        check_shape(projected, (N, L, n_heads * (3 * self.size + 2)))
+        check_shape(projected, (N, L, n_heads * (4 * self.size + 2)))
         if state is None:
             return GatedAttention.apply(self.library, projected, n_heads)
         (S,) = state
@@ -247,31 +243,6 @@ class Dropout(torch.autograd.Function):
         return y
 
 
-class Gate(torch.autograd.Function):
-    """2 sigmoid(z) x of tensors of one type and shape."""
-
-    @staticmethod
-    def forward(ctx, library, x, z):
-        ctx.library = library
-        x, z = x.contiguous(), z.contiguous()
-        ctx.save_for_backward(x, z)
-        y = torch.empty_like(x)
-        check(x)
-        check(z, types=(x.dtype,))
-        library.call(f"gate_{TYPES[x.dtype]}", x, z, y, x.numel(), torch.get_num_threads())
-        return y
-
-    @staticmethod
-    def backward(ctx, gradient):
-        x, z = ctx.saved_tensors
-        gradient = gradient.contiguous()
-        d_x, d_z = torch.empty_like(x), torch.empty_like(z)
-        check(gradient, types=(x.dtype,))
-        tensors, numbers = (gradient, x, z, d_x, d_z), (x.numel(), torch.get_num_threads())
-        ctx.library.call(f"gate_backward_{TYPES[x.dtype]}", *tensors, *numbers)
-        return None, d_x, d_z
-
-
 class Attention(torch.autograd.Function):
     """Causal linear attention of qkv (N, L, 3, H, E) from its first position on."""
 
@@ -310,7 +281,7 @@ def attention(
 
 
 class GatedAttention(torch.autograd.Function):
-    """Gated linear attention of `projected` (N, L, 3HE + 2H) from its first position on."""
+    """Gated linear attention of `projected` (N, L, 4HE + 2H) from its first position on."""
 
     @staticmethod
     def forward(ctx, library, projected, n_heads):
@@ -339,11 +310,11 @@ def gated_attention(
     scales: torch.Tensor | None = None,
     S: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Outputs (N, L, HE) of `projected` (N, L, 3HE + 2H), with their factors in `scales` (N, L, H);
+    """Outputs (N, L, HE) of `projected` (N, L, 4HE + 2H), with their factors in `scales` (N, L, H);
     updates the state `S` (N, H, E, E) in place."""
     projected = projected.contiguous()
     N, L, width = projected.shape
-    outputs = projected.new_empty(N, L, (width - 2 * n_heads) // 3)
+    outputs = projected.new_empty(N, L, (width - 2 * n_heads) // 4)
     check(projected, outputs)
     if S is not None:
         check(S, types=(torch.float32,))

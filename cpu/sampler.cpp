@@ -31,7 +31,7 @@ constexpr int64_t ROWS_AT_ONCE = 64;
 constexpr int D = HEADS * SIZE;
 // What attention reads of a position: queries, keys and values, and if GATED the heads' decays and
 // betas and the gates of the outputs.
-constexpr int GATES = 3 * D + 2 * HEADS, PROJECTED = GATED ? GATES + D : 3 * D;
+constexpr int PROJECTED = GATED ? 4 * D + 2 * HEADS : 3 * D;
 constexpr int offsets[] = {OFFSETS};
 constexpr int TAPS = std::size(offsets), RECENT = offsets[TAPS - 1] + 1;
 
@@ -342,14 +342,13 @@ struct Member {
         float* S = state.S + at * SIZE * SIZE;
         Operand* target = team.attended[r] + head * SIZE;
 #if GATED
-        const float* gates = team.projected[r] + 3 * D + head;
         gated::Positions<1> position;
-        float output[1][SIZE];
-        position.load(q, gates, 0, D, HEADS);
-        gated::attend(position, S, output);
-        float scale = gated::output_scale(output[0]);
-        const float* z = team.projected[r] + GATES + head * SIZE;
-        for (int m = 0; m < SIZE; m++) store(target + m, 2 * sigmoid(z[m]) * scale * output[0][m]);
+        float sums[1][SIZE], gates[1][SIZE];
+        position.load(q, team.projected[r] + 4 * D + head, 0, D, HEADS);
+        gated::load_gates<1>(q + 2 * D, 0, gates);
+        gated::attend(position, S, sums);
+        float scale = gated::output_scale(sums[0]);
+        for (int m = 0; m < SIZE; m++) store(target + m, gates[0][m] * scale * sums[0][m]);
 #else
         attend<1>(q, q + D, q + 2 * D, 0, S, state.Z + at * SIZE, target, 0);
 #endif

@@ -151,8 +151,7 @@ def pack_model(model: ImageTransformer, panel: int, dtype: torch.dtype) -> list[
     tensors = []
     for layer in model.transformer.layers:
         attention = layer.attention
-        gates = [attention.gate_projection] if attention.gate_projection else []
-        tensors += pack([*attention.projections, *gates], panel, dtype)
+        tensors += pack(attention.projections, panel, dtype)
         tensors += pack([attention.out_projection], panel, dtype)
         tensors += [layer.norm1.weight.float(), layer.norm1.bias.float()]
         tensors += pack([layer.linear1], panel, dtype) + pack([layer.linear2], panel, dtype)

@@ -25,8 +25,9 @@ OPTIONS = {"num_warps": 4, "num_stages": 1}
 CARRY_OPTIONS = {"num_warps": 2}
 TILE = 256  # numbers of S that a program carries from chunk to chunk
 
-# Programs address a head's columns in `projected` (N, L, W), W = 3HE + 2H, or in outputs
-# (N, L, HE); its S in sums (N, H, K + 1, E, E), whose rows belong to K chunks and to the state.
+# Programs address a head's columns in `projected` (N, L, W), W = 4HE + 2H: queries, keys, gates,
+# values, decays, betas; or in outputs (N, L, HE). Its S is in sums (N, H, K + 1, E, E), whose rows
+# belong to K chunks and to the state.
 
 
 @triton.jit
@@ -64,7 +65,7 @@ def output_scale(y, axis: tl.constexpr, E: tl.constexpr):
 
 
 @triton.jit
-def load_gate(projected, first, W, column, mask, C: tl.constexpr):
+def load_column(projected, first, W, column, mask, C: tl.constexpr):
     """A column of decays or betas, before their functions, at C positions (C,); beyond the last
     position -inf: these forget nothing and add nothing."""
     pointers = projected + (first + tl.arange(0, C)) * W + column
@@ -74,13 +75,20 @@ def load_gate(projected, first, W, column, mask, C: tl.constexpr):
 @triton.jit
 def load_decays(projected, first, h, H, W, mask, C: tl.constexpr):
     """log a at C positions (C,)."""
-    return log_decay(load_gate(projected, first, W, W - 2 * H + h, mask, C))
+    return log_decay(load_column(projected, first, W, W - 2 * H + h, mask, C))
 
 
 @triton.jit
 def load_betas(projected, first, h, H, W, mask, C: tl.constexpr):
     """beta at C positions (C,)."""
-    return tl.sigmoid(load_gate(projected, first, W, W - H + h, mask, C))
+    return tl.sigmoid(load_column(projected, first, W, W - H + h, mask, C))
+
+
+@triton.jit
+def gate(z):
+    """What multiplies the outputs: never 0, since the gradient divides by it. NaN remains NaN."""
+    z = z.to(tl.float32)
+    return 2 * tl.sigmoid(tl.where(z < -80, -80.0, z))
 
 
 @triton.jit
@@ -119,7 +127,7 @@ def gated_sum_chunks(
     k *= (decays_until_end(log_a) * beta * inverse_length(tl.sum(k * k, 1)))[:, None]
     for start in range(0, E, B):
         j = start + tl.arange(0, B)
-        v = tl.load(row_pointers(projected, first, W, (2 * H + h) * E + j, C), mask, 0.0)
+        v = tl.load(row_pointers(projected, first, W, (3 * H + h) * E + j, C), mask, 0.0)
         S = product(tl.trans(k), v, dtype)
         tl.store(matrix_pointers(sums, head, chunk + 1, K, e, j, E), S)
 
@@ -159,28 +167,33 @@ def gated_attend(
     log_a = load_decays(projected, first, h, H, W, mask, C)
     beta = load_betas(projected, first, h, H, W, mask, C)
     weights = decayed(weights * (beta * inverse_length(squares))[None, :], log_a, C)
-    v = tl.load(row_pointers(projected, first, W, (2 * H + h) * E + e, C), mask, 0.0)
+    v = tl.load(row_pointers(projected, first, W, (3 * H + h) * E + e, C), mask, 0.0)
     y = decays_since_start(log_a)[:, None] * y + product(weights, v, dtype)
     scale = output_scale(y, 1, E)[:, None]
     tl.store(row_pointers(scales, first, H, h + tl.arange(0, 1), C), scale, mask)
-    y = (scale * y).to(dtype)
+    z = tl.load(row_pointers(projected, first, W, (2 * H + h) * E + e, C), mask, 0.0)
+    y = (gate(z) * scale * y).to(dtype)
     tl.store(row_pointers(outputs, first, H * E, h * E + e, C), y, mask)
 
 
 @triton.jit
 def gated_sum_gradients(
-    projected, outputs, scales, gradient, unscaled, sums, L, H, W,
+    projected, outputs, scales, gradient, unscaled, sums, gradients, L, H, W,
     E: tl.constexpr, C: tl.constexpr, B: tl.constexpr,
 ):  # fmt: skip
-    """The gradients of the outputs before they are normalised, `unscaled` (N, L, HE), and what they
-    add to the gradient R of S before each chunk, into row K - chunk of `sums`: these are added from
-    the last chunk to the first."""
+    """The gradients of the gates; those of the outputs before they are normalised, `unscaled`
+    (N, L, HE); and what these add to the gradient R of S before each chunk, into row K - chunk of
+    `sums`, which are added from the last chunk to the first."""
     chunk, K, head, first, h, mask, e = locate(L, H, C, E)
     dtype: tl.constexpr = projected.dtype.element_ty
     y = tl.load(row_pointers(outputs, first, H * E, h * E + e, C), mask, 0.0).to(tl.float32)
     g = tl.load(row_pointers(gradient, first, H * E, h * E + e, C), mask, 0.0).to(tl.float32)
     scale = tl.load(row_pointers(scales, first, H, h + tl.arange(0, 1), C), mask, 0.0)
-    g = scale * (g - (tl.sum(y * g, 1) / (E * OUTPUT_RMS * OUTPUT_RMS))[:, None] * y)
+    factor = gate(tl.load(row_pointers(projected, first, W, (2 * H + h) * E + e, C), mask, 0.0))
+    d_z = (y * g * (1 - factor / 2)).to(dtype)
+    tl.store(row_pointers(gradients, first, W, (2 * H + h) * E + e, C), d_z, mask)
+    mean = tl.sum(y * g, 1) / (E * OUTPUT_RMS * OUTPUT_RMS)
+    g = scale * (factor * g - mean[:, None] * y / factor)
     tl.store(row_pointers(unscaled, first, H * E, h * E + e, C), g.to(dtype), mask)
     log_a = load_decays(projected, first, h, H, W, mask, C)
     g *= decays_since_start(log_a)[:, None]
@@ -196,8 +209,8 @@ def gated_backpropagate(
     projected, sums, gradient, gradient_sums, gradients, L, H, W,
     E: tl.constexpr, C: tl.constexpr, B: tl.constexpr,
 ):  # fmt: skip
-    """The gradients of `projected`, from those of the outputs before they are normalised, S before
-    each chunk, and the gradient R of S after it.
+    """The other gradients of `projected`, from those of the outputs before they are normalised, S
+    before each chunk, and the gradient R of S after it.
 
     With c measured from the chunk's start, exp(c) multiplies queries and what the chunk keeps of S,
     and divides keys. So the gradient of c_i is q.dq - (beta k).d(beta k), of the last c also that
@@ -212,14 +225,14 @@ def gated_backpropagate(
         j = start + tl.arange(0, B)
         q = tl.load(row_pointers(projected, first, W, h * E + j, C), mask, 0.0)
         k = tl.load(row_pointers(projected, first, W, (H + h) * E + j, C), mask, 0.0)
-        v = tl.load(row_pointers(projected, first, W, (2 * H + h) * E + j, C), mask, 0.0)
+        v = tl.load(row_pointers(projected, first, W, (3 * H + h) * E + j, C), mask, 0.0)
         g = tl.load(row_pointers(gradient, first, H * E, h * E + j, C), mask, 0.0)
         weights += product(q, tl.trans(k), dtype)
         d_weights += product(g, tl.trans(v), dtype)
         k = k.to(tl.float32)
         squares += tl.sum(k * k, 1)
 
-    d = load_gate(projected, first, W, W - 2 * H + h, mask, C)
+    d = load_column(projected, first, W, W - 2 * H + h, mask, C)
     log_a, beta = log_decay(d), load_betas(projected, first, h, H, W, mask, C)
     until_end, inverse = decays_until_end(log_a), inverse_length(squares)
     factor = beta * inverse
@@ -238,11 +251,11 @@ def gated_backpropagate(
             R = tl.load(matrix_pointers(gradient_sums, head, later, K, j, b, E))
             d_v += product(k, R, dtype)
         d_v *= until_end[:, None]
-        v = tl.load(row_pointers(projected, first, W, (2 * H + h) * E + b, C), mask, 0.0)
+        v = tl.load(row_pointers(projected, first, W, (3 * H + h) * E + b, C), mask, 0.0)
         later_k_d_k += tl.sum(d_v * v.to(tl.float32), 1)
         g = tl.load(row_pointers(gradient, first, H * E, h * E + b, C), mask, 0.0)
         d_v = factor[:, None] * (d_v + product(tl.trans(weights), g, dtype))
-        pointers = row_pointers(gradients, first, W, (2 * H + h) * E + b, C)
+        pointers = row_pointers(gradients, first, W, (3 * H + h) * E + b, C)
         tl.store(pointers, d_v.to(dtype), mask)
     d_beta = inverse * (k_d_k + later_k_d_k)
     d_c -= factor * later_k_d_k
@@ -254,7 +267,7 @@ def gated_backpropagate(
         d_q, d_k = tl.zeros((C, B), tl.float32), tl.zeros((C, B), tl.float32)
         for inner in range(0, E, B):
             j = inner + tl.arange(0, B)
-            v = tl.load(row_pointers(projected, first, W, (2 * H + h) * E + j, C), mask, 0.0)
+            v = tl.load(row_pointers(projected, first, W, (3 * H + h) * E + j, C), mask, 0.0)
             g = tl.load(row_pointers(gradient, first, H * E, h * E + j, C), mask, 0.0)
             S = tl.load(matrix_pointers(sums, head, chunk, K, b, j, E))
             R = tl.load(matrix_pointers(gradient_sums, head, later, K, b, j, E))
@@ -288,8 +301,8 @@ def sizes(E: int, dtype: torch.dtype) -> dict[str, int]:
 
 
 def head_size(width: int, n_heads: int) -> int:
-    """E of `projected`, (N, L, 3HE + 2H)."""
-    return (width - 2 * n_heads) // (3 * n_heads)
+    """E of `projected`, (N, L, 4HE + 2H)."""
+    return (width - 2 * n_heads) // (4 * n_heads)
 
 
 def launch(kernel: triton.JITFunction, projected: torch.Tensor, n_heads: int, *arguments) -> None:
@@ -337,14 +350,14 @@ def gated_backward(
     """Fills `unscaled`, the gradients of the outputs before they are normalised, gradient_sums,
     after their first row, and gradients."""
     n_heads = scales.shape[2]
-    tensors = outputs, scales, gradient, unscaled, gradient_sums
+    tensors = outputs, scales, gradient, unscaled, gradient_sums, gradients
     launch(gated_sum_gradients, projected, n_heads, *tensors)
     carry(gradient_sums, kept, backward=True)
     launch(gated_backpropagate, projected, n_heads, sums, unscaled, gradient_sums, gradients)
 
 
 class GatedAttention(torch.autograd.Function):
-    """projected (N, L, 3HE + 2H), H and a state S (N, H, E, E) or None -> outputs (N, L, HE) of
+    """projected (N, L, 4HE + 2H), H and a state S (N, H, E, E) or None -> outputs (N, L, HE) of
     the type of `projected`, and the state after them."""
 
     @staticmethod

@@ -209,7 +209,7 @@ def small_cases(config: ModelConfig, device: torch.device) -> Iterator[Case]:
         def attend(ops, projected):
             return ops.gated_attention(projected, 2)
 
-        W = 2 * (3 * E + 2)
+        W = 2 * (4 * E + 2)
         yield Case("gated attention", attend, [random(1, 100, W)])
         yield Case("sampling step", two_gated_steps, [random(1, 1, W) for _ in range(2)])
 

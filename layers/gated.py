@@ -3,16 +3,16 @@
 The sum of linear attention only grows. Here a position first lets it decay by a factor a, then adds
 to it, and reads it:
 
-    S_i = a_i S_(i-1) + beta_i k_i v_i^T,    out_i = norm(S_i^T q_i)
+    S_i = a_i S_(i-1) + beta_i k_i v_i^T,    out_i = 2 sigmoid(gate_i) norm(S_i^T q_i)
 
 The key k has unit length; a = exp(-softplus(decay)) and beta = sigmoid(beta) are numbers of each
 head and position that depend on the input, as the decays of "Mamba-2" do (Dao and Gu, 2024). `norm`
 divides a head's output by ten times its root mean square, where linear attention divides by a sum
-of weights. (`AttentionLayer` of models.py then multiplies the outputs by gates.)
+of weights. A gate, which depends on the input too, multiplies each channel, by 1 where it is 0.
 
 Sizes: N images, L positions, H heads, E query/key size, M value size. Queries and keys are
-(N, L, H, E), values and outputs (N, L, H, M), decays and betas (N, L, H); the state is (S,) with S
-(N, H, E, M).
+(N, L, H, E), values, gates and outputs (N, L, H, M), decays and betas (N, L, H); the state is (S,)
+with S (N, H, E, M).
 """
 
 import math
@@ -51,9 +51,10 @@ def operands(
     return queries, keys, values, logsigmoid(-decays), betas.sigmoid()
 
 
-def normalise(outputs: torch.Tensor) -> torch.Tensor:
-    """Outputs (..., M) of heads with root mean squares of OUTPUT_RMS."""
-    return OUTPUT_RMS * outputs * (outputs.square().mean(-1, keepdim=True) + LENGTH_EPSILON).rsqrt()
+def normalise(sums: torch.Tensor, gates: torch.Tensor) -> torch.Tensor:
+    """The outputs (..., M) of S^T q: with root mean squares of OUTPUT_RMS, times the gates."""
+    scales = OUTPUT_RMS * (sums.square().mean(-1, keepdim=True) + LENGTH_EPSILON).rsqrt()
+    return 2 * at_least_float32(gates).sigmoid() * scales * sums
 
 
 def gated_quadratic(
@@ -62,6 +63,7 @@ def gated_quadratic(
     values: torch.Tensor,
     decays: torch.Tensor,
     betas: torch.Tensor,
+    gates: torch.Tensor,
     state: State | None = None,
 ) -> tuple[torch.Tensor, State]:
     """Gated linear attention as a masked product of all pairs: slow and obvious, the reference for
@@ -82,7 +84,7 @@ def gated_quadratic(
         decay = since_start.exp()
         outputs = outputs + torch.einsum("nhl,nlhe,nhem->nlhm", decay, q, state[0])
         S = S + decay[..., -1, None, None] * state[0]
-    return normalise(outputs), (S,)
+    return normalise(outputs, gates), (S,)
 
 
 def decays_between(since_start: torch.Tensor) -> torch.Tensor:
@@ -97,6 +99,7 @@ def gated_chunked(
     values: torch.Tensor,
     decays: torch.Tensor,
     betas: torch.Tensor,
+    gates: torch.Tensor,
     state: State | None = None,
     chunk: int | None = None,
 ) -> tuple[torch.Tensor, State]:
@@ -127,7 +130,7 @@ def gated_chunked(
         weights = (q @ k.transpose(-2, -1)) * decays_between(since_start)
         outputs = weights @ v + (since_start.exp()[..., None] * q) @ torch.stack(before, dim=2)
         outputs = outputs.flatten(2, 3)[:, :, :L].transpose(1, 2)  # (N, L, H, M)
-        return normalise(outputs), (S,)
+        return normalise(outputs, gates), (S,)
 
 
 def gated_recurrent(
@@ -136,6 +139,7 @@ def gated_recurrent(
     values: torch.Tensor,
     decays: torch.Tensor,
     betas: torch.Tensor,
+    gates: torch.Tensor,
     state: State,
 ) -> tuple[torch.Tensor, State]:
     """The same function for one position, L = 1: updates `state` in place."""
@@ -145,10 +149,10 @@ def gated_recurrent(
         q, k, v, log_a, beta = (x[:, 0] for x in given)  # (N, H, E), (N, H, M) or (N, H)
         S.mul_(log_a.exp()[..., None, None])
         S.addcmul_((beta[..., None] * k)[..., :, None], v[..., None, :])
-        return normalise((q[..., None, :] @ S).squeeze(-2))[:, None], state
+        return normalise((q[..., None, :] @ S).squeeze(-2), gates[:, 0])[:, None], state
 
 
-def initialise_gates(projection: nn.Linear, n_heads: int) -> None:
+def initialise_decays(projection: nn.Linear, n_heads: int) -> None:
     """Set the biases of the last 2H outputs of a linear layer, the decays and betas of the heads:
     decays of another time scale for each head, and betas of 1/2."""
     rates = torch.logspace(math.log10(FASTEST_DECAY), math.log10(SLOWEST_DECAY), n_heads)
@@ -158,10 +162,11 @@ def initialise_gates(projection: nn.Linear, n_heads: int) -> None:
 
 
 def split(projected: torch.Tensor, n_heads: int) -> Sequence[torch.Tensor]:
-    """Queries, keys, values (N, L, H, E), decays and betas (N, L, H) that are side by side in
-    `projected` (N, L, 3HE + 2H)."""
-    qkv, gates = projected.split([projected.shape[-1] - 2 * n_heads, 2 * n_heads], dim=-1)
-    return *qkv.unflatten(-1, (3, n_heads, -1)).unbind(2), *gates.chunk(2, dim=-1)
+    """The arguments of the forms above, from queries, keys, gates, values, decays and betas side by
+    side in `projected` (N, L, 4HE + 2H)."""
+    rows, scalars = projected.split([projected.shape[-1] - 2 * n_heads, 2 * n_heads], dim=-1)
+    queries, keys, gates, values = rows.unflatten(-1, (4, n_heads, -1)).unbind(2)
+    return queries, keys, values, *scalars.chunk(2, dim=-1), gates
 
 
 class GatedAttention(nn.Module):
@@ -179,8 +184,8 @@ class GatedAttention(nn.Module):
         return (at_least_float32(like.new_zeros(n_images, self.n_heads, size, size)),)
 
     def forward(self, projected: torch.Tensor, state: State | None = None) -> torch.Tensor:
-        """Queries, keys and values of all heads, their decays and their betas, side by side,
-        (N, L, 3HE + 2H) -> outputs (N, L, HE). The `state` is updated in place."""
+        """Queries, keys, gates and values of all heads, their decays and their betas, side by side,
+        (N, L, 4HE + 2H) -> outputs (N, L, HE). The `state` is updated in place."""
         if state is not None and projected.shape[1] == 1:
             return self.ops.gated_step(projected, self.n_heads, state)
         return self.ops.gated_attention(projected, self.n_heads, state)

@@ -72,10 +72,6 @@ class PlainOps:
         """As `layers.dropout.drop`: x (N, ...), keys (N, 2)."""
         return drop(x, keys, threshold)
 
-    def gate(self, x: torch.Tensor, z: torch.Tensor) -> torch.Tensor:
-        """2 sigmoid(z) x: x (N, L, D) itself where z (N, L, D) is 0."""
-        return 2 * z.sigmoid() * x
-
     def linear_attention(
         self, qkv: torch.Tensor, state: Sequence[torch.Tensor] | None = None
     ) -> torch.Tensor:
@@ -98,8 +94,8 @@ class PlainOps:
         n_heads: int,
         state: Sequence[torch.Tensor] | None = None,
     ) -> torch.Tensor:
-        """Gated linear attention of queries, keys, values, decays and betas that are side by side
-        in `projected` (N, L, 3HE + 2H): (N, L, HE).
+        """Gated linear attention of queries, keys, gates, values, decays and betas that are side by
+        side in `projected` (N, L, 4HE + 2H): (N, L, HE).
 
         `state`, S (N, H, E, E) after the earlier positions, is updated in place; without one, it
         starts at zero.

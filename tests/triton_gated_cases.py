@@ -12,9 +12,9 @@ TOLERANCES = {torch.float32: 4e-6, torch.bfloat16: 0.03}
 
 
 def make_inputs(dtype, length, E=16, n_images=2):
-    """`projected` (N, L, 3HE + 2H) and a state (N, H, E, E)."""
+    """`projected` (N, L, 4HE + 2H) and a state (N, H, E, E)."""
     generator = torch.Generator().manual_seed(0)
-    projected = torch.randn(n_images, length, H * (3 * E + 2), generator=generator)
+    projected = torch.randn(n_images, length, H * (4 * E + 2), generator=generator)
     return projected.to(dtype), torch.randn(n_images, H, E, E, generator=generator)
 
 
@@ -28,7 +28,8 @@ def reference(projected, S):
 
 
 def compare(function, projected, S, tolerance):
-    """Outputs, the state, and the gradients of queries, keys, values, decays, betas and the state
+    """Outputs, the state, and the gradients of queries, keys, values, decays, betas, gates and the
+    state
     before, against the reference's in float64."""
     both = differentiate(function, projected, S), differentiate(reference, *exact(projected, S))
     for results in both:
@@ -129,6 +130,27 @@ def test_nan_stays_nan(part):
     assert S[0, 0].isnan().any() == (part > 0)
     outputs.sum().backward()
     assert split(projected.grad, H)[part][0, 5, 0].isnan().any()
+
+
+def test_nan_of_a_gate_stays_nan():
+    """In its channel of the outputs, and in the gradients."""
+    projected, S = make_inputs(torch.float32, 40)
+    split(projected, H)[5][0, 5, 0, 3] = torch.nan
+    outputs, _ = apply(projected.requires_grad_(), S)
+    assert outputs.isnan().nonzero().tolist() == [[0, 5, 3]]
+    outputs.sum().backward()
+    assert split(projected.grad, H)[5][0, 5, 0, 3].isnan()
+
+
+@pytest.mark.parametrize("gates", [[-80.0], [80.0], [-1000.0, 1.0, 1000.0]], ids=str)
+def test_extreme_gates(gates):
+    """The gradient divides the outputs by the gates."""
+    projected, S = make_inputs(torch.float32, 12)
+    z = split(projected, H)[5]
+    z.copy_(torch.tensor(gates).repeat(z.numel())[: z.numel()].view(z.shape))
+    expected = differentiate(reference, *exact(projected, S))
+    for x, y in zip(differentiate(apply, projected, S), expected, strict=True):
+        assert (x.double() - y).abs().max() <= 2e-5 * y.abs().max() + 1e-30
 
 
 @torch.no_grad()

@@ -62,8 +62,8 @@ ATTENTIONS = {
 
 
 def make_projected(kind, dtype):
-    """What an attention takes: (N, L, 3HE), with gates + 2H."""
-    return rounded((N, L, H * (3 * E + 2 * kind.startswith("gated"))), dtype)
+    """What an attention takes: (N, L, 3HE), or (N, L, 4HE + 2H) if it is gated."""
+    return rounded((N, L, H * (4 * E + 2 if kind.startswith("gated") else 3 * E)), dtype)
 
 
 @DTYPES
