@@ -190,10 +190,10 @@ def gated_sum_gradients(
     g = tl.load(row_pointers(gradient, first, H * E, h * E + e, C), mask, 0.0).to(tl.float32)
     scale = tl.load(row_pointers(scales, first, H, h + tl.arange(0, 1), C), mask, 0.0)
     factor = gate(tl.load(row_pointers(projected, first, W, (2 * H + h) * E + e, C), mask, 0.0))
+    y, g = y / factor, g * factor  # of what is normalised
     d_z = (y * g * (1 - factor / 2)).to(dtype)
     tl.store(row_pointers(gradients, first, W, (2 * H + h) * E + e, C), d_z, mask)
-    mean = tl.sum(y * g, 1) / (E * OUTPUT_RMS * OUTPUT_RMS)
-    g = scale * (factor * g - mean[:, None] * y / factor)
+    g = scale * (g - (tl.sum(y * g, 1) / (E * OUTPUT_RMS * OUTPUT_RMS))[:, None] * y)
     tl.store(row_pointers(unscaled, first, H * E, h * E + e, C), g.to(dtype), mask)
     log_a = load_decays(projected, first, h, H, W, mask, C)
     g *= decays_since_start(log_a)[:, None]
@@ -297,7 +297,7 @@ def gated_backpropagate(
 def sizes(E: int, dtype: torch.dtype) -> dict[str, int]:
     """C positions in a chunk and B columns at a time, for heads of size E: the most that no
     architecture's compiler spills from registers to memory (python -m benchmarks.gpu_compile)."""
-    return {"E": E, "C": 32 if dtype == torch.float32 else 64, "B": 16}
+    return {"E": E, "C": 32 if dtype == torch.float32 or E > 64 else 64, "B": 16}
 
 
 def head_size(width: int, n_heads: int) -> int:
