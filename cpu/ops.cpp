@@ -21,6 +21,51 @@ void run_row_tasks(int64_t rows, int threads, const Run& run) {
     });
 }
 
+// keep_mask of layers/dropout.py: a hash of an element's index and its image's two keys.
+inline bool keep(uint32_t place, uint32_t first, uint32_t second, uint32_t threshold) {
+    uint32_t x = place ^ first;
+    x = (x ^ (x >> 16)) * 0x7feb352du;
+    x = (x ^ (x >> 15)) * 0x846ca68bu;
+    x = (x ^ (x >> 16)) + second;
+    x = (x ^ (x >> 16)) * 0x7feb352du;
+    x = (x ^ (x >> 15)) * 0x846ca68bu;
+    return (x ^ (x >> 16)) >= threshold;
+}
+
+// Dropout of images with `size` elements each; without keys (N, 2) nothing is dropped.
+struct Dropout {
+    const uint32_t* keys;
+    int64_t size, threshold;
+    float scale;
+
+    // y = x * scale where kept, else 0, for `count` elements from number `start` of all images on; they
+    // belong to one image. y may be x.
+    template <class X, class Y>
+    void drop(const X* x, Y* y, int64_t start, int count) const {
+        const uint32_t* key = keys + 2 * (start / size);
+        uint32_t first = key[0], second = key[1], place = start % size, limit = threshold;
+        float kept = scale;
+#pragma omp simd
+        for (int i = 0; i < count; i++) {
+            float factor = keep(place + i, first, second, limit) ? kept : 0;
+            store(y + i, load(x[i]) * factor);
+        }
+    }
+};
+
+// Dropout in place.
+template <class T>
+void drop(T* x, const uint32_t* keys, int64_t images, int64_t size, int64_t threshold, float scale,
+          int64_t threads) {
+    Dropout dropout{keys, size, threshold, scale};
+    constexpr int64_t PART = 1 << 14;
+    int64_t parts = (size + PART - 1) / PART;
+    run_tasks(images * parts, threads, [=](int64_t task) {
+        int64_t part = task % parts * PART, start = task / parts * size + part;
+        dropout.drop(x + start, x + start, start, std::min(PART, size - part));
+    });
+}
+
 // One row of out = norm(x + y). The gradient needs `sums`, x + y, and the moments; `row` is a
 // buffer for the sums in float32.
 template <class X, class T>
@@ -36,15 +81,21 @@ Moments norm_row(const T* __restrict y, const X* __restrict x, const float* weig
     return normalise(add, row, weight, bias, width, write);
 }
 
+// With dropout of y if there are keys, of images with `size` elements each.
 template <class X, class T>
 void norm(const T* y, const X* x, const float* weight, const float* bias, X* sums, X* out,
-          float* means, float* inverses, int64_t rows, int64_t width, int64_t threads) {
+          float* means, float* inverses, const uint32_t* keys, int64_t rows, int64_t width,
+          int64_t size, int64_t threshold, float scale, int64_t threads) {
+    Dropout dropout{keys, size, threshold, scale};
     run_row_tasks(rows, threads, [=](int64_t, int64_t first, int64_t last) {
-        std::vector<float> row(width);
+        std::vector<float> row(width), dropped(width);
         for (int64_t i = first; i < last; i++) {
             int64_t at = i * width;
-            Moments moments =
-                norm_row(y + at, x + at, weight, bias, sums + at, out + at, row.data(), width);
+            auto add_and_normalise = [&](const auto* y) {
+                return norm_row(y, x + at, weight, bias, sums + at, out + at, row.data(), width);
+            };
+            if (keys) dropout.drop(y + at, dropped.data(), at, width);
+            Moments moments = keys ? add_and_normalise(dropped.data()) : add_and_normalise(y + at);
             means[i] = moments.mean;
             inverses[i] = moments.inverse;
         }
@@ -77,12 +128,14 @@ void norm_row_backward(const X* __restrict g, const X* __restrict sums, Moments 
     }
 }
 
-// The gradients of x and of y, which are equal but for their types, and for each task those of
-// weight and bias, `parameters` (tasks, 2, width).
+// The gradients of x and of y, which are equal but for their types and the dropout of y, and for
+// each task those of weight and bias, `parameters` (tasks, 2, width).
 template <class X, class T>
 void norm_backward(const X* g, const X* sums, const float* means, const float* inverses,
-                   const float* weight, X* d_x, T* d_y, float* parameters, int64_t rows,
-                   int64_t width, int64_t threads) {
+                   const float* weight, X* d_x, T* d_y, float* parameters, const uint32_t* keys,
+                   int64_t rows, int64_t width, int64_t size, int64_t threshold, float scale,
+                   int64_t threads) {
+    Dropout dropout{keys, size, threshold, scale};
     run_row_tasks(rows, threads, [=](int64_t task, int64_t first, int64_t last) {
         std::vector<float> normed(width), scaled(width);
         float *d_weight = parameters + task * 2 * width, *d_bias = d_weight + width;
@@ -91,6 +144,7 @@ void norm_backward(const X* g, const X* sums, const float* means, const float* i
             int64_t at = i * width;
             norm_row_backward(g + at, sums + at, {means[i], inverses[i]}, weight, d_x + at,
                               d_y + at, d_weight, d_bias, normed.data(), scaled.data(), width);
+            if (keys) dropout.drop(d_y + at, d_y + at, at, width);
         }
     });
 }
@@ -106,18 +160,19 @@ void bias_backward(const T* g, float* sums, int64_t rows, int64_t width, int64_t
     });
 }
 
-// The same behind a relu with these `outputs`: `masked` is g where they are positive, else 0.
+// The same behind a relu, and dropout that multiplied by `scale`, with these `outputs`: `masked` is
+// g * scale where they are positive, else 0.
 template <class T>
-void relu_backward(const T* g, const T* outputs, T* masked, float* sums, int64_t rows,
+void relu_backward(const T* g, const T* outputs, T* masked, float* sums, float scale, int64_t rows,
                    int64_t width, int64_t threads) {
     run_row_tasks(rows, threads, [=](int64_t task, int64_t first, int64_t last) {
-        float* __restrict sum = sums + task * width;
+        float *__restrict sum = sums + task * width, factor = scale;
         std::fill_n(sum, width, 0.f);
         for (int64_t i = first; i < last; i++) {
             const T *__restrict row = g + i * width, *__restrict output = outputs + i * width;
             T* __restrict target = masked + i * width;
             for (int64_t d = 0; d < width; d++) {
-                float value = load(output[d]) <= 0 ? 0 : load(row[d]);  // NaN is no 0
+                float value = load(output[d]) <= 0 ? 0 : factor * load(row[d]);  // NaN is no 0
                 sum[d] += value;
                 store(target + d, value);
             }
@@ -193,46 +248,6 @@ void convolve_backward(const T* x, const float* weight, const int64_t* offsets, 
         int64_t at = n * taps.size();
         convolve_image_backward(x + at, weight, g + at, inputs + at,
                                 weights + n * taps.taps * taps.width, taps);
-    });
-}
-
-// keep_mask of layers/dropout.py: a hash of an element's index and its image's two keys.
-inline bool keep(uint32_t place, uint32_t first, uint32_t second, uint32_t threshold) {
-    uint32_t x = place ^ first;
-    x = (x ^ (x >> 16)) * 0x7feb352du;
-    x = (x ^ (x >> 15)) * 0x846ca68bu;
-    x = (x ^ (x >> 16)) + second;
-    x = (x ^ (x >> 16)) * 0x7feb352du;
-    x = (x ^ (x >> 15)) * 0x846ca68bu;
-    return (x ^ (x >> 16)) >= threshold;
-}
-
-struct Dropout {
-    uint32_t threshold;
-    float scale;
-};
-
-// y = x * scale where kept, else 0, for `count` elements of an image from index `start` on.
-template <class T>
-void drop_part(const T* __restrict x, T* __restrict y, uint32_t start, int count,
-               const uint32_t* keys, Dropout dropout) {
-    uint32_t first = keys[0], second = keys[1];
-    for (int i = 0; i < count; i++) {
-        float factor = keep(start + i, first, second, dropout.threshold) ? dropout.scale : 0;
-        store(y + i, load(x[i]) * factor);
-    }
-}
-
-// Dropout of images with `size` elements each; keys (N, 2).
-template <class T>
-void drop(const T* x, T* y, const uint32_t* keys, int64_t images, int64_t size, int64_t threshold,
-          float scale, int64_t threads) {
-    Dropout dropout{uint32_t(threshold), scale};
-    constexpr int64_t PART = 1 << 14;
-    int64_t parts = (size + PART - 1) / PART;
-    run_tasks(images * parts, threads, [=](int64_t task) {
-        int64_t n = task / parts, start = task % parts * PART, at = n * size + start;
-        drop_part(x + at, y + at, start, std::min(PART, size - start), keys + 2 * n, dropout);
     });
 }
 

@@ -52,8 +52,9 @@ class CompiledOps(PlainOps):
             x, weight = x.to(dtype), weight.to(dtype)
             bias = bias if bias is None else bias.to(dtype)
         check(x, weight)
-        x = Linear.apply(self.library, x, weight, bias, activation)
-        return x if noise is None else self.dropout(x, *noise)
+        if activation is None and noise is not None:
+            return self.dropout(Linear.apply(self.library, x, weight, bias), *noise)
+        return Linear.apply(self.library, x, weight, bias, activation, noise)
 
     def add_norm(
         self, x: torch.Tensor, y: torch.Tensor, norm: nn.LayerNorm, noise: Noise | None = None
@@ -64,9 +65,8 @@ class CompiledOps(PlainOps):
         check_shape(norm.weight, x.shape[-1:])
         if not torch.is_grad_enabled():
             x = x.to(y.dtype)
-        y = y if noise is None else self.dropout(y, *noise)
         y = y if x.dtype == torch.float32 else y.to(x.dtype)
-        return AddNorm.apply(self.library, x, y, norm.weight, norm.bias)
+        return AddNorm.apply(self.library, x, y, norm.weight, norm.bias, noise)
 
     def short_convolution(
         self, x: torch.Tensor, weight: torch.Tensor, offsets: Sequence[int]
@@ -76,10 +76,6 @@ class CompiledOps(PlainOps):
         if min(offsets) < 0:
             raise ValueError(f"offsets {tuple(offsets)} reach into later positions")
         return ShortConvolution.apply(self.library, x, weight, offsets)
-
-    def dropout(self, x: torch.Tensor, keys: torch.Tensor, threshold: int) -> torch.Tensor:
-        check_shape(keys, (len(x), 2))
-        return Dropout.apply(self.library, x, keys, threshold)
 
     def linear_attention(
         self, qkv: torch.Tensor, state: Sequence[torch.Tensor] | None = None
@@ -110,32 +106,37 @@ class CompiledOps(PlainOps):
 
 
 class Linear(torch.autograd.Function):
-    """x (..., I), weight (O, I), bias (O,) or None, of one type -> (..., O)."""
+    """x (..., I), weight (O, I), bias (O,) or None, of one type -> (..., O); after a relu perhaps
+    with dropout, in place. What was dropped is 0: the gradient needs to know no more."""
 
     @staticmethod
-    def forward(ctx, library, x, weight, bias, activation):
-        ctx.library = library
+    def forward(ctx, library, x, weight, bias, activation=None, noise=None):
         outputs = private_or_public(x.dtype)(x, weight, bias, activation)
+        if noise is not None:
+            keys, size, threshold, factor = dropout_arguments(outputs, noise)
+            numbers = len(x), size, threshold, factor, torch.get_num_threads()
+            library.call(f"drop_{TYPES[x.dtype]}", outputs, keys, *numbers)
+        ctx.library, ctx.factor = library, 1.0 if noise is None else factor
         ctx.save_for_backward(x, weight, outputs if activation == "relu" else None)
         return outputs
 
     @staticmethod
     def backward(ctx, gradient):
         x, weight, outputs = ctx.saved_tensors
-        gradient, bias = bias_gradient(ctx.library, gradient.contiguous(), outputs)
+        gradient, bias = bias_gradient(ctx.library, gradient.contiguous(), outputs, ctx.factor)
         inputs = None
         if ctx.needs_input_grad[1]:
             inputs = private_or_public(x.dtype)(gradient, weight.t(), None, None)
         rows = gradient.flatten(0, -2)  # (positions, O)
-        needs_bias = ctx.needs_input_grad[3]
-        return None, inputs, rows.t() @ x.flatten(0, -2), bias if needs_bias else None, None
+        bias = bias if ctx.needs_input_grad[3] else None
+        return None, inputs, rows.t() @ x.flatten(0, -2), bias, None, None
 
 
 def bias_gradient(
-    library: Library, gradient: torch.Tensor, outputs: torch.Tensor | None
+    library: Library, gradient: torch.Tensor, outputs: torch.Tensor | None, factor: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The gradient (..., O) in front of a relu with these `outputs`, if there are any, and that of
-    the bias (O,)."""
+    """The gradient (..., O) in front of a relu, and dropout that multiplied by `factor`, with these
+    `outputs`, if there are any, and that of the bias (O,)."""
     rows, width = gradient.flatten(0, -2).shape
     sums = gradient.new_empty(tasks(rows), width, dtype=torch.float32)
     numbers = rows, width, torch.get_num_threads()
@@ -146,9 +147,8 @@ def bias_gradient(
     else:
         check(outputs, types=(gradient.dtype,))
         masked = torch.empty_like(gradient)
-        library.call(
-            f"relu_backward_{kind}", gradient, outputs.contiguous(), masked, sums, *numbers
-        )
+        tensors = gradient, outputs.contiguous(), masked, sums
+        library.call(f"relu_backward_{kind}", *tensors, factor, *numbers)
         gradient = masked
     return gradient, sums.sum(0).to(gradient.dtype)
 
@@ -158,12 +158,26 @@ def tasks(rows: int) -> int:
     return math.ceil(rows / ROWS_PER_TASK)
 
 
+def dropout_arguments(
+    x: torch.Tensor, noise: Noise | None
+) -> tuple[torch.Tensor | None, int, int, float]:
+    """What ops.cpp needs to drop elements of images x (N, ...): keys, None without `noise`, the
+    elements of an image, the threshold, and what multiplies the elements that are kept."""
+    if noise is None:
+        return None, 1, 0, 1.0
+    keys, threshold = noise
+    check_shape(keys, (len(x), 2))
+    check(keys, types=(torch.int32,))
+    return keys.contiguous(), x[0].numel(), threshold, scale(threshold)
+
+
 class AddNorm(torch.autograd.Function):
-    """Layer norm of x + y (..., D), of the type of x; the statistics are float32."""
+    """Layer norm of x + y (..., D), of the type of x, with dropout of y if there is `noise`. The
+    statistics are float32; the mask is recomputed for the gradient instead of being kept."""
 
     @staticmethod
-    def forward(ctx, library, x, y, weight, bias):
-        ctx.library, ctx.y_type = library, y.dtype
+    def forward(ctx, library, x, y, weight, bias, noise):
+        ctx.library, ctx.y_type, ctx.noise = library, y.dtype, noise
         x, y = x.contiguous(), y.contiguous()
         sums, outputs = torch.empty_like(x), torch.empty_like(x)
         rows, D = x.flatten(0, -2).shape
@@ -171,8 +185,9 @@ class AddNorm(torch.autograd.Function):
         check(x, y, sums, outputs)
         check(weight, bias, mean, inverse, types=(torch.float32,))
         name = f"norm_{TYPES[x.dtype]}_{TYPES[y.dtype]}"
-        tensors = y, x, weight, bias, sums, outputs, mean, inverse
-        library.call(name, *tensors, rows, D, torch.get_num_threads())
+        keys, *dropout = dropout_arguments(y, noise)
+        tensors = y, x, weight, bias, sums, outputs, mean, inverse, keys
+        library.call(name, *tensors, rows, D, *dropout, torch.get_num_threads())
         ctx.save_for_backward(sums, mean, inverse, weight)
         return outputs
 
@@ -185,9 +200,10 @@ class AddNorm(torch.autograd.Function):
         parameters = sums.new_empty(tasks(rows), 2, D, dtype=torch.float32)
         check(gradient, types=(sums.dtype,))
         name = f"norm_backward_{TYPES[sums.dtype]}_{TYPES[ctx.y_type]}"
-        tensors = gradient, sums, mean, inverse, weight, d_x, d_y, parameters
-        ctx.library.call(name, *tensors, rows, D, torch.get_num_threads())
-        return None, d_x, d_y, *parameters.sum(0)
+        keys, *dropout = dropout_arguments(sums, ctx.noise)
+        tensors = gradient, sums, mean, inverse, weight, d_x, d_y, parameters, keys
+        ctx.library.call(name, *tensors, rows, D, *dropout, torch.get_num_threads())
+        return None, d_x, d_y, *parameters.sum(0), None
 
 
 class ShortConvolution(torch.autograd.Function):
@@ -216,31 +232,6 @@ class ShortConvolution(torch.autograd.Function):
         tensors = x, weight, ctx.offsets, gradient, inputs, weights
         ctx.library.call(f"convolve_backward_{TYPES[x.dtype]}", *tensors, *numbers)
         return None, inputs, weights.sum(0), None
-
-
-class Dropout(torch.autograd.Function):
-    """The mask is recomputed for the gradient instead of being kept in memory."""
-
-    @staticmethod
-    def forward(ctx, library, x, keys, threshold):
-        ctx.library, ctx.threshold = library, threshold
-        ctx.save_for_backward(keys)
-        return Dropout.compute(library, x, keys, threshold)
-
-    @staticmethod
-    def backward(ctx, gradient):
-        (keys,) = ctx.saved_tensors
-        return None, Dropout.compute(ctx.library, gradient, keys, ctx.threshold), None, None
-
-    @staticmethod
-    def compute(library, x, keys, threshold):
-        x, keys = x.contiguous(), keys.contiguous()
-        y = torch.empty_like(x)
-        check(x, y)
-        check(keys, types=(torch.int32,))
-        numbers = len(x), x[0].numel(), threshold, scale(threshold), torch.get_num_threads()
-        library.call(f"drop_{TYPES[x.dtype]}", x, y, keys, *numbers)
-        return y
 
 
 class Attention(torch.autograd.Function):

@@ -70,14 +70,17 @@ def test_two_parts_with_a_state_equal_one_pass(dtype, tolerance):
 @DTYPES
 @pytest.mark.parametrize("shape", [(1, 1, 2), (3, 7, 24), (2, 300, 256)])
 @pytest.mark.parametrize("x_type", [torch.float32, None], ids=["float32", "same"])
-def test_the_norm_of_a_sum_and_its_gradients(dtype, tolerance, shape, x_type):
+@pytest.mark.parametrize("drop", [False, True], ids=["", "dropout"])
+def test_the_norm_of_a_sum_and_its_gradients(dtype, tolerance, shape, x_type, drop):
     x, y = (3 * torch.randn(shape).to(t) for t in (x_type or dtype, dtype))
     module = nn.LayerNorm(shape[-1])
     for parameter in module.parameters():
         torch.nn.init.normal_(parameter)
     plain, gradient = copy.deepcopy(module).double(), torch.randn(shape).to(x.dtype)
     a, b, c, d = (z.clone().requires_grad_() for z in (x, y, x.double(), y.double()))
-    outputs, expected = compiled().add_norm(a, b, module), PLAIN.add_norm(c, d, plain)
+    noise = (keys(len(x)), THRESHOLD) if drop else None
+    outputs = compiled().add_norm(a, b, module, noise)
+    expected = PLAIN.add_norm(c, d, plain, noise)
     assert outputs.dtype == x.dtype
     assert distance(outputs, expected) < tolerance
     outputs.backward(gradient)
@@ -88,18 +91,21 @@ def test_the_norm_of_a_sum_and_its_gradients(dtype, tolerance, shape, x_type):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("shape", [(1, 1), (3, 7, 5), (2, 300, 100)])
-def test_both_dropouts_are_equal(dtype, shape):
-    """Bit for bit, in outputs and gradients."""
-    x = torch.randn(shape).to(dtype).requires_grad_()
-    y = x.detach().clone().requires_grad_()
-    actual = compiled().dropout(x, keys(len(x)), THRESHOLD)
-    expected = PLAIN.dropout(y, keys(len(x)), THRESHOLD)
-    gradient = torch.randn_like(x)
-    actual.backward(gradient)
-    expected.backward(gradient)
-    assert torch.equal(actual, expected)
-    assert torch.equal(x.grad, y.grad)
+@pytest.mark.parametrize("shape", [(1, 1, 1), (3, 7, 5), (2, 300, 100)])
+@pytest.mark.parametrize("activation", [None, "relu"])
+def test_both_dropouts_are_equal(dtype, shape, activation):
+    """In outputs and gradients, after a product with the identity. (The compiled relu multiplies
+    negative numbers by 1e-30.)"""
+    layer = nn.Linear(shape[-1], shape[-1]).to(dtype)
+    nn.init.eye_(layer.weight)
+    nn.init.zeros_(layer.bias)
+    x, gradient, results = torch.randn(shape).to(dtype), torch.randn(shape).to(dtype), []
+    for ops in (compiled(), PLAIN):
+        y = x.clone().requires_grad_()
+        outputs = ops.linear(y, layer, activation=activation, noise=(keys(len(x)), THRESHOLD))
+        results.append([outputs, *torch.autograd.grad(outputs, y, gradient)])
+    for actual, expected in zip(*results, strict=True):
+        torch.testing.assert_close(actual, expected, rtol=0, atol=1e-20)
 
 
 @pytest.mark.parametrize("p", [0.001, 0.1, 0.5, 0.9])
@@ -173,7 +179,12 @@ OPERATIONS = {
     "linear": lambda ops, x, layers: ops.linear(x, *layers["linear"]),
     "relu": lambda ops, x, layers: ops.linear(x, layers["linear"][0], activation="relu"),
     "add_norm": lambda ops, x, layers: ops.add_norm(x, x, layers["norm"]),
-    "dropout": lambda ops, x, layers: ops.dropout(x, keys(len(x)), THRESHOLD),
+    "relu with dropout": lambda ops, x, layers: ops.linear(
+        x, layers["linear"][0], activation="relu", noise=(keys(len(x)), THRESHOLD)
+    ),
+    "add_norm with dropout": lambda ops, x, layers: ops.add_norm(
+        x, x, layers["norm"], (keys(len(x)), THRESHOLD)
+    ),
     "linear_attention": lambda ops, x, layers: ops.linear_attention(
         x[..., :48].unflatten(-1, (3, 2, -1))
     ),
@@ -210,9 +221,11 @@ def test_tensors_that_are_not_contiguous_give_correct_results(operation, permute
 
 def test_keys_that_are_not_contiguous_give_the_right_mask():
     """The C++ function would read keys of other images."""
-    x = torch.randn(6, 50)
-    expected = compiled().dropout(x, keys(6), THRESHOLD)
-    assert torch.equal(compiled().dropout(x, permuted(keys(6)), THRESHOLD), expected)
+    x, layer, norm = torch.randn(6, 3, 50), nn.Linear(50, 50), nn.LayerNorm(50)
+    both = [(own, THRESHOLD) for own in (keys(6), permuted(keys(6)))]
+    rows = [compiled().linear(x, layer, activation="relu", noise=noise) for noise in both]
+    assert torch.equal(*rows)
+    assert torch.equal(*(compiled().add_norm(x, x, norm, noise) for noise in both))
 
 
 def test_a_state_that_is_not_contiguous_is_refused():
@@ -254,8 +267,11 @@ def test_states_and_keys_of_another_type_or_device_are_a_type_error(target, word
     for state in ((S.to(target), Z), (S, Z.to(target))):
         with pytest.raises(TypeError, match=word):
             compiled().linear_attention(torch.randn(2, 5, 3, 3, 8), state)
+    x, norm, noise = torch.randn(2, 3, 5), nn.LayerNorm(5), (keys(2).to(target), THRESHOLD)
     with pytest.raises(TypeError, match=word):
-        compiled().dropout(torch.randn(2, 5), keys(2).to(target), THRESHOLD)
+        compiled().add_norm(x, x, norm, noise)
+    with pytest.raises(TypeError, match=word):
+        compiled().linear(x, nn.Linear(5, 5), activation="relu", noise=noise)
 
 
 def with_nan(x, dtype=torch.float32):
@@ -297,12 +313,18 @@ def test_a_nan_is_stored_in_bfloat16():
 @pytest.mark.parametrize("ops", [PLAIN, None], ids=["plain", "compiled"])
 def test_dropout_keeps_nan(ops):
     """As nn.Dropout: a dropped NaN is 0 * NaN."""
-    x = torch.full((2, 50), torch.nan)
-    assert (ops or compiled()).dropout(x, keys(2), THRESHOLD).isnan().all()
+    x, noise, ops = torch.full((2, 3, 50), torch.nan), (keys(2), THRESHOLD), ops or compiled()
+    assert ops.linear(x, nn.Linear(50, 50), activation="relu", noise=noise).isnan().all()
+    assert ops.add_norm(torch.zeros(2, 3, 50), x, nn.LayerNorm(50), noise).isnan().all()
 
 
 REFUSED = {
-    "keys": lambda ops: ops.dropout(torch.randn(3, 50), keys(2), THRESHOLD),
+    "keys": lambda ops: ops.add_norm(
+        *torch.randn(2, 3, 4, 8), nn.LayerNorm(8), (keys(2), THRESHOLD)
+    ),
+    "keys of relu": lambda ops: ops.linear(
+        torch.randn(3, 4, 8), nn.Linear(8, 8), activation="relu", noise=(keys(2), THRESHOLD)
+    ),
     "norm": lambda ops: ops.add_norm(*torch.randn(2, 3, 4, 8), nn.LayerNorm(4)),
     "offsets": lambda ops: ops.short_convolution(torch.randn(2, 5, 8), torch.ones(1, 8), (-3,)),
     "taps": lambda ops: ops.short_convolution(torch.randn(2, 5, 8), torch.ones(2, 8), (1,)),
