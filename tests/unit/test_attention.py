@@ -180,9 +180,9 @@ def test_sums_are_float32_under_bfloat16():
 HEADS, SIZE = 3, 8
 
 
-def make_projected(L, gates=0):
-    """Queries, keys and values (and gates of each head) as an attention module takes them."""
-    return torch.randn(2, L, HEADS * (3 * SIZE + gates), dtype=torch.float64)
+def make_projected(L, per_head=3 * SIZE):
+    """Queries, keys and values (or what else it needs of each head) as an attention takes them."""
+    return torch.randn(2, L, HEADS * per_head, dtype=torch.float64)
 
 
 def attend_in_parts(attention, projected, lengths):
@@ -205,7 +205,8 @@ MODULES = {
     "lengths", [[12], [11, 1], [1] * 12, [5, 1, 1, 4, 1]], ids=["prefill", "last", "steps", "mixed"]
 )
 def test_states_in_place_equal_one_parallel_pass(name, lengths):
-    attention, projected = MODULES[name], make_projected(12, gates=2 * name.startswith("gated"))
+    per_head = 4 * SIZE + 2 if name == "gated-linear" else 3 * SIZE
+    attention, projected = MODULES[name], make_projected(12, per_head)
     actual = attend_in_parts(attention, projected, lengths)
     assert_close([actual], [attention(projected)], 1e-10)
 
