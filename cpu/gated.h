@@ -29,8 +29,8 @@ struct Positions {
     float q[N][SIZE], k[N][SIZE], v[N][SIZE], added[N][SIZE];
     float inverse_lengths[N], a[N], beta[N];
 
-    // `step` is from one position to the next. Keys, gates and values follow the queries after `width`
-    // numbers each, betas the decays after `heads`.
+    // `step` is from one position to the next. Keys, gates and values follow the queries after
+    // `width` numbers each, betas the decays after `heads`.
     template <class T>
     void load(const T* query, const T* decay, int64_t step, int64_t width, int64_t heads) {
         for (int n = 0; n < N; n++) {

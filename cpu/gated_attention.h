@@ -1,6 +1,6 @@
-// Gated linear attention of sequences and its gradient (gated_quadratic of layers/gated.py), computed
-// as recurrences. `projected` (N, L, 4HE + 2H) holds the queries, keys, gates and values of all heads,
-// their decays and their betas.
+// Gated linear attention of sequences and its gradient (gated_quadratic of layers/gated.py),
+// computed as recurrences. `projected` (N, L, 4HE + 2H) holds the queries, keys, gates and values of
+// all heads, their decays and their betas.
 
 #pragma once
 
@@ -10,8 +10,8 @@
 #include "attention.h"
 #include "gated.h"
 
-// The rows of a head are too far apart for CPUs to foresee the next ones, so they are fetched into the
-// cache so many positions ahead.
+// The rows of a head are too far apart for CPUs to foresee the next ones, so they are fetched into
+// the cache so many positions ahead.
 constexpr int64_t AHEAD = 16;
 
 // `row` may lie outside of the tensor: fetching it then has no effect.
@@ -101,8 +101,8 @@ struct GatedBackward {
         : projected(projected), out(out), gradient(gradient), scales(scales), gradients(gradients),
           head(task, shape), products(shape.length) {}
 
-    // The gradient of the query (0), key (1), gate (2) or value (3) at a position; that at a position
-    // some steps `ahead` is fetched.
+    // The gradient of the query (0), key (1), gate (2) or value (3) at a position; that at a
+    // position some steps `ahead` is fetched.
     T* target(int64_t i, int part, int64_t ahead) const {
         T* row = gradients + head.queries + i * head.stride + part * head.shape.width();
         fetch<true>(row + ahead * head.stride);

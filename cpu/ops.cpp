@@ -38,8 +38,8 @@ struct Dropout {
     int64_t size, threshold;
     float scale;
 
-    // y = x * scale where kept, else 0, for `count` elements from number `start` of all images on; they
-    // belong to one image. y may be x.
+    // y = x * scale where kept, else 0, for `count` elements of one image, from number `start` of all
+    // images on. y may be x.
     template <class X, class Y>
     void drop(const X* x, Y* y, int64_t start, int count) const {
         const uint32_t* key = keys + 2 * (start / size);

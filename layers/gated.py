@@ -8,7 +8,7 @@ to it, and reads it:
 The key k has unit length; a = exp(-softplus(decay)) and beta = sigmoid(beta) are numbers of each
 head and position that depend on the input, as the decays of "Mamba-2" do (Dao and Gu, 2024). `norm`
 divides a head's output by ten times its root mean square, where linear attention divides by a sum
-of weights. A gate, which depends on the input too, multiplies each channel, by 1 where it is 0.
+of weights. A channel's gate, from the input too, makes a factor between 0 and 2.
 
 Sizes: N images, L positions, H heads, E query/key size, M value size. Queries and keys are
 (N, L, H, E), values, gates and outputs (N, L, H, M), decays and betas (N, L, H); the state is (S,)

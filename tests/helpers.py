@@ -22,6 +22,18 @@ SCRIPTS = {"main.py": main.main, "prediction.py": prediction.main, "prepare.py":
 # Where the tests marked `cuda` run; TEST_DEVICE=cpu runs most of them without a GPU.
 DEVICE = torch.device(os.environ.get("TEST_DEVICE", "cuda"))
 
+# Sizes of random logits and means, and means and sizes of log-scales: below their minimum, far
+# above the range of bytes, means far outside it, and one component that has all the weight.
+EXTREME_MIXTURES = {
+    "ordinary": (1, 1, -2, 1),
+    "narrow": (1, 0.7, -7.5, 1),
+    "clamped": (1, 0.7, -60, 20),
+    "wide": (1, 1, 12, 2),
+    "flat": (1, 1, 95, 5),
+    "far": (3, 300, -4, 3),
+    "one-sided": (500, 1, -3, 2),
+}
+
 # A model that trains and samples in seconds, and its training on the embedded digits.
 TINY = ["--n_layers", "2", "--n_heads", "2", "--d_query", "8", "--mixtures", "3"]
 DIGITS = ["--dataset", "digits", *TINY, "--batch_size", "8", "--evaluate_images", "8"]

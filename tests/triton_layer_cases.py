@@ -6,6 +6,7 @@ from functools import partial
 
 import pytest
 import torch
+from helpers import EXTREME_MIXTURES
 from torch import nn
 from triton_cases import TOLERANCES, TRITON, TYPES, close, differentiate, seed  # noqa: F401
 
@@ -68,28 +69,17 @@ def test_nan_passes_dropout():
     assert TRITON.add_norm(torch.zeros_like(x), x, norm, noise).isnan().all()
 
 
-# Sizes of random logits and means, and means and sizes of log-scales: below their minimum, far
-# above the range of bytes, means far outside it, and one component that has all the weight.
-MIXTURES = {
-    "ordinary": (1, 1, -2, 1),
-    "narrow": (1, 0.7, -7.5, 1),
-    "very-narrow": (1, 0.7, -60, 20),
-    "wide": (1, 1, 12, 2),
-    "flat": (1, 1, 95, 5),
-    "far": (3, 300, -4, 3),
-    "one-sided": (500, 1, -3, 2),
-}
 BYTES = torch.tensor([0, 1, 100, 254, 255], dtype=torch.uint8)
 
 
 def make_mixture(kind, n, K, dtype):
-    logit_size, mean_size, log_scale, log_scale_size = MIXTURES[kind]
+    logit_size, mean_size, log_scale, log_scale_size = EXTREME_MIXTURES[kind]
     logits, means, log_scales = torch.randn(3, n, len(BYTES), K)
     parts = logit_size * logits, mean_size * means, log_scale + log_scale_size * log_scales
     return torch.cat(parts, dim=-1).to(dtype)
 
 
-@pytest.mark.parametrize("kind", MIXTURES)
+@pytest.mark.parametrize("kind", EXTREME_MIXTURES)
 @TYPES
 def test_loss(dtype, kind):
     """Values and gradients, of the smallest and largest bytes too. A rounding error of a mean is

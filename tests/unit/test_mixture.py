@@ -5,24 +5,15 @@ import math
 import mpmath
 import pytest
 import torch
+from helpers import EXTREME_MIXTURES
 
 from layers import mixture
 
-# Means far outside the range, scales from below the clamp to far above the range, one-sided logits.
-EXTREMES = {
-    "ordinary": (1.0, 1.0, -2.0, 1.0),
-    "narrow": (1.0, 0.7, -7.5, 1.0),
-    "clamped": (1.0, 0.7, -60.0, 20.0),
-    "wide": (1.0, 1.0, 12.0, 2.0),
-    "flat": (1.0, 1.0, 95.0, 5.0),
-    "far": (3.0, 300.0, -4.0, 3.0),
-    "one-sided": (500.0, 1.0, -3.0, 2.0),
-}
-EVERY_KIND = pytest.mark.parametrize("kind", EXTREMES)
+EVERY_KIND = pytest.mark.parametrize("kind", EXTREME_MIXTURES)
 
 
 def make_parameters(kind, n=20, K=4, dtype=torch.float32):
-    logit_size, mean_size, log_scale, log_scale_size = EXTREMES[kind]
+    logit_size, mean_size, log_scale, log_scale_size = EXTREME_MIXTURES[kind]
     generator = torch.Generator().manual_seed(len(kind))
     logits, means, log_scales = torch.randn(3, n, K, generator=generator)
     return torch.cat(
