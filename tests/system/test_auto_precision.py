@@ -138,7 +138,7 @@ from engine.precision import fastest
 with distributed.process_group(torch.device("cpu")):
     seconds = {"fp32": 0.04, "bf16": 0.001} if distributed.rank() else {"fp32": 0.001, "bf16": 0.01}
     name, _ = fastest({name: partial(time.sleep, s) for name, s in seconds.items()})
-    print(f"rank {distributed.rank()}: {name}", flush=True)
+    print(f"rank {distributed.rank()}: {name}\\n", end="")  # in one piece, unlike the default end
 """
 
 
