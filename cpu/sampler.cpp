@@ -35,7 +35,7 @@ constexpr int PROJECTED = GATED ? 4 * D + 2 * HEADS : 3 * D;
 constexpr int offsets[] = {OFFSETS};
 constexpr int TAPS = std::size(offsets), RECENT = offsets[TAPS - 1] + 1;
 
-constexpr int padded(int n) { return (n + PANEL - 1) / PANEL * PANEL; }
+constexpr int padded(int n) { return (n + LANES - 1) / LANES * LANES; }
 
 typedef float Vector __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
 typedef uint32_t Bits __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
@@ -44,11 +44,15 @@ typedef std::conditional_t<BF16, BFloat16, float> Operand;
 // The following structs are laid out as Python fills them in: pointers, nothing else.
 
 // Weights packed for `multiply`: panels of PANEL outputs side by side, input after input
-// (bfloat16: pair after pair of inputs). The last panel is padded with zeros.
+// (bfloat16: pair after pair of inputs). The last panel has the rest of the outputs, and zeros up
+// to a whole number of vectors.
 template <int INPUTS, int OUTPUTS>
 struct Linear {
-    const Operand* weight;  // (panels, INPUTS, PANEL) or (panels, INPUTS / 2, PANEL, 2)
-    const float* bias;      // (panels * PANEL)
+    static constexpr int PANELS = (OUTPUTS + PANEL - 1) / PANEL;
+    static constexpr int LAST = (padded(OUTPUTS) - (PANELS - 1) * PANEL) / LANES;  // its vectors
+
+    const Operand* weight;  // of each panel (INPUTS, outputs) or (INPUTS / 2, outputs, 2)
+    const float* bias;      // (padded(OUTPUTS))
 };
 
 struct Norm {
@@ -98,8 +102,8 @@ struct Job {
     std::atomic<int64_t> failed;  // the first byte that could not be drawn, or `length`
 };
 
-// Lets all of `size` threads through when the last of them has arrived.
-struct Barrier {
+// Lets all of `size` threads through when the last of them has arrived. In a cache line of its own.
+struct alignas(64) Barrier {
     const int size;
     std::atomic<int> waiting{0}, round{0};
 
@@ -126,46 +130,50 @@ struct Rows {
     T* operator[](int64_t r) { return data.data() + r * ROW; }
 };
 
-// Threads that work on the same n images, from `first` on, and wait for each other after every
-// phase. Outputs of a product are padded to whole panels.
+// Threads that work on the same n images, from `first` on, and wait for each other where one reads
+// what another has written. Outputs of a product are padded to whole vectors.
 struct Team {
     int64_t first, n, positions;  // how many positions are read at a time
     Barrier barrier;
-    Rows<float, D> x;
-    Rows<Operand, D> input, attended;
+    Rows<Operand, D> attended;
     Rows<float, padded(PROJECTED)> projected;
     Rows<Operand, padded(4 * D)> hidden;
-    Rows<float, padded(D)> y;
+    Rows<float, padded(D)> y;  // outputs of attention or of the feed-forward network
     Rows<float, padded(3 * MIXTURES)> parameters;
+#if NEIGHBOURS
+    Rows<float, D> convolved;  // of several positions
+#endif
 
     Team(int64_t first, int64_t n, int64_t positions, int size)
-        : first(first), n(n), positions(positions), barrier(size), x(n * positions),
-          input(n * positions), attended(n * positions), projected(n * positions),
-          hidden(n * positions), y(n * positions), parameters(n) {}
+        : first(first), n(n), positions(positions), barrier(size), attended(n * positions),
+          projected(n * positions), hidden(n * positions), y(n * positions), parameters(n)
+#if NEIGHBOURS
+          , convolved(positions > 1 ? n * positions : 0)
+#endif
+    {}
 };
 
-// sums += a * b over all inputs, for R rows and one panel.
-template <int R, int INPUTS>
-inline void accumulate(Vector (&sums)[R][VECTORS], const float* a, int stride, const float* b) {
-    for (int i = 0; i < INPUTS; i++, b += PANEL) {
+// sums += a * b over all inputs, for R rows and a panel of V vectors.
+template <int INPUTS, int R, int V>
+inline void accumulate(Vector (&sums)[R][V], const float* a, int stride, const float* b) {
+    for (int i = 0; i < INPUTS; i++, b += V * LANES) {
 #pragma GCC unroll 6
         for (int r = 0; r < R; r++)
 #pragma GCC unroll 4
-            for (int v = 0; v < VECTORS; v++)
+            for (int v = 0; v < V; v++)
                 sums[r][v] += a[r * stride + i] * *(const Vector*)(b + v * LANES);
     }
 }
 
-template <int R, int INPUTS>
-inline void accumulate(Vector (&sums)[R][VECTORS], const BFloat16* a, int stride,
-                       const BFloat16* b) {
-    for (int i = 0; i < INPUTS; i += 2, b += 2 * PANEL) {
+template <int INPUTS, int R, int V>
+inline void accumulate(Vector (&sums)[R][V], const BFloat16* a, int stride, const BFloat16* b) {
+    for (int i = 0; i < INPUTS; i += 2, b += 2 * V * LANES) {
 #pragma GCC unroll 6
         for (int r = 0; r < R; r++) {
             uint32_t pair;
             memcpy(&pair, a + r * stride + i, 4);
 #pragma GCC unroll 4
-            for (int v = 0; v < VECTORS; v++) {
+            for (int v = 0; v < V; v++) {
                 Bits weights = *(const Bits*)(b + 2 * v * LANES);
 #ifdef __AVX512BF16__
                 sums[r][v] = (Vector)_mm512_dpbf16_ps(
@@ -183,19 +191,19 @@ inline void accumulate(Vector (&sums)[R][VECTORS], const BFloat16* a, int stride
     }
 }
 
-// R rows of one panel: outputs = inputs * weight + bias, with a relu if RELU. The strides are from
-// one row to the next.
-template <int R, int INPUTS, bool RELU, class Output>
+// R rows of a panel of V vectors: outputs = inputs * weight + bias, with a relu if RELU. The strides
+// are from one row to the next.
+template <int R, int V, int INPUTS, bool RELU, class Output>
 void tile(const Operand* inputs, int stride, const Operand* weight, const float* bias,
           Output* outputs, int out_stride) {
-    Vector sums[R][VECTORS];
+    Vector sums[R][V];
     for (int r = 0; r < R; r++)
-        for (int v = 0; v < VECTORS; v++) sums[r][v] = *(const Vector*)(bias + v * LANES);
-    accumulate<R, INPUTS>(sums, inputs, stride, weight);
+        for (int v = 0; v < V; v++) sums[r][v] = *(const Vector*)(bias + v * LANES);
+    accumulate<INPUTS>(sums, inputs, stride, weight);
     for (int r = 0; r < R; r++) {
-        float row[PANEL];
+        float row[V * LANES];
         memcpy(row, sums[r], sizeof row);
-        for (int j = 0; j < PANEL; j++)
+        for (int j = 0; j < V * LANES; j++)
             store(outputs + r * out_stride + j, RELU ? std::max(row[j], 0.f) : row[j]);
     }
 }
@@ -229,49 +237,70 @@ inline int draw(const float* parameters, const float* noise, float temperature) 
     return int(std::rint(std::min(std::max(0.f, (x + 1) * 127.5f), 255.f)));
 }
 
-// One thread of a team. All members go through the same phases, each doing its share of the work.
+// One thread of a team. Of the products and of attention each member does a share. Norms, which
+// take less time than waiting for another thread, each member computes for all rows.
 struct Member {
     Job& job;
     Team& team;
-    int number;
+    const int number;
     // What is being read: row p * team.n + i is that of image i at `position` + p.
     int64_t position = 0, positions = 0;
+    Rows<float, D> x;
+    Rows<Operand, D> input;  // x as the operand of a product
+
+    Member(Job& job, Team& team, int number)
+        : job(job), team(team), number(number), x(team.n * team.positions),
+          input(team.n * team.positions) {}
 
     int64_t rows() const { return positions * team.n; }
 
-    // Calls run(task) for this member's share of the tasks, then waits until the team has done all.
+    // Calls run(task) for this member's share of the tasks.
     template <class Run>
-    void share(int64_t tasks, const Run& run) {
+    void each(int64_t tasks, const Run& run) {
         int64_t size = team.barrier.size, last = tasks * (number + 1) / size;
         for (int64_t task = tasks * number / size; task < last; task++) run(task);
+    }
+
+    // The same, then waits until the team has done all tasks.
+    template <class Run>
+    void share(int64_t tasks, const Run& run) {
+        each(tasks, run);
         team.barrier.wait();
     }
 
     template <bool RELU = false, int INPUTS, int OUTPUTS, int STRIDE, class Output, int OUT_STRIDE>
     void multiply(Rows<Operand, STRIDE>& inputs, const Linear<INPUTS, OUTPUTS>& linear,
                   Rows<Output, OUT_STRIDE>& outputs) {
-        share(padded(OUTPUTS) / PANEL, [&](int64_t p) {
+        auto panel = [&](int64_t p, auto V) {
             const Operand* weight = linear.weight + p * INPUTS * PANEL;
             const float* bias = linear.bias + p * PANEL;
             for (int64_t r = 0; r < rows(); r += ROWS)
                 with_constant(std::min<int64_t>(ROWS, rows() - r), [&](auto R) {
-                    tile<R, INPUTS, RELU>(inputs[r], STRIDE, weight, bias, outputs[r] + p * PANEL,
-                                          OUT_STRIDE);
+                    tile<R, V, INPUTS, RELU>(inputs[r], STRIDE, weight, bias,
+                                             outputs[r] + p * PANEL, OUT_STRIDE);
                 });
+        };
+        constexpr int LAST = Linear<INPUTS, OUTPUTS>::LAST;
+        share(linear.PANELS, [&](int64_t p) {
+            if (p < linear.PANELS - 1) panel(p, std::integral_constant<int, VECTORS>());
+            else panel(p, std::integral_constant<int, LAST>());
         });
     }
 
     // The embeddings of the byte and of its position, side by side.
     void embed() {
-        share(rows(), [&](int64_t r) {
+        for (int64_t r = 0; r < rows(); r++) {
             int64_t i = r % team.n, place = position + r / team.n;
             int64_t value = job.images[(team.first + i) * job.length + place];
-            float* x = team.x[r];
-            std::copy_n(job.model->values + value * (D / 2), D / 2, x);
-            std::copy_n(job.model->positions + place * (D / 2), D / 2, x + D / 2);
-            add_neighbours<D>(i, place, job.model->projection, x);
-            for (int d = 0; d < D; d++) store(team.input[r] + d, x[d]);
-        });
+            std::copy_n(job.model->values + value * (D / 2), D / 2, x[r]);
+            std::copy_n(job.model->positions + place * (D / 2), D / 2, x[r] + D / 2);
+            add_neighbours<D>(i, place, job.model->projection, x[r]);
+            write_input(r);
+        }
+    }
+
+    void write_input(int64_t r) {
+        for (int d = 0; d < D; d++) store(input[r] + d, x[r][d]);
     }
 
     // Adds the linear map of the known bytes around the byte after `place` of image i to a row.
@@ -288,31 +317,55 @@ struct Member {
     }
 
 #if NEIGHBOURS
-    // The short convolution of a layer's inputs.
+    // The short convolution of a layer's inputs. It reads only those of earlier positions from the
+    // state, so members need not wait for each other at one position, but do at several.
     void convolve(const Layer& layer, const State& state) {
-        share(team.n, [&](int64_t i) {
-            for (int64_t p = 0; p < positions; p++)
-                convolve_row(layer, state.inputs + (team.first + i) * D, position + p,
-                             p * team.n + i);
-        });
+        if (positions > 1) return convolve_positions(layer, state);
+        each(team.n, [&](int64_t i) { remember(state, position, i); });
+        for (int64_t i = 0; i < team.n; i++) {
+            convolve_row(layer, state, position, i, x[i]);
+            write_input(i);
+        }
     }
 
-    // Row r, which is at `place` of its image; the image's `inputs` are job.n * D apart.
-    void convolve_row(const Layer& layer, Operand* inputs, int64_t place, int64_t r) {
-        float* x = team.x[r];
-        int64_t row = job.n * D;
-        for (int d = 0; d < D; d++) store(inputs + place % RECENT * row + d, x[d]);
+    void convolve_positions(const Layer& layer, const State& state) {
+        share(team.n, [&](int64_t i) {
+            for (int64_t p = 0; p < positions; p++) {
+                int64_t r = p * team.n + i;
+                remember(state, position + p, r);
+                convolve_row(layer, state, position + p, r, team.convolved[r]);
+            }
+        });
+        for (int64_t r = 0; r < rows(); r++) {
+            std::copy_n(team.convolved[r], D, x[r]);
+            write_input(r);
+        }
+    }
+
+    // The inputs of row r's image at `place`.
+    Operand* remembered(const State& state, int64_t place, int64_t r) const {
+        return state.inputs + (place % RECENT * job.n + team.first + r % team.n) * D;
+    }
+
+    void remember(const State& state, int64_t place, int64_t r) {
+        Operand* target = remembered(state, place, r);
+        for (int d = 0; d < D; d++) store(target + d, x[r][d]);
+    }
+
+    void convolve_row(const Layer& layer, const State& state, int64_t place, int64_t r,
+                      float* target) {
         const Operand* earlier[TAPS];
         for (int k = 0; k < TAPS; k++)
-            earlier[k] = inputs + (place + RECENT - offsets[k]) % RECENT * row;
+            earlier[k] = remembered(state, place + RECENT - offsets[k], r);
+        const float* row = x[r];
         float sums[D];
         for (int d = 0; d < D; d++) {
-            sums[d] = x[d];
+            sums[d] = row[d];
 #pragma GCC unroll 16
             for (int k = 0; k < TAPS; k++)
                 sums[d] += layer.convolution[k * D + d] * load(earlier[k][d]);
         }
-        for (int d = 0; d < D; d++) store(team.input[r] + d, x[d] = sums[d]);
+        std::copy_n(sums, D, target);
     }
 #else
     void convolve(const Layer&, const State&) {}
@@ -321,19 +374,19 @@ struct Member {
     // Writes the norm of the row read(0), ..., read(D - 1) to row r of x and of the next inputs.
     template <class Read>
     void write_norm(int64_t r, const Norm& norm, Read read) {
-        float row[D], *x = team.x[r];
-        Operand* input = team.input[r];
+        float row[D], *target = x[r];
+        Operand* operand = input[r];
         normalise(read, row, norm.weight, norm.bias, D, [=](int d, float value) {
-            x[d] = value;
-            store(input + d, value);
+            target[d] = value;
+            store(operand + d, value);
         });
     }
 
     void add_and_normalise(const Norm& norm) {
-        share(rows(), [&](int64_t r) {
-            const float *x = team.x[r], *y = team.y[r];
-            write_norm(r, norm, [=](int d) { return x[d] + y[d]; });
-        });
+        for (int64_t r = 0; r < rows(); r++) {
+            const float *residual = x[r], *y = team.y[r];
+            write_norm(r, norm, [=](int d) { return residual[d] + y[d]; });
+        }
     }
 
     // One head of row r; `at` is the number of its state.
@@ -355,7 +408,7 @@ struct Member {
     }
 
     void attention_block(const Layer& layer, const State& state) {
-        multiply(team.input, layer.projections, team.projected);
+        multiply(input, layer.projections, team.projected);
         share(team.n * HEADS, [&](int64_t task) {
             for (int64_t r = task / HEADS; r < rows(); r += team.n)
                 attend_head(state, team.first * HEADS + task, task % HEADS, r);
@@ -365,17 +418,17 @@ struct Member {
     }
 
     void feed_forward_block(const Layer& layer) {
-        multiply<true>(team.input, layer.linear1, team.hidden);
+        multiply<true>(input, layer.linear1, team.hidden);
         multiply(team.hidden, layer.linear2, team.y);
         add_and_normalise(layer.norm2);
     }
 
     void predict() {
-        share(team.n, [&](int64_t r) {
-            const float* x = team.x[r];
-            write_norm(r, job.model->norm, [=](int d) { return x[d]; });
-        });
-        multiply(team.input, job.model->predictor, team.parameters);
+        for (int64_t r = 0; r < team.n; r++) {
+            const float* row = x[r];
+            write_norm(r, job.model->norm, [=](int d) { return row[d]; });
+        }
+        multiply(input, job.model->predictor, team.parameters);
     }
 
     void draw_bytes(int64_t byte) {
@@ -413,7 +466,11 @@ struct Member {
     }
 };
 
-void panel_size(int64_t* size) { *size = PANEL; }
+// The outputs of a panel, and what the number of those of the last one is a multiple of.
+void panel_sizes(int64_t* sizes) {
+    sizes[0] = PANEL;
+    sizes[1] = LANES;
+}
 
 // Reads bytes `first` to `last` - 1 of each image and, with noise, draws the byte after each.
 // `failed` becomes -1, or the first byte that had a distribution with a parameter that is not
@@ -431,7 +488,7 @@ void sample(const Model* model, const State* states, int64_t* images, const floa
         int64_t positions = noise ? 1 : std::max<int64_t>(1, ROWS_AT_ONCE / (end - start));
         teams.emplace_back(start, end - start, positions, size);
         for (int number = 0; number < size; number++)
-            members.push_back({job, teams.back(), number});
+            members.emplace_back(job, teams.back(), number);
     }
     run_threads(members.size(), [&](int i) { members[i].run(); });
     *failed = job.failed == length ? -1 : job.failed.load();
@@ -439,7 +496,7 @@ void sample(const Model* model, const State* states, int64_t* images, const floa
 
 extern "C" const Export* exports() {
     static const Export table[] = {
-        exported<panel_size>("panel_size"),
+        exported<panel_sizes>("panel_sizes"),
         exported<sample>("sample"),
         {},
     };

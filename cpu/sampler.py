@@ -2,7 +2,7 @@
 
 import ctypes
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -36,21 +36,26 @@ def offsets(config):
     return convolution_offsets(config.length, config.width, config.channels)
 
 
-def pack(
-    linears: Sequence[nn.Linear], panel: int, dtype: torch.dtype
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Weight and bias of the linear layers, concatenated, in the layout of sampler.cpp's Linear:
-    (panels, inputs, panel), or for bfloat16 (panels, inputs / 2, panel, 2)."""
-    weight = torch.cat([linear.weight for linear in linears])
-    return pack_weights(weight, torch.cat([linear.bias for linear in linears]), panel, dtype)
+class Packing(NamedTuple):
+    """How sampler.cpp's Linear lays out weights."""
 
+    panel: int  # outputs side by side
+    lanes: int  # those of the last panel are padded to a multiple of this
+    dtype: torch.dtype
 
-def pack_weights(weight, bias, panel, dtype):
-    weight, bias = weight.float(), bias.float()
-    missing = -len(bias) % panel
-    group = 2 if dtype == torch.bfloat16 else 1
-    weight = pad(weight, (0, 0, 0, missing)).unflatten(0, (-1, panel)).unflatten(-1, (-1, group))
-    return weight.transpose(1, 2).to(dtype), pad(bias, (0, missing))  # (panels, inputs, panel, .)
+    def pack(self, linears: Sequence[nn.Linear]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Weight and bias of the linear layers, concatenated."""
+        weight = torch.cat([linear.weight for linear in linears])
+        return self.pack_weights(weight, torch.cat([linear.bias for linear in linears]))
+
+    def pack_weights(self, weight, bias):
+        missing = -len(bias) % self.lanes
+        group = 2 if self.dtype == torch.bfloat16 else 1
+        panels = pad(weight.float(), (0, 0, 0, missing)).split(self.panel)  # (<= panel, inputs)
+        panels = [  # (inputs / group, <= panel, group)
+            rows.unflatten(1, (-1, group)).transpose(0, 1).flatten() for rows in panels
+        ]
+        return torch.cat(panels).to(self.dtype), pad(bias.float(), (0, missing))
 
 
 class CompiledDecoder:
@@ -65,10 +70,10 @@ class CompiledDecoder:
         self.library, self.compile_seconds = load_library(SOURCE, constants)
         self.config = model.config
         self.dtype = torch.bfloat16 if precision == "bf16" else torch.float32
-        panel = torch.empty(1, dtype=torch.int64)
-        self.library.call("panel_size", panel)
+        sizes_of_panels = torch.empty(2, dtype=torch.int64)
+        self.library.call("panel_sizes", sizes_of_panels)
         with torch.no_grad():
-            tensors = pack_model(model, panel.item(), self.dtype)
+            tensors = pack_model(model, Packing(*sizes_of_panels.tolist(), self.dtype))
             self.tensors = [tensor.contiguous() for tensor in tensors]
         for tensor in self.tensors:
             check(tensor, tensor.dtype, tensor.shape)
@@ -146,22 +151,22 @@ def check(tensor: torch.Tensor, dtype: torch.dtype, shape: Sequence[int]) -> Non
     check_shape(tensor, shape)
 
 
-def pack_model(model: ImageTransformer, panel: int, dtype: torch.dtype) -> list[torch.Tensor]:
+def pack_model(model: ImageTransformer, packing: Packing) -> list[torch.Tensor]:
     """The tensors of sampler.cpp's struct Model, in its order."""
-    tensors = []
+    tensors, pack = [], packing.pack
     for layer in model.transformer.layers:
         attention = layer.attention
-        tensors += pack(attention.projections, panel, dtype)
-        tensors += pack([attention.out_projection], panel, dtype)
+        tensors += pack(attention.projections)
+        tensors += pack([attention.out_projection])
         tensors += [layer.norm1.weight.float(), layer.norm1.bias.float()]
-        tensors += pack([layer.linear1], panel, dtype) + pack([layer.linear2], panel, dtype)
+        tensors += pack([layer.linear1]) + pack([layer.linear2])
         tensors += [layer.norm2.weight.float(), layer.norm2.bias.float()]
         if layer.convolution:
             tensors.append(layer.convolution.weight.float())
     tensors += [model.transformer.norm.weight.float(), model.transformer.norm.bias.float()]
     predictor, D = model.predictor, model.config.d_model
     hidden, neighbours = predictor.weight[:, :D], predictor.weight[:, D:]  # (3K, .)
-    tensors += pack_weights(hidden, predictor.bias, panel, dtype)
+    tensors += packing.pack_weights(hidden, predictor.bias)
     tensors += [model.value_embedding.weight.float(), model.pos_embedding.pe.float()]
     if model.neighbours:
         tensors += [model.neighbours.table.int(), model.neighbour_projection.weight.float().t()]
