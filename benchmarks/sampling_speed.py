@@ -28,8 +28,11 @@ from engine.sampling import (
 from models import ImageTransformer, ModelConfig
 from utils import autocast, select_device
 
-# Seconds of one measurement, which determine its number of bytes (at least two).
+# Seconds of one measurement, which determine its number of bytes (at least two): many more than
+# those for which torch's threads, idle after another sampler, spin and slow down the next one.
 SECONDS = 0.3
+# Bytes of the same images that are drawn before they are begun again.
+BYTES = 700
 # The sampler that recomputes the prefix: the cost of the last byte of an image.
 RECOMPUTED_IMAGES = 4
 COLUMNS = {
@@ -117,13 +120,15 @@ def milliseconds_per_byte(
 def loop(
     model: ImageTransformer, decoder: Callable, n: int, precision: str, device: torch.device
 ) -> Callable[[int], None]:
-    """A function that draws a given number of bytes of n images from the first one on."""
+    """A function that draws a given number of bytes of n images from the first one on, and again
+    from the first one after BYTES."""
     batch = empty_batch(model, n)
 
     def run(count):
-        batch.position.zero_()
-        with autocast(device, precision):
-            decoder(batch, count)
+        for drawn in range(0, count, BYTES):
+            batch.position.zero_()
+            with autocast(device, precision):
+                decoder(batch, min(BYTES, count - drawn))
 
     return run
 
@@ -131,7 +136,7 @@ def loop(
 def choose_count(run: Callable[[int], None], device: torch.device) -> int:
     """How many bytes take about SECONDS."""
     run(2)
-    return max(2, min(700, int(SECONDS / (measure.timed(partial(run, 4), device) / 4))))
+    return max(2, int(SECONDS / (measure.timed(partial(run, 4), device) / 4)))
 
 
 def least_seconds(

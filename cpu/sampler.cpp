@@ -25,7 +25,7 @@ constexpr int VECTORS = LANES == 8 ? 2 : 4;
 constexpr int ROWS = 6, PANEL = LANES * VECTORS;
 // With fewer rows per thread, a team of threads shares its rows, and each reads a part of the
 // weights.
-constexpr int ROWS_PER_TEAM = 8;
+constexpr int ROWS_PER_TEAM = 5;
 // Given bytes are read several positions at a time, so that the weights are read for this many rows.
 constexpr int64_t ROWS_AT_ONCE = 64;
 constexpr int D = HEADS * SIZE;
