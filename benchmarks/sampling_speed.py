@@ -31,8 +31,6 @@ from utils import autocast, select_device
 # Seconds of one measurement, which determine its number of bytes (at least two): many more than
 # those for which torch's threads, idle after another sampler, spin and slow down the next one.
 SECONDS = 0.3
-# Bytes of the same images that are drawn before they are begun again.
-BYTES = 700
 # The sampler that recomputes the prefix: the cost of the last byte of an image.
 RECOMPUTED_IMAGES = 4
 COLUMNS = {
@@ -120,15 +118,15 @@ def milliseconds_per_byte(
 def loop(
     model: ImageTransformer, decoder: Callable, n: int, precision: str, device: torch.device
 ) -> Callable[[int], None]:
-    """A function that draws a given number of bytes of n images from the first one on, and again
-    from the first one after BYTES."""
-    batch = empty_batch(model, n)
+    """A function that draws a given number of bytes of n images from the first one on, and begins
+    them again when they are complete."""
+    batch, length = empty_batch(model, n), model.config.length - 1
 
     def run(count):
-        for drawn in range(0, count, BYTES):
+        for drawn in range(0, count, length):
             batch.position.zero_()
             with autocast(device, precision):
-                decoder(batch, min(BYTES, count - drawn))
+                decoder(batch, min(length, count - drawn))
 
     return run
 

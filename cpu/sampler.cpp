@@ -237,8 +237,9 @@ inline int draw(const float* parameters, const float* noise, float temperature) 
     return int(std::rint(std::min(std::max(0.f, (x + 1) * 127.5f), 255.f)));
 }
 
-// One thread of a team. Of the products and of attention each member does a share. Norms, which
-// take less time than waiting for another thread, each member computes for all rows.
+// One thread of a team. Of the products and of attention each member does a share. What takes less
+// time than waiting for another thread (embeddings, norms, convolutions of one position), each
+// member computes for all rows.
 struct Member {
     Job& job;
     Team& team;

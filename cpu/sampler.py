@@ -70,10 +70,10 @@ class CompiledDecoder:
         self.library, self.compile_seconds = load_library(SOURCE, constants)
         self.config = model.config
         self.dtype = torch.bfloat16 if precision == "bf16" else torch.float32
-        sizes_of_panels = torch.empty(2, dtype=torch.int64)
-        self.library.call("panel_sizes", sizes_of_panels)
+        panel_sizes = torch.empty(2, dtype=torch.int64)
+        self.library.call("panel_sizes", panel_sizes)
         with torch.no_grad():
-            tensors = pack_model(model, Packing(*sizes_of_panels.tolist(), self.dtype))
+            tensors = pack_model(model, Packing(*panel_sizes.tolist(), self.dtype))
             self.tensors = [tensor.contiguous() for tensor in tensors]
         for tensor in self.tensors:
             check(tensor, tensor.dtype, tensor.shape)
