@@ -22,13 +22,15 @@ from layers import attention, gated, mixture
 from utils import UserError, one_line, say, warn
 
 FOLDER = Path(__file__).parent
-HEADERS = "common.h", "gated.h", "attention.h", "gated_attention.h"  # included by the sources
+# Included by the sources.
+HEADERS = "common.h", "gated.h", "attention.h", "gated_attention.h", "mixture.h"
 # The eps of torch.nn.LayerNorm.
 NORM_EPSILON = 1e-5
 # Of the operations on rows: enough to be worth starting a task, few enough to stay in the cache.
 ROWS_PER_TASK = 64
 CONSTANTS = {
     "ATTENTION_EPSILON": attention.EPSILON,
+    "BIN_WIDTH": mixture.BIN_WIDTH,
     "LENGTH_EPSILON": gated.LENGTH_EPSILON,
     "MIN_LOG_SCALE": mixture.MIN_LOG_SCALE,
     "NORM_EPSILON": NORM_EPSILON,

@@ -1,13 +1,14 @@
 // Operations of training and evaluation on CPUs: attention (attention.h, gated_attention.h), the
 // layer norm of a residual sum and the short convolution (add_norm, short_convolution of
-// layers/ops.py), dropout (keep_mask of layers/dropout.py), and what the gradient of a linear layer
-// needs besides products.
+// layers/ops.py), dropout (keep_mask of layers/dropout.py), the loss (mixture.h), and what the
+// gradient of a linear layer needs besides products.
 //
 // Tensors are float32 or bfloat16; everything between reading and writing a row is float32. The
 // compile-time constants are those of the headers.
 
 #include "attention.h"
 #include "gated_attention.h"
+#include "mixture.h"
 
 // Of a task. A sum over all rows consists of those of the tasks, in their order, so that it does not
 // depend on the number of threads.
@@ -251,6 +252,17 @@ void convolve_backward(const T* x, const float* weight, const int64_t* offsets, 
     });
 }
 
+// Log-probabilities (rows,) of the bytes `values` (rows,) with parameters (rows, 3K), and their
+// gradients (rows, 3K) unless that is null.
+template <class T>
+void log_prob(const T* parameters, const uint8_t* values, float* log_probs, float* gradients,
+              int64_t rows, int64_t K, int64_t threads) {
+    run_row_tasks(rows, threads, [=](int64_t, int64_t first, int64_t last) {
+        Components components(parameters + first * 3 * K, values + first, last - first, K);
+        components.log_prob(log_probs + first, gradients ? gradients + first * 3 * K : nullptr);
+    });
+}
+
 #define FOR_EACH_TYPE(FUNCTION) \
     exported<FUNCTION<float>>(#FUNCTION "_float32"), \
     exported<FUNCTION<BFloat16>>(#FUNCTION "_bfloat16")
@@ -264,6 +276,7 @@ extern "C" const Export* exports() {
         FOR_EACH_TYPE(convolve),
         FOR_EACH_TYPE(convolve_backward),
         FOR_EACH_TYPE(drop),
+        FOR_EACH_TYPE(log_prob),
         FOR_EACH_TYPE(bias_backward),
         FOR_EACH_TYPE(relu_backward),
         // Named by the types of x and y.

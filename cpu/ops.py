@@ -1,5 +1,5 @@
-"""The operations of layers/ops.py compiled for the CPU: ops.cpp for attention, norms and dropout,
-oneDNN for matrix products, each with its gradient. Float32 or bfloat16."""
+"""The operations of layers/ops.py compiled for the CPU: ops.cpp for attention, norms, dropout and
+the loss, oneDNN for matrix products, each with its gradient. Float32 or bfloat16."""
 
 import math
 from collections.abc import Sequence
@@ -103,6 +103,10 @@ class CompiledOps(PlainOps):
         (S,) = state
         check_shape(S, (N, n_heads, self.size, self.size))
         return gated_attention(self.library, projected, n_heads, S=S)
+
+    def log_prob(self, parameters: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+        check_shape(values, parameters.shape[:-1])
+        return LogProb.apply(self.library, parameters, values)
 
 
 class Linear(torch.autograd.Function):
@@ -312,6 +316,32 @@ def gated_attention(
     numbers = N, L, n_heads, torch.get_num_threads()
     library.call(f"gated_forward_{TYPES[projected.dtype]}", projected, outputs, scales, S, *numbers)
     return outputs
+
+
+class LogProb(torch.autograd.Function):
+    """Parameters (..., 3K) and bytes (...) -> log-probabilities (...), float32. The gradients are
+    computed at once, since they need the same exponentials."""
+
+    @staticmethod
+    def forward(ctx, library, parameters, values):
+        parameters, values = parameters.contiguous(), values.to(torch.uint8).contiguous()
+        log_probs = parameters.new_empty(values.shape, dtype=torch.float32)
+        gradients = None
+        if ctx.needs_input_grad[1]:
+            gradients = torch.empty_like(parameters, dtype=torch.float32)
+        check(parameters)
+        check(values, types=(torch.uint8,))
+        numbers = values.numel(), parameters.shape[-1] // 3, torch.get_num_threads()
+        name = f"log_prob_{TYPES[parameters.dtype]}"
+        library.call(name, parameters, values, log_probs, gradients, *numbers)
+        ctx.save_for_backward(gradients)
+        ctx.type = parameters.dtype
+        return log_probs
+
+    @staticmethod
+    def backward(ctx, gradient):
+        (gradients,) = ctx.saved_tensors
+        return None, (gradients * gradient[..., None]).to(ctx.type), None
 
 
 def attention_numbers(qkv):

@@ -120,7 +120,7 @@ def mixture_backward(
     d_width = tl.where(first | last, 0.0, width_gradient(widths))
     d_means = posterior * inverses * (d_lower - d_upper)
     d_log_scales = posterior * (lower * d_lower - upper * d_upper - d_width)
-    d_log_scales = tl.where(log_scales < MINIMUM, 0.0, d_log_scales)
+    d_log_scales = tl.where(log_scales <= MINIMUM, 0.0, d_log_scales)
     dtype: tl.constexpr = gradients.dtype.element_ty
     tl.store(gradients + offsets, d_logits.to(dtype), mask)
     tl.store(gradients + offsets + K, d_means.to(dtype), mask)

@@ -7,6 +7,7 @@ from functools import partial
 import pytest
 import torch
 from helpers import EXTREME_MIXTURES
+from loss_checks import check_loss, check_loss_of_nan
 from torch import nn
 from triton_cases import TOLERANCES, TRITON, TYPES, close, differentiate, seed  # noqa: F401
 
@@ -69,47 +70,16 @@ def test_nan_passes_dropout():
     assert TRITON.add_norm(torch.zeros_like(x), x, norm, noise).isnan().all()
 
 
-BYTES = torch.tensor([0, 1, 100, 254, 255], dtype=torch.uint8)
-
-
-def make_mixture(kind, n, K, dtype):
-    logit_size, mean_size, log_scale, log_scale_size = EXTREME_MIXTURES[kind]
-    logits, means, log_scales = torch.randn(3, n, len(BYTES), K)
-    parts = logit_size * logits, mean_size * means, log_scale + log_scale_size * log_scales
-    return torch.cat(parts, dim=-1).to(dtype)
-
-
 @pytest.mark.parametrize("kind", EXTREME_MIXTURES)
 @TYPES
 def test_loss(dtype, kind):
-    """Values and gradients, of the smallest and largest bytes too. A rounding error of a mean is
-    1e-4 of a narrow scale."""
-    parameters, values = make_mixture(kind, 7, 5, dtype), BYTES.expand(7, -1)
-
-    def log_prob(ops, x):
-        return [ops.log_prob(x, values)]
-
-    ours = differentiate(partial(log_prob, TRITON), parameters)
-    expected = differentiate(partial(log_prob, PlainOps()), parameters.double())
-    assert [t.dtype for t in ours] == [torch.float32, dtype]
-    assert ours[0].shape == values.shape
-    tolerances = 2e-6, 3e-4 if dtype == torch.float32 else 0.01
-    for a, b, tolerance in zip(ours, expected, tolerances, strict=True):
-        assert ((a.double() - b).abs() <= tolerance * (1 + b.abs())).all()
+    check_loss(TRITON, kind, dtype)
 
 
 @pytest.mark.parametrize("what", [0, 1, 2], ids=["logit", "mean", "log-scale"])
 @pytest.mark.parametrize("K", [1, 3, 10])
 def test_loss_of_nan(K, what):
-    """NaN in one byte's parameters, or all of its logits minus infinity, stays there."""
-    parameters = make_mixture("ordinary", 1, K, torch.float32)[0]
-    parameters[1, what * K] = torch.nan
-    parameters[2, :K] = -torch.inf
-    parameters.requires_grad_()
-    log_probs = TRITON.log_prob(parameters, BYTES)
-    assert log_probs.isnan().tolist() == [False, True, True, False, False]
-    log_probs.sum().backward()
-    assert parameters.grad.isnan().any(1).tolist() == [False, True, True, False, False]
+    check_loss_of_nan(TRITON, K, what)
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,8 @@ import sys
 
 import pytest
 import torch
-from helpers import ROOT
+from helpers import EXTREME_MIXTURES, ROOT
+from loss_checks import check_loss, check_loss_of_nan
 from torch import nn
 
 from cpu.ops import CompiledOps
@@ -153,6 +154,18 @@ def test_dropout_does_not_depend_on_the_batch():
     assert not torch.allclose(model.nll(images), whole)
 
 
+@DTYPES
+@pytest.mark.parametrize("kind", EXTREME_MIXTURES)
+def test_the_loss_and_its_gradients(kind, dtype, tolerance):
+    check_loss(compiled(), kind, dtype)
+
+
+@pytest.mark.parametrize("what", [0, 1, 2], ids=["logit", "mean", "log-scale"])
+@pytest.mark.parametrize("K", [1, 3, 10, 40])
+def test_the_loss_of_nan(K, what):
+    check_loss_of_nan(compiled(), K, what)
+
+
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_a_compiled_model_is_the_same_model(precision):
     config = ModelConfig(40, n_layers=2, n_heads=2, d_query=8, mixtures=3)
@@ -189,6 +202,9 @@ OPERATIONS = {
         x[..., :48].unflatten(-1, (3, 2, -1))
     ),
     "gated_attention": lambda ops, x, layers: ops.gated_attention(x, 2),
+    "log_prob": lambda ops, x, layers: ops.log_prob(
+        x[..., :66], torch.arange(x.shape[1]).expand(x.shape[:2])
+    ),
 }
 EVERY_OPERATION = pytest.mark.parametrize("operation", OPERATIONS.values(), ids=OPERATIONS)
 
@@ -330,6 +346,7 @@ REFUSED = {
     "taps": lambda ops: ops.short_convolution(torch.randn(2, 5, 8), torch.ones(2, 8), (1,)),
     "qkv": lambda ops: ops.linear_attention(torch.randn(2, 5, 2, 2, 8)),
     "size": lambda ops: ops.linear_attention(torch.randn(2, 5, 3, 2, 9)),
+    "bytes": lambda ops: ops.log_prob(torch.randn(2, 5, 30), torch.zeros(2, 4).byte()),
     "gates": lambda ops: ops.gated_attention(torch.randn(2, 5, 64), 2),
     "state": lambda ops: ops.gated_attention(torch.randn(2, 5, 68), 2, (torch.zeros(2, 2, 8, 7),)),
 }
