@@ -260,10 +260,11 @@ class ImageTransformer(nn.Module):
         x = self.pos_embedding(x, positions)
         if self.neighbours:
             neighbours = self.neighbours(images, positions)  # (N, P, features)
-            x = x + self.ops.linear(neighbours, self.neighbour_projection)
+            projected = self.ops.linear(neighbours, self.neighbour_projection)
+            x = x + projected
         x = self.encode(x, positions, states)  # (N, P, D)
-        if self.neighbours:
-            x = torch.cat([x, neighbours.to(x.dtype)], dim=-1)
+        if self.neighbours:  # in the type of the products, which under autocast is the shorter one
+            x = torch.cat([part.to(projected.dtype) for part in (x, neighbours)], dim=-1)
         return self.ops.linear(x[:, -1:] if last_only else x, self.predictor)
 
     def encode(
