@@ -111,7 +111,8 @@ class Trainer:
         self.start = checkpoint.iteration
         check_other_run(args, checkpoint)
         distributed.check_agreement("the iteration to continue from", self.start)
-        checkpoint.warn_about_threads(device)
+        if not args.evaluate_only:
+            checkpoint.warn_about_threads(device)
 
         validation = 0 if args.evaluate_only else self.settings.validation
         self.split = "validation" if validation else "test"
@@ -137,7 +138,7 @@ class Trainer:
         metrics = Metrics(args.metrics_file, args.log_dir, self.start)
         self.log = TrainingLog(metrics, self.start, args.iterations, images, args.log_frequency)
         self.describe()
-        if self.start and self.start < args.iterations:
+        if self.start and self.start < args.iterations and not args.evaluate_only:
             self.describe_rates(checkpoint.lr)
 
     def choose_precisions(self, precision: str) -> dict[str, str]:
@@ -250,12 +251,14 @@ class Trainer:
             warn("without --save_to the trained weights are not saved")
 
     def describe_rates(self, before: float | None) -> None:
-        """Print from which rate to which the schedule of a run that continues goes on."""
-        text = "" if before is None else f"{before:.3g} at iteration {self.start}, "
-        first, last = (
+        """Print from which rate to which a run goes on whose schedule is not the one before."""
+        planned, first, last = (
             self.settings.lr * self.settings.rate_factor(iteration, self.args.iterations)
-            for iteration in (self.start + 1, self.args.iterations)
+            for iteration in (self.start, self.start + 1, self.args.iterations)
         )
+        if before is not None and math.isclose(before, planned, rel_tol=1e-6):
+            return
+        text = "" if before is None else f"{before:.3g} at iteration {self.start}, "
         text += f"{first:.3g} from iteration {self.start + 1} on, "
         say(f"learning rate: {text}{last:.3g} at iteration {self.args.iterations}")
 

@@ -16,7 +16,7 @@ from datasets import NAMES
 from engine.checkpoint import Checkpoint
 from engine.recipes import COLOUR, RECIPES, Settings
 from models import NATIVE_ATTENTIONS, ModelConfig
-from options import Number, Option, choose_all
+from options import Number, Option, choose_all, typed
 from utils import UserError
 
 
@@ -59,7 +59,9 @@ def refuse_given(args: argparse.Namespace, flags: Iterable[str], reason: str) ->
     """Raise a `UserError` if one of these flags was given."""
     for name in flags:
         if name in args.given:
-            raise UserError(f"--{name} has no effect {reason}: leave it out")
+            value = getattr(args, name)
+            shown = typed(name, value) if isinstance(value, bool) else f"--{name}"
+            raise UserError(f"{shown} has no effect {reason}: leave it out")
 
 
 def flag(help: str, kind: Any = None, default: Any = None, **more: Any) -> dict:

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from engine import distributed, figures, pictures
+from engine.checkpoint import find_files
 from engine.progress import track
 from engine.unfinished import UnfinishedSamples, digest
 from files import check_writable, count_fields
@@ -70,10 +71,14 @@ def image_pattern(pattern: str) -> str:
 
 
 def check_paths(args: Namespace) -> None:
-    """Raise a `UserError` if an output could not be written, or is also another flag's."""
+    """Raise a `UserError` if an output could not be written, is also another flag's, or would
+    replace a checkpoint that MODEL names."""
+    checkpoints = {os.path.realpath(path) for path in find_files(args.model)}
     flags = {}
     for flag, path in output_paths(args):
         check_writable(path, flag)
+        if os.path.realpath(path) in checkpoints:
+            raise UserError(f"{flag} {path} would replace the checkpoint: give another path")
         if flags.setdefault(os.path.realpath(path), flag) != flag:
             raise UserError(f"{flag} {path} is also written by another flag: give another path")
 

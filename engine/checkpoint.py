@@ -423,6 +423,8 @@ def format_path(pattern: str, iteration: int) -> Path:
             f"{pattern} is not a valid pattern: write {{}} for the iteration, as in "
             "weights.{}.pth or run/{}/weights.pth"
         )
+    if path.endswith(os.sep):
+        raise UserError(f"{pattern} is a folder: add the name of a file, as in {path}{{}}.pth")
     return Path(path)
 
 

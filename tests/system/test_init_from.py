@@ -111,6 +111,8 @@ def test_a_run_that_goes_on_says_from_which_rate_to_which(succeed):
     command = [*TRAIN, "--recipe", "fast", "--warmup", 0, "--lr", 2e-3, "--log_frequency", 1]
     first = succeed(*command, "--iterations", 20, *parts).out
     assert "learning rate:" not in first
+    again = "main.py", "--continue_from", "w.20.pth", "--evaluate_only"
+    assert "learning rate:" not in succeed(*again, "--evaluate_images", 1).out
     out = succeed(*command, "--iterations", 30, *parts).out
     (line,) = re.findall(r"learning rate: (.*)", out)
     rates = {r["iteration"]: r["lr"] for r in records("m.jsonl") if r["split"] == "train"}

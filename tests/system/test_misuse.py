@@ -109,6 +109,8 @@ TRAINING = [
     ("--export folder --continue_from good.pth", "folder"),
     ("--export /proc/no/w.pth --continue_from good.pth", "/proc/no"),
     ("--export w.pth --continue_from good.pth --lr 1", "--lr has no effect with --export"),
+    ("--export w.pth --continue_from good.pth --no-compile", "--no-compile has no effect"),
+    ("--save_to new/", "new/ is a folder: add the name of a file"),
 ]
 
 PREDICTION = [

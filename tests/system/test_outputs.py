@@ -1,6 +1,7 @@
 """The files that the scripts write: formats, links, full disks, what killed processes leave."""
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -243,6 +244,15 @@ def test_one_file_for_two_outputs_is_refused(call, tiny_checkpoint):
     """Regression: the second replaced the first in silence."""
     flags = ["--save_grid", "a.png", "--save_surprisal", "./a.png"]
     assert "a.png is also" in refused(call, "prediction.py", tiny_checkpoint, *flags)
+
+
+def test_the_checkpoint_is_not_replaced(call, tiny_checkpoint):
+    """Regression: the picture took the place of the weights that had drawn it."""
+    for flags in (["w", "--save_grid", "./w"], ["w.{}.png", "--save_grid", "w.1.png"]):
+        for name in ("w", "w.1.png"):
+            shutil.copy(tiny_checkpoint, name)
+        err = refused(call, "prediction.py", *flags, "--offset", 0)
+        assert "would replace the checkpoint" in err
 
 
 def test_a_folder_is_refused(call, tiny_checkpoint, tmp_path):
