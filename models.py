@@ -277,6 +277,12 @@ class ImageTransformer(nn.Module):
         """Parameters (N, L, 3K) of the distribution of the byte after each of `images` (N, L)."""
         return self.parameters_at(images, positions_of(images), keys=keys)
 
+    def check_images(self, images: torch.Tensor) -> None:
+        """Raise a ValueError unless these are whole images (N, length), N > 0."""
+        shape = tuple(images.shape)
+        if len(shape) != 2 or not shape[0] or shape[1] != self.config.length:
+            raise ValueError(f"images are {shape} and should be (N, {self.config.length}), N > 0")
+
     def nll(self, images: torch.Tensor, keys: torch.Tensor | None = None) -> torch.Tensor:
         """-log p(image | its first byte), (N,), in nats, of whole images (N, length)."""
         return self.nll_per_byte(images, keys).sum(-1)

@@ -33,6 +33,7 @@ def sample_images(model: ImageTransformer, n: int, **options) -> torch.Tensor | 
     """New images (n, L), uint8; the model and `options` are those of `complete_images`."""
     noise = {name: options[name] for name in ("seed", "temperature") if name in options}
     index = options.get("index", range(n))
+    check_request(n, index, options.get("temperature", 1.0))
     return complete_images(model, first_bytes(model, index, **noise), 1, **options)
 
 
@@ -77,10 +78,18 @@ def complete_batches(
     set, the `index` (default: 0, 1, ...), and differs where a number comes again. `recompute`
     recomputes the prefix for every byte instead of keeping a state. `compile` is --compile. With
     "bf16" the weights of the model are rounded. Of several processes each draws its shard of a
-    batch, which is `batch_size` times as large as their number.
+    batch, which is `batch_size` times as large as their number. Raises a ValueError for images,
+    an offset, an index or a temperature that do not fit.
     """
+    model.check_images(images)
     N, L = images.shape
+    if not 1 <= offset <= L:
+        raise ValueError(
+            f"the offset is {offset} and should be from 1 to {L}: of a new image, too, "
+            "the first byte is given (sample_images)"
+        )
     index = range(N) if index is None else index
+    check_request(N, index, temperature)
     times = repetitions(index)
     device = model.first_byte_counts.device
     size = batch_size * distributed.world_size()
@@ -105,6 +114,14 @@ def complete_batches(
             batch = distributed.gather(part.to("cpu", torch.uint8))
             with progress.paused():
                 yield batch
+
+
+def check_request(n: int, index: Sequence[int], temperature: float) -> None:
+    """Raise a ValueError unless `n` images with these numbers can be drawn at a temperature."""
+    if n < 1 or len(index) != n:
+        raise ValueError(f"{n} images with an index of {len(index)}: give one number for each")
+    if not temperature > 0:
+        raise ValueError(f"the temperature is {temperature} and should be above 0")
 
 
 def repetitions(index: Iterable[int]) -> list[int]:

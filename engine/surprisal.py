@@ -16,8 +16,9 @@ def surprisal(
     (N, L) on the CPU. The mean over all but the first byte is the paper's bits/dim.
 
     The first byte's probability comes from the histogram of first bytes in the training set.
-    Raises `UserError` if one is not finite.
+    Raises `UserError` if one is not finite, and a ValueError for images of another shape.
     """
+    model.check_images(images)
     device = model.first_byte_counts.device
     nats = [model.first_byte_nll(images)[:, None].cpu()]
     parts = images.split(max(1, POSITIONS_AT_ONCE // images.shape[1]))  # bounds the memory

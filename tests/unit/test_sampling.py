@@ -9,11 +9,14 @@ from torch.utils._pytree import tree_leaves
 from engine import sampling
 from engine.sampling import (
     GraphDecoder,
+    complete_images,
     image_noise,
     sample_first_byte,
+    sample_images,
     sample_recomputing,
     sample_recurrent,
 )
+from engine.surprisal import surprisal
 from layers import mixture
 from models import NATIVE_ATTENTIONS, ImageTransformer, ModelConfig
 from utils import UserError
@@ -138,3 +141,23 @@ def test_distributions_that_are_not_finite_are_an_error(sampler, place):
     images = torch.zeros(2, LENGTH, dtype=torch.int64)
     with pytest.raises(UserError, match="not finite"):
         sampler(model, images, 1, image_noise(0, range(2), LENGTH))
+
+
+REQUESTS = {
+    "none": lambda model: sample_images(model, 0),
+    "index": lambda model: sample_images(model, 2, index=[1]),
+    "temperature": lambda model: sample_images(model, 2, temperature=-1),
+    "offset": lambda model: complete_images(model, torch.zeros(2, LENGTH).byte(), 0),
+    "length": lambda model: complete_images(model, torch.zeros(2, LENGTH - 1).byte(), 3),
+    "one image": lambda model: surprisal(model, torch.zeros(LENGTH).byte()),
+    "no images": lambda model: surprisal(model, torch.zeros(0, LENGTH).byte()),
+}
+
+
+@pytest.mark.parametrize("request_images", REQUESTS.values(), ids=REQUESTS)
+def test_what_cannot_be_drawn_is_a_value_error(request_images):
+    """Regression: from Python, a temperature below 0 drew noise, and of two numbers of images the
+    smaller one counted; the others were errors of torch."""
+    model = ImageTransformer(ModelConfig(LENGTH, n_layers=1, n_heads=1, d_query=8)).eval()
+    with pytest.raises(ValueError, match=r"images|offset|temperature"):
+        request_images(model)
