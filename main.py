@@ -20,7 +20,7 @@ from cli import training_flags
 from cli.flags import choose_model, given_options
 from cli.process import YIELDED, StopSignals, run
 from engine import construction, distributed
-from engine.checkpoint import NO_CHECKPOINT, Checkpoint, find_files, format_path
+from engine.checkpoint import NO_CHECKPOINT, Checkpoint, find_files, format_path, is_pattern
 from engine.construction import load_model
 from engine.metrics import Metrics
 from engine.optimizers import export_state, make_optimizer, set_rates
@@ -271,7 +271,8 @@ def check_batch_size(args: Namespace) -> None:
 
 
 def check_other_run(args: Namespace, checkpoint: Checkpoint) -> None:
-    """Raise a `UserError` if --save_to has checkpoints of a run that is not continued."""
+    """Raise a `UserError` if --save_to has checkpoints of a run that is not continued, and warn if
+    they are of later iterations of the run."""
     if not args.save_to:
         return
     found = [path for path in find_files(args.save_to) if path.exists()]
@@ -280,6 +281,12 @@ def check_other_run(args: Namespace, checkpoint: Checkpoint) -> None:
         raise UserError(
             f"--save_to {args.save_to}: {found[0]} is there, from another run: give another name, "
             f"continue that run with --continue_from {args.save_to}, or delete its files"
+        )
+    goes_back = found and not is_pattern(args.continue_from)
+    if goes_back and found[0].resolve() != checkpoint.path.resolve():
+        warn(
+            f"{found[0]} is there, too: the run replaces the checkpoints of later iterations that "
+            "it reaches; give another --save_to to keep them"
         )
 
 

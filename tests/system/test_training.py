@@ -105,6 +105,15 @@ def test_yielding_has_its_own_status_and_the_same_command_continues(call):
     assert "no more iterations to train" in results[-1].out
 
 
+def test_going_back_to_an_earlier_checkpoint_is_a_warning(succeed):
+    """Regression: the checkpoints of later iterations were replaced in silence."""
+    command = ["main.py", *DIGITS, "--save_frequency", 2, "--save_to", "w.{}.pth"]
+    assert succeed(*command, "--iterations", 4).err == ""
+    err = succeed(*command, "--iterations", 4, "--continue_from", "w.2.pth").err
+    assert err.startswith("warning: w.4.pth is there, too: the run replaces the checkpoints")
+    assert succeed(*command, "--iterations", 6, "--continue_from", "w.4.pth").err == ""
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_saves_and_exits(number, tmp_path):
     process = start(
