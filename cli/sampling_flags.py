@@ -65,10 +65,13 @@ SAMPLING = {
 }
 OUTPUT = {
     "save_image": flag(
-        "write image files: the first {} becomes pred or real, the second a number", "PATTERN"
+        "write image files: the first {} becomes pred or real, the second 0, 1, ... in the order "
+        "of --index",
+        "PATTERN",
     ),
     "save_gif": flag(
-        "animate each image, byte by byte, the given part in blue; {} becomes a number", "PATTERN"
+        "animate each image, byte by byte, the given part in blue; {} becomes 0, 1, ... likewise",
+        "PATTERN",
     ),
     # A frame of a GIF lasts 655 seconds at most.
     "gif_seconds": flag("seconds that an animation lasts", Number(float, 0.1, 600), GIF_SECONDS),
