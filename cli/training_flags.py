@@ -54,7 +54,7 @@ SAVING = {
     ),
 }
 LOGGING = {
-    "log_frequency": flag("print and record the mean loss of every N iterations", COUNT, 100),
+    "log_frequency": flag("show and record the mean loss of every N iterations", COUNT, 100),
     "metrics_file": flag("append records as JSON lines", "FILE"),
     "log_dir": flag("write TensorBoard events", "FOLDER"),
     "samples": flag(
