@@ -66,7 +66,7 @@ SAMPLING = {
 OUTPUT = {
     "save_image": flag(
         "write image files: the first {} becomes pred or real, the second 0, 1, ... in the order "
-        "of --index",
+        "in which they are asked for",
         "PATTERN",
     ),
     "save_gif": flag(
