@@ -74,7 +74,8 @@ def train(args: Namespace, device: torch.device) -> int:
     start, log = trainer.start, trainer.log
     with StopSignals(saves=bool(args.save_to)) as stop, log:
         if args.evaluate_only or start >= args.iterations:
-            say(f"no more iterations to train: evaluating iteration {start}")
+            reason = "" if args.evaluate_only else "no more iterations to train: "
+            say(f"{reason}evaluating iteration {start}")
             trainer.evaluate(start, stop)
             trainer.draw_samples(start, stop)
             return stop.exit_status
@@ -129,7 +130,8 @@ class Trainer:
             self.model.first_byte_counts.copy_(self.training.first_byte_counts())
         if not args.evaluate_only:
             self.training = self.training.on_device_if_small(device)
-            self.optimizer = make_optimizer(self.model, self.settings, self.muon_precision())
+            muon_precision = self.muon_precision(precision)
+            self.optimizer = make_optimizer(self.model, self.settings, muon_precision)
             checkpoint.restore_optimizer(self.optimizer)
         self.nll = parallel_nll(self.model, args, device)
 
@@ -151,9 +153,8 @@ class Trainer:
         }
         return {part: self.choices.choose(part, precision, candidates[part]) for part in parts}
 
-    def muon_precision(self) -> str:
-        """That of Muon's products, whatever --precision is."""
-        precision = select_precision("auto", self.device)
+    def muon_precision(self, precision: str) -> str:
+        """That of Muon's products; "auto" is measured."""
         if self.settings.optimizer != "muon":
             return precision
         return self.choices.choose("Muon", precision, partial(muon_candidates, self.model))

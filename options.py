@@ -104,7 +104,7 @@ def choose(name: str, given: dict, stored: dict, *others: dict, may_change: bool
     """
     if not may_change and name in given and given[name] != stored.get(name, given[name]):
         problem = f"{typed(name, given[name])} contradicts the checkpoint, whose {name} is "
-        raise UserError(f"{problem}{stored[name]}: leave the flag out, or start another run")
+        raise UserError(f"{problem}{stored[name]}: leave the flag out, or give another checkpoint")
     return next(values[name] for values in (given, stored, *others) if name in values)
 
 

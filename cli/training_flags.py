@@ -115,6 +115,7 @@ def check_flags(args: Namespace) -> None:
     if args.metrics_file:
         check_writable(args.metrics_file, "--metrics_file")
         check_names_differ(args, "metrics_file", "save_to", "continue_from", "init_from")
+        check_records(args.metrics_file)
     if args.samples:
         check_writable(format_path(args.samples, 0), "--samples")
         check_names_differ(args, "samples", "save_to", "continue_from", "init_from", "metrics_file")
@@ -123,6 +124,12 @@ def check_flags(args: Namespace) -> None:
             raise UserError(f"--samples {args.samples} must end in one of {known}")
     if args.log_dir:
         check_writable(Path(args.log_dir) / "events", "--log_dir")
+
+
+def check_records(path: str) -> None:
+    """Raise a `UserError` for a file of something else, to which records would be appended."""
+    if os.path.isfile(path) and Path(path).read_bytes()[:1] not in (b"", b"{"):
+        raise UserError(f"--metrics_file {path} holds something else: give another name")
 
 
 def check_names_differ(args: Namespace, flag: str, *others: str) -> None:

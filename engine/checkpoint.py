@@ -306,7 +306,9 @@ def read_entries(path: Path) -> dict:
                 "code: if you trust the file, read it with torch.load(..., weights_only=False), "
                 "and save it again with plain numbers, texts and tensors"
             ) from None
-        raise not_valid(path, one_line(error, 120)) from None
+        # torch's own words would lead a user to turn weights_only off.
+        reason = one_line(error, 120) if type(error) is ValueError else "torch cannot read it"
+        raise not_valid(path, reason) from None
     return entries if isinstance(entries, dict) else {}
 
 

@@ -132,11 +132,21 @@ def test_an_iteration_that_is_no_whole_number_is_named(call, tiny_checkpoint):
 
 
 def test_a_text_file_is_not_to_be_deleted(call, tmp_path):
-    """Regression: somebody's notes, given as a model by mistake, were to be deleted."""
+    """Regression: somebody's notes, given as a model by mistake, were to be deleted; and torch's
+    reason, which was shown, spoke of turning off its protection against code in files."""
     (tmp_path / "notes.txt").write_text("buy milk")
     line = refused(call, "prediction.py", "notes.txt")
     assert "not a checkpoint" in line
     assert "delete" not in line
+    assert "weights_only" not in line
+
+
+def test_records_are_not_appended_to_other_files(call, tmp_path):
+    """Regression: lines of JSON were appended to whatever file --metrics_file named."""
+    (tmp_path / "notes.txt").write_text("buy milk")
+    line = refused(call, *TRAIN, "--metrics_file", "notes.txt")
+    assert "--metrics_file notes.txt holds something else" in line
+    assert (tmp_path / "notes.txt").read_text() == "buy milk"
 
 
 def diverged(checkpoint, value):
