@@ -26,7 +26,7 @@ from engine.metrics import Metrics
 from engine.optimizers import export_state, make_optimizer, set_rates
 from engine.precision import Choices, layer_candidates, muon_candidates
 from engine.progress import TrainingLog
-from engine.recipes import Settings, add_colour, choose_recipe
+from engine.recipes import Settings, choose_recipe
 from engine.sample_grid import SampleGrid
 from engine.training import NegativeLogLikelihood, evaluate, non_finite_parameter, train_step
 from models import ImageTransformer, ModelConfig
@@ -120,7 +120,7 @@ class Trainer:
         self.training, self.held_out = load_data(args, checkpoint, validation, self.seed)
         shape = self.held_out.image_shape
         if args.backend == "native":
-            recipe = add_colour(recipe, shape)
+            self.settings, recipe = choose_settings(args, checkpoint, shape)
         config = ModelConfig.for_images(shape, **choose_model(args, checkpoint, recipe))
         precision = select_precision(args.precision, device, args.backend)
         self.model = build_model(config, args, precision, device, self.seed, checkpoint)
@@ -291,10 +291,12 @@ def check_other_run(args: Namespace, checkpoint: Checkpoint) -> None:
         )
 
 
-def choose_settings(args: Namespace, checkpoint: Checkpoint) -> tuple[Settings, dict]:
-    """The `Settings` of a run, and the values that its recipe sets."""
+def choose_settings(
+    args: Namespace, checkpoint: Checkpoint, image_shape: tuple[int, ...] = ()
+) -> tuple[Settings, dict]:
+    """The `Settings` of a run, and the values that its recipe sets, for images of this shape."""
     given, stored = given_options(args, Settings), checkpoint.settings
-    recipe = choose_recipe(given, stored, args.iterations)
+    recipe = choose_recipe(given, stored, args.iterations, image_shape)
     return Settings(**choose_all(Settings, given, stored, recipe)), recipe
 
 

@@ -104,10 +104,10 @@ def default_text(option: Option) -> str:
     if option.default is None or option.default is False:  # 0 is a default, but equals False
         return ""
     text = f" (default: {option.default}"
-    fast = RECIPES["fast"].get(option.name, option.default)
-    if option.name in COLOUR["fast"]:
-        fast = f"{COLOUR['fast'][option.name]} for colour images"
-    return text + ("" if fast == option.default else f", fast: {fast}") + ")"
+    fast, colour = (recipes["fast"].get(option.name) for recipes in (RECIPES, COLOUR))
+    texts = [] if fast in (None, option.default) else [f"{fast}"]
+    texts += [] if colour is None else [f"{colour} for colour images"]
+    return text + (f", fast: {', '.join(texts)}" if texts else "") + ")"
 
 
 DATA = {

@@ -113,7 +113,8 @@ class Checkpoint:
         config = ModelConfig.for_images(shape, **values)
         # A path is stored in UTF-8, whatever the encoding of file names here.
         name = os.fsdecode(entries["dataset"]["name"].encode("utf-8", "surrogateescape"))
-        settings = {"validation": 0, **entries["settings"]}  # a run of version 2 held none out
+        # What runs did before these settings existed.
+        settings = {"validation": 0, "mean_rate": 0.03, **entries["settings"]}
         known |= {"config": config, "dataset": name, "image_shape": shape, "settings": settings}
         checkpoint = cls(**known, path=path)
         expected = {**vars(config), "d_model": config.d_model}

@@ -17,10 +17,6 @@ MUON_WEIGHT_DECAY = 0.1
 # AdamW's beside Muon. The usual 0.999 remembers gradients for longer than a short run lasts: after
 # 700 iterations it was 0.016 bits/dim worse.
 BETA2 = 0.95
-# The rate of the mixture's means beside Muon, relative to that of AdamW. A mean is measured in the
-# width of its logistic, which for background and white pixels is a fraction of a byte; at the full
-# rate every step moves it by more than that.
-MEAN_RATE = 0.03
 
 
 def make_optimizer(model: nn.Module, settings: Any, muon_precision: str = "bf16") -> Any:
@@ -40,7 +36,8 @@ def make_optimizer(model: nn.Module, settings: Any, muon_precision: str = "bf16"
     matrices = [module.weight for module in modules if isinstance(module, nn.Linear)]
     chosen = set(matrices)
     others = [p for p in model.parameters() if p not in chosen]
-    means = SlowMeans(mean_rows(model.predictor), others, betas=(0.9, BETA2), **options)
+    options |= {"betas": (0.9, BETA2), "mean_rate": settings.mean_rate}
+    means = SlowMeans(mean_rows(model.predictor), others, **options)
     muon = Muon(matrices, settings.muon_lr, MUON_WEIGHT_DECAY, muon_precision)
     return OptimizerPair(muon, means)
 
@@ -71,18 +68,29 @@ class InsteadOfBfloat16(TorchFunctionMode):
 
 
 class SlowMeans(torch.optim.AdamW):
-    """AdamW with a lower rate for the rows of the predictor that compute the `means`."""
+    """AdamW with a lower rate, relative to that of the others, for the rows of the predictor that
+    compute the `means`.
 
-    def __init__(self, means: list[torch.Tensor], parameters: list[torch.Tensor], **options: Any):
+    A mean is measured in the width of its logistic. For black and white pixels that is a fraction
+    of a byte, and at the full rate every step moves the mean by more.
+    """
+
+    def __init__(
+        self,
+        means: list[torch.Tensor],
+        parameters: list[torch.Tensor],
+        mean_rate: float,
+        **options: Any,
+    ):
         super().__init__(parameters, **options)
-        self.means = means
+        self.means, self.mean_rate = means, mean_rate
 
     def step(self) -> None:
         before = [rows.clone() for rows in self.means]
         super().step()
         # The rows are parts of tensors, which can only have one rate: go most of the way back.
         for rows, old in zip(self.means, before, strict=True):
-            rows.lerp_(old, 1 - MEAN_RATE)
+            rows.lerp_(old, 1 - self.mean_rate)
 
 
 def set_rates(optimizer: Any, settings: Any, factor: float) -> dict[str, float]:

@@ -4,7 +4,7 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-from engine.optimizers import MEAN_RATE, MUON_WEIGHT_DECAY
+from engine.optimizers import MUON_WEIGHT_DECAY
 from options import NOT_NEGATIVE, POSITIVE, Number, changeable, choose, option
 
 # How each recipe differs from the defaults of `Settings` and `ModelConfig`.
@@ -21,7 +21,8 @@ RECIPES = {
         "neighbours": True,
     },
 }
-COLOUR = {"fast": {"attention_type": "gated-linear"}}  # further ones, for colour images
+# What is different for colour images.
+COLOUR = {"fast": {"attention_type": "gated-linear", "lr": 0.02, "mean_rate": 0.3}}
 RATES = {"lr", "muon_lr"}  # in recipes, those for 1,600 iterations
 
 
@@ -33,7 +34,8 @@ class Settings:
         "paper",
         tuple(RECIPES),
         "paper: RAdam at a constant rate; fast: Muon, a cosine schedule, no dropout, no clipping, "
-        "--neighbours, and for colour images gated-linear attention; each part can be overridden",
+        "--neighbours, and for colour images gated-linear attention and higher rates; each part "
+        "can be overridden",
     )
     optimizer: str = option(
         "radam",
@@ -43,13 +45,19 @@ class Settings:
     lr: float = changeable(
         1e-4,
         POSITIVE,
-        f"learning rate; with muon, that of AdamW, and {MEAN_RATE} of it for the mixture's means; "
-        "fast multiplies its default by (1600 / iterations)^0.3, at most 1.5",
+        "learning rate; with muon, that of AdamW; fast multiplies its default by "
+        "(1600 / iterations)^0.3, at most 1.5",
     )
     muon_lr: float = changeable(
         0.02,
         POSITIVE,
         "learning rate of Muon; fast multiplies its default likewise",
+        only_with=("optimizer", ("muon",)),
+    )
+    mean_rate: float = changeable(
+        0.03,
+        POSITIVE,
+        "learning rate of the mixture's means beside Muon, relative to AdamW's",
         only_with=("optimizer", ("muon",)),
     )
     lr_schedule: str = changeable(
@@ -83,18 +91,16 @@ class Settings:
         return factor
 
 
-def choose_recipe(given: dict, stored: dict, iterations: int) -> dict[str, Any]:
+def choose_recipe(
+    given: dict, stored: dict, iterations: int, image_shape: tuple[int, ...] = ()
+) -> dict[str, Any]:
     """The values that the recipe of a run sets; `given` and `stored` are options of `Settings`.
 
-    The rates fall with the length of a run, since the best ones do: Muon's was about 0.03 for 400
-    iterations and 0.02 for 1,600.
+    The rates fall with the length of a run, since the best ones do: on digits, Muon's was about
+    0.03 for 400 iterations and 0.02 for 1,600.
     """
     name = choose("recipe", given, stored, {"recipe": "paper"})
-    values, factor = RECIPES[name], min(1.5, (1600 / iterations) ** 0.3)
+    values = RECIPES[name] | (COLOUR.get(name, {}) if len(image_shape) == 3 else {})
+    factor = min(1.5, (1600 / iterations) ** 0.3)
     rates = {rate: float(f"{factor * values[rate]:.2g}") for rate in values.keys() & RATES}
     return {"recipe": name, **values, **rates}
-
-
-def add_colour(recipe: dict[str, Any], image_shape: tuple[int, ...]) -> dict[str, Any]:
-    """The values of a recipe of `choose_recipe` for images of this shape."""
-    return {**recipe, **(COLOUR.get(recipe["recipe"], {}) if len(image_shape) == 3 else {})}

@@ -6,6 +6,7 @@ from dataclasses import fields
 from pathlib import Path
 
 import pytest
+import torch
 from helpers import (
     DIGITS,
     TINY,
@@ -17,7 +18,7 @@ from helpers import (
     require_library,
 )
 
-from engine.recipes import Settings
+from engine.recipes import COLOUR, Settings
 from models import ImageTransformer, ModelConfig
 
 FAST = ["main.py", *DIGITS, "--recipe", "fast"]
@@ -36,8 +37,9 @@ def test_paper_is_the_default(succeed):
     """With the settings and the model that there were before there were recipes."""
     settings, config = train(succeed)
     assert settings == {
-        "recipe": "paper", "optimizer": "radam", "lr": 1e-4, "muon_lr": 0.02, "weight_decay": 0.01,
-        "clip_norm": 1.0, "lr_schedule": "constant", "warmup": 0, "validation": 0,
+        "recipe": "paper", "optimizer": "radam", "lr": 1e-4, "muon_lr": 0.02, "mean_rate": 0.03,
+        "weight_decay": 0.01, "clip_norm": 1.0, "lr_schedule": "constant", "warmup": 0,
+        "validation": 0,
     }  # fmt: skip
     assert (config["dropout"], config["neighbours"], config["width"]) == (0.1, False, 0)
     assert train(succeed, "--recipe", "paper") == (settings, config)
@@ -48,6 +50,7 @@ def test_fast_sets_what_the_help_says(call, succeed):
     settings, config = train(succeed, "--recipe", "fast", "--lr", 4e-3, "--muon_lr", 0.02)
     paper, plain = train(succeed, "--recipe", "paper")
     out = " ".join(call("main.py", "--help").out.split("options:")[1].split())
+    out = re.sub(r",( fast:)? [^,(]+ for colour images", "", out)
     defaults = re.compile(r"\(default: ([^,)]+)(?:, fast: ([^,)]+))?\)")
     for name in NAMES:
         default, fast = defaults.search(out.rsplit(f" --{name} ", 1)[1]).groups()
@@ -70,6 +73,7 @@ def test_fast_sets_what_the_help_says(call, succeed):
         (["--no-neighbours"], "neighbours", False),
         (["--lr", 1e-3], "lr", 1e-3),
         (["--muon_lr", 0.5], "muon_lr", 0.5),
+        (["--mean_rate", 0.5], "mean_rate", 0.5),
         (["--lr_schedule", "constant"], "lr_schedule", "constant"),
         (["--warmup", 0], "warmup", 0),
         (["--weight_decay", 0], "weight_decay", 0),
@@ -250,6 +254,22 @@ def test_colour_images_get_gated_attention(succeed, colour_folder):
     train(succeed, "--recipe", "fast")
     found = [attention_of(f"{name}.pth") for name in ("paper", "fast", "given.1", "more", "w")]
     assert found == ["causal-linear", "gated-linear", *["causal-linear"] * 3]
+
+
+def test_colour_images_get_higher_rates(succeed, colour_folder):
+    """By the fast recipe. A run that began before the means' rate was stored goes on as it was."""
+    colour = ["main.py", "--dataset", colour_folder, *TINY, "--batch_size", 4, "--recipe", "fast"]
+    succeed(*colour, "--iterations", 2, "--save_to", "w.pth")
+    entries = load("w.pth")
+    assert entries["settings"]["lr"] == 1.5 * COLOUR["fast"]["lr"]
+    assert entries["settings"].pop("mean_rate") == COLOUR["fast"]["mean_rate"]
+    torch.save(entries, "old.pth")
+    for name, rate in (("w.pth", COLOUR["fast"]["mean_rate"]), ("old.pth", 0.03)):
+        more = ["--iterations", 3, "--continue_from", name, "--save_to", "more.{}.pth"]
+        succeed(*colour, *more)
+        stored = load("more.3.pth")["settings"]
+        assert (stored["lr"], stored["mean_rate"]) == (entries["settings"]["lr"], rate)
+        Path("more.3.pth").unlink()
 
 
 def test_the_library_trains_colour_images_by_the_fast_recipe(succeed, colour_folder):

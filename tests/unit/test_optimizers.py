@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from engine.optimizers import MEAN_RATE, MUON_WEIGHT_DECAY, Muon, make_optimizer, set_rates
+from engine.optimizers import MUON_WEIGHT_DECAY, Muon, make_optimizer, set_rates
 from engine.recipes import Settings
 from models import ImageTransformer, ModelConfig
 
@@ -70,7 +70,7 @@ def test_beside_muon_the_means_move_at_a_lower_rate(neighbours):
             first = start[name]
             assert not torch.equal(expected[means], first[means])
             expected = expected.clone()
-            expected[means] = first[means] + MEAN_RATE * (expected[means] - first[means])
+            expected[means] = first[means] + MUON.mean_rate * (expected[means] - first[means])
         torch.testing.assert_close(moved, expected, rtol=1e-5, atol=1e-7)
 
 
