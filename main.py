@@ -119,7 +119,7 @@ class Trainer:
         self.split = "validation" if validation else "test"
         self.training, self.held_out = load_data(args, checkpoint, validation, self.seed)
         shape = self.held_out.image_shape
-        if args.backend == "native":
+        if args.backend == "native":  # the library has no gated attention
             self.settings, recipe = choose_settings(args, checkpoint, shape)
         config = ModelConfig.for_images(shape, **choose_model(args, checkpoint, recipe))
         precision = select_precision(args.precision, device, args.backend)

@@ -128,8 +128,11 @@ def check_flags(args: Namespace) -> None:
 
 def check_records(path: str) -> None:
     """Raise a `UserError` for a file of something else, to which records would be appended."""
-    if os.path.isfile(path) and Path(path).read_bytes()[:1] not in (b"", b"{"):
-        raise UserError(f"--metrics_file {path} holds something else: give another name")
+    if not os.path.isfile(path):
+        return
+    with open(path, "rb") as file:
+        if file.read(1) not in (b"", b"{"):
+            raise UserError(f"--metrics_file {path} holds something else: give another name")
 
 
 def check_names_differ(args: Namespace, flag: str, *others: str) -> None:

@@ -68,8 +68,7 @@ class InsteadOfBfloat16(TorchFunctionMode):
 
 
 class SlowMeans(torch.optim.AdamW):
-    """AdamW with a lower rate, relative to that of the others, for the rows of the predictor that
-    compute the `means`.
+    """AdamW, with `mean_rate` times the rate for the predictor's rows that compute the `means`.
 
     A mean is measured in the width of its logistic. For black and white pixels that is a fraction
     of a byte, and at the full rate every step moves the mean by more.
@@ -88,7 +87,7 @@ class SlowMeans(torch.optim.AdamW):
     def step(self) -> None:
         before = [rows.clone() for rows in self.means]
         super().step()
-        # The rows are parts of tensors, which can only have one rate: go most of the way back.
+        # The rows are parts of tensors, which can only have one rate: go part of the way back.
         for rows, old in zip(self.means, before, strict=True):
             rows.lerp_(old, 1 - self.mean_rate)
 
