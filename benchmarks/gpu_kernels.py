@@ -244,7 +244,7 @@ def relative_errors(operation: Operation, ops: PlainOps) -> list[float]:
 
 
 def main() -> int:
-    """The table of docs/speed.md."""
+    """The table of docs/gpu.md."""
     print("| kernel | fp32 | bf16 |\n|---|---|---|")
     sizes = 1, 3071, 8, 32
     tables = [

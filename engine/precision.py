@@ -60,7 +60,8 @@ class Choices:
     def describe(self, device: torch.device, precisions: dict[str, str]) -> str:
         """A device and {part: precision} in words: "cpu (2 threads), bf16 (1.9 times as fast as
         fp32), evaluation in fp32"."""
-        threads = f" ({torch.get_num_threads()} threads)" if device.type == "cpu" else ""
+        n = torch.get_num_threads()
+        threads = f" ({n} thread{'s' if n > 1 else ''})" if device.type == "cpu" else ""
         (first, precision), *others = precisions.items()
         reason = f" ({self.reasons[first]})" if self.reasons.get(first) else ""
         changes = (f", {part} in {other}" for part, other in others if other != precision)

@@ -18,7 +18,7 @@ State = tuple[torch.Tensor, torch.Tensor]  # the sums S (N, H, E, M) and Z (N, H
 def chunk_length(device: torch.device) -> int:
     """Positions in a chunk: enough for efficient matrix products, few enough that the quadratic
     part inside a chunk stays cheaper than the sums of size E x M. A GPU is limited by the memory
-    traffic of both, which is least at about E (docs/speed.md)."""
+    traffic of both, which is least at about E (docs/gpu.md)."""
     return 64 if device.type == "cpu" else 32
 
 

@@ -197,7 +197,7 @@ class Traffic(dict):
 
 @TYPES
 def test_traffic(dtype, monkeypatch):
-    """As on paper, from which docs/speed.md has its table."""
+    """As on paper, from which docs/gpu.md has its table."""
     traffic = Traffic(monkeypatch)
     for _, operation in gpu_kernels.list_operations(1, 100, 2, 16, dtype, torch.device("cpu"), 2):
         traffic.clear()

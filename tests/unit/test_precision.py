@@ -65,7 +65,7 @@ def test_choices_are_remembered_on_the_same_machine():
     assert second.choose("training", "auto", never) == made == "bf16"
     assert second.stored == {**first.stored, "Muon": "fp32"}
     text = second.describe(torch.device("cpu"), {"training": "bf16", "evaluation": "fp32"})
-    assert text.endswith("threads), bf16 (as before), evaluation in fp32")
+    assert text.endswith("), bf16 (as before), evaluation in fp32")
 
 
 @pytest.mark.parametrize("before", ["fp32", "bf16"])
