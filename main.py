@@ -105,6 +105,7 @@ class Trainer:
     def __init__(self, args: Namespace, device: torch.device):
         self.args, self.device = args, device
         check_batch_size(args)
+        self.images_at_once = args.batch_size // distributed.world_size()  # in this process
         checkpoint = load_checkpoint(args)
         self.settings, recipe = choose_settings(args, checkpoint)
         choose_model(args, checkpoint, recipe)  # for its errors, before the data are loaded
@@ -145,10 +146,11 @@ class Trainer:
 
     def choose_precisions(self, precision: str) -> dict[str, str]:
         """Those of the parts of the run; "auto" is measured with the images of a process."""
-        n = self.args.batch_size // distributed.world_size()
         parts = ("evaluation",) if self.args.evaluate_only else ("training", "evaluation")
         candidates = {
-            part: partial(layer_candidates, self.model, n, train=part == "training")
+            part: partial(
+                layer_candidates, self.model, self.images_at_once, train=part == "training"
+            )
             for part in parts
         }
         return {part: self.choices.choose(part, precision, candidates[part]) for part in parts}
@@ -183,7 +185,7 @@ class Trainer:
         with self.log.paused():
             images = self.held_out.images[: self.args.evaluate_images]
             precision = self.precisions["evaluation"]
-            options = {"batch_size": self.args.batch_size, "precision": precision}
+            options = {"batch_size": self.images_at_once, "precision": precision}
             bits = evaluate(self.nll, images, **options, stop=stop)
         if not bits:
             return
@@ -309,9 +311,9 @@ def choose_seed(args: Namespace, checkpoint: Checkpoint) -> int:
 def load_data(
     args: Namespace, checkpoint: Checkpoint, validation: int, seed: int
 ) -> tuple[datasets.ImageDataset | None, datasets.ImageDataset]:
-    """The training images, and those to evaluate on: the test images, or with `validation` so many
-    training images. --evaluate_only may use another data set, and needs no training images if the
-    checkpoint has their histogram of first bytes."""
+    """The training images, and those to evaluate on: the test images, or `validation` training
+    images. --evaluate_only may use another data set, and needs no training images if the checkpoint
+    has their histogram of first bytes."""
     name = datasets.choose_name(args.dataset, checkpoint.dataset, may_differ=args.evaluate_only)
     place = args.dataset_directory
     with distributed.first_process_first():

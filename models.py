@@ -213,7 +213,7 @@ class ImageTransformer(nn.Module):
     """Predicts every byte of an image from the bytes before it.
 
     The parameters have the names of the original experiment's checkpoints. `ops` computes the
-    layers: `PlainOps`, or the compiled operations of cpu/ops.py.
+    layers: `PlainOps`, or the compiled operations of cpu/ops.py and gpu/ops.py.
     """
 
     def __init__(self, config: ModelConfig, ops: PlainOps | None = None):

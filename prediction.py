@@ -65,10 +65,10 @@ def complete(args: Namespace, device: torch.device) -> None:
 
 
 def measure_precision(args: Namespace, model: ImageTransformer, n: int, offset: int) -> str:
-    """The faster one to draw the bytes of n images from `offset` on."""
+    """The faster one to draw the bytes of n images from `offset` on, or to evaluate them."""
     device, config = model.first_byte_counts.device, model.config
     size = min(args.batch_size, math.ceil(n / distributed.world_size()))  # images at a time
-    if config.has_recurrence and not args.recompute:
+    if config.has_recurrence and not args.recompute and offset < config.length:
         steps = math.ceil(n / size / distributed.world_size()) * (config.length - offset)
         candidates = partial(sampling_candidates, model, size, args.compile, steps)
     else:
@@ -165,13 +165,13 @@ def check_flags(args: Namespace, config: ModelConfig, precision: str, device: to
         )
     recurrent = config.has_recurrence and not args.recompute
     construction.check_backend(args.backend, config, device, precision, args.compile)
-    compiles = recurrent
+    compiles = recurrent or args.compile is False  # on a GPU, without the Triton kernels
     if device.type == "cpu":
         compiles = config.attention_type != "full" or not recurrent
     if args.compile is not None and not compiles:
         raise UserError(
             f"{typed('compile', args.compile)} has no effect on a CPU with --attention_type full "
-            "and without --recompute, nor on a GPU with --recompute: leave it out"
+            "and without --recompute; nor has --compile on a GPU with --recompute: leave it out"
         )
     n_states = min(args.batch_size, len(args.index)) if recurrent else 0
     construction.check_memory(construction.sampling_memory(config, n_states), device)

@@ -16,27 +16,13 @@ from benchmarks.command_line import parse
 from benchmarks.curves import read_curve
 from cli.flags import DATA, flag
 from cli.process import run
+from engine.recipes import choose_recipe
 from files import check_writable
 from options import COUNT, SEED
 from utils import UserError
 
 MAIN = Path(__file__).parent.parent / "main.py"
 MODEL = ["--n_layers", "3", "--n_heads", "3", "--batch_size", "8", "--precision", "auto"]
-# Each part of the recipe: flags that add it to the paper's recipe, and that take it from the fast
-# one.
-PARTS = {
-    "Muon and its rates": (
-        ["--optimizer", "muon", "--muon_lr", "0.02", "--lr", "4e-3"],
-        ["--optimizer", "adam", "--lr", "2e-3"],
-    ),
-    "neighbours": (["--neighbours"], ["--no-neighbours"]),
-    "cosine schedule, warm-up": (
-        ["--lr_schedule", "cosine", "--warmup", "100"],
-        ["--lr_schedule", "constant", "--warmup", "0"],
-    ),
-    "no clipping": (["--clip_norm", "0"], ["--clip_norm", "1"]),
-    "no dropout": (["--dropout", "0"], ["--dropout", "0.1"]),
-}
 FLAGS = {
     "dataset": flag("as of main.py", "NAME|FOLDER", "mnist"),
     "dataset_directory": DATA["dataset_directory"],
@@ -52,8 +38,25 @@ def main(argv: list[str] | None = None) -> None:
     check_writable(metrics_file(args, "unchanged alone", 0), "--folder")
     print("| | paper, plus | fast, minus |\n|---|---|---|")
     print(row("unchanged", args, [], []), flush=True)
-    for part, (added, removed) in PARTS.items():
+    for part, (added, removed) in parts(args.iterations).items():
         print(row(part, args, added, removed), flush=True)
+
+
+def parts(iterations: int) -> dict[str, tuple[list[str], list[str]]]:
+    """Each part of the recipe for grey images: flags that add it to the paper's recipe, and that
+    take it from the fast one."""
+    recipe = choose_recipe({"recipe": "fast"}, {}, iterations)
+    muon = ["--optimizer", "muon", "--muon_lr", str(recipe["muon_lr"]), "--lr", str(recipe["lr"])]
+    return {
+        "Muon and its rates": (muon, ["--optimizer", "adam", "--lr", "2e-3"]),
+        "neighbours": (["--neighbours"], ["--no-neighbours"]),
+        "cosine schedule, warm-up": (
+            ["--lr_schedule", "cosine", "--warmup", "100"],
+            ["--lr_schedule", "constant", "--warmup", "0"],
+        ),
+        "no clipping": (["--clip_norm", "0"], ["--clip_norm", "1"]),
+        "no dropout": (["--dropout", "0"], ["--dropout", "0.1"]),
+    }
 
 
 def row(part: str, args: Namespace, added: list[str], removed: list[str]) -> str:

@@ -22,7 +22,7 @@ from engine.checkpoint import Checkpoint
 from engine.construction import check_memory, sampling_memory
 from options import SEED, Number
 from prediction import load_model, sample_images
-from utils import UserError, say, select_device
+from utils import UserError, select_device
 
 CONFIDENCE = 0.8
 BATCH_SIZE = 64
@@ -80,7 +80,6 @@ def sample(args: Namespace) -> torch.Tensor:
         )
     config = checkpoint.config
     check_memory(sampling_memory(config, min(args.n, BATCH_SIZE)), device)
-    say(f"loaded {checkpoint.path}, iteration {checkpoint.iteration}")
     backend = "native" if config.has_recurrence else "fast-transformers"
     model = load_model(checkpoint, device=device, backend=backend)
     noise = {"seed": args.seed, "temperature": args.temperature}

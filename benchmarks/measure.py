@@ -125,12 +125,12 @@ def interleaved(
     return {name: statistics.median(seconds) for name, seconds in times.items()}
 
 
-def median_seconds(run: Callable, seconds: float, device: torch.device, calls: int = 5) -> float:
+def median_seconds(run: Callable, seconds: float, device: torch.device) -> float:
     """Median seconds of `run`, which has been called before: of as many calls as fit into
-    `seconds`, at least two and at most `calls`. Of two calls the faster one counts: what else the
+    `seconds`, two to five. Of two calls the faster one counts: what else the
     machine does can only slow a call down."""
     times = []
-    while len(times) < 2 or (len(times) < calls and sum(times) < seconds):
+    while len(times) < 2 or (len(times) < 5 and sum(times) < seconds):
         times.append(timed(run, device))
     return statistics.median_low(times)
 
@@ -174,7 +174,7 @@ def matrix_rate(dtype: torch.dtype, device: torch.device) -> float:
 def product_rate(
     model: ImageTransformer, rows: int, dtype: torch.dtype, device: torch.device, train: bool
 ) -> float:
-    """Floating-point operations per second of the products of a pass through a model with so many
+    """Floating-point operations per second of the products of a pass through a model with `rows`
     rows, one after the other without anything between them; to `train`, with those of the gradients
     of inputs and weights."""
     shapes = Counter(tuple(matrix.shape) for matrix in matrices(model))

@@ -1,4 +1,4 @@
-"""The flags that both scripts share, and a parser with one-line errors.
+"""Flags that several scripts share, and a parser with one-line errors.
 
 Flags are tables {name: arguments of argparse's add_argument}, added with `Parser.add_flags`.
 """

@@ -38,7 +38,7 @@ SAVING = {
     "save_frequency": flag("save every N iterations, and at the end", COUNT, 3000),
     "keep_checkpoints": flag("keep only the newest N of --save_to (default: all)", COUNT),
     "evaluate_frequency": flag(
-        "evaluate on the test images every N iterations, and at the end", COUNT, 3000
+        "evaluate on the test or validation images every N iterations, and at the end", COUNT, 3000
     ),
     "yield_frequency": flag(
         f"save and exit with status {YIELDED} after N iterations, for a queue that starts the job "

@@ -11,7 +11,7 @@
 #include "gated.h"
 
 // The rows of a head are too far apart for CPUs to foresee the next ones, so they are fetched into
-// the cache so many positions ahead.
+// the cache this number of positions ahead.
 constexpr int64_t AHEAD = 16;
 
 // `row` may lie outside of the tensor: fetching it then has no effect.

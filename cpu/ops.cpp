@@ -14,7 +14,7 @@
 // depend on the number of threads.
 constexpr int64_t ROWS = ROWS_PER_TASK;
 
-// Calls run(task, first row, last row) for the tasks of so many rows.
+// Calls run(task, first row, last row) for each task of a number of rows.
 template <class Run>
 void run_row_tasks(int64_t rows, int threads, const Run& run) {
     run_tasks((rows + ROWS - 1) / ROWS, threads, [&](int64_t task) {

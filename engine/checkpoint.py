@@ -401,7 +401,7 @@ def is_histogram(x: Any) -> bool:
 ENTRIES: dict[str, Callable[[Any], bool]] = {
     "model_state": is_model_state,
     "optimizer_state": is_optimizer_state,
-    "iteration": SEED.accepts,
+    "iteration": Number(int, 0, 2**63 - 1).accepts,
     "config": has_options(ModelConfig, "length", "width", "channels"),
     "dataset": is_dataset,
     "first_byte_counts": is_histogram,

@@ -58,8 +58,8 @@ def shard(n: int) -> slice:
     return slice(n * rank() // world_size(), n * (rank() + 1) // world_size())
 
 
-def total(*numbers: float) -> tuple[float, ...]:
-    """The sums of numbers over all processes, a list of floats."""
+def total(*numbers: float) -> list[float]:
+    """The sums of numbers over all processes."""
     sums = torch.tensor(numbers, dtype=torch.float64)
     all_reduce(sums)
     return sums.tolist()
@@ -73,7 +73,7 @@ def all_reduce(tensor: torch.Tensor) -> None:
 
 def any_of(flag: Any) -> bool:
     """Whether the flag is set in any process."""
-    return total(bool(flag)) != [0]
+    return total(bool(flag))[0] > 0
 
 
 def gather(tensor: torch.Tensor) -> torch.Tensor | None:

@@ -1,4 +1,5 @@
-"""The figures of samples and of surprisals, which alone import matplotlib: it takes a second."""
+"""The figures of samples and of surprisals. matplotlib is imported where it is needed, since that
+takes a second."""
 
 from __future__ import annotations
 

@@ -1,7 +1,6 @@
 """The optimisers: those of the paper's experiment, and Muon for the layers' matrices."""
 
 from collections.abc import Callable
-from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -9,6 +8,7 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from layers.mixture import mean_rows
+from utils import warn
 
 # The moments that an optimiser keeps of each parameter.
 ADAM_MOMENTS, MUON_MOMENTS = ("exp_avg", "exp_avg_sq"), ("momentum_buffer",)
@@ -49,20 +49,28 @@ class Muon(torch.optim.Muon):
         self, matrices: list[torch.Tensor], lr: float, weight_decay: float, precision: str = "bf16"
     ):
         super().__init__(matrices, lr, weight_decay)
-        self.products = InsteadOfBfloat16 if precision == "fp32" else nullcontext
+        self.in_float32 = precision == "fp32"
 
     def step(self) -> None:
-        with self.products():
+        if not self.in_float32:
+            return super().step()
+        with InsteadOfBfloat16() as mode:
             super().step()
+        if not mode.used:
+            warn("this release of torch computes Muon's products in bfloat16 with any --precision")
+            self.in_float32 = False
 
 
 class InsteadOfBfloat16(TorchFunctionMode):
     """Inside, `Tensor.bfloat16` returns a copy in float32, which torch's Muon changes in place."""
 
+    used = False
+
     def __torch_function__(
         self, function: Callable, types: Any, args: tuple = (), kwargs: dict | None = None
     ) -> Any:
         if function is torch.Tensor.bfloat16:
+            self.used = True
             return args[0].to(torch.float32, copy=True)
         return function(*args, **kwargs or {})
 

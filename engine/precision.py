@@ -10,9 +10,10 @@ from functools import partial
 import torch
 from torch import nn
 
+from cpu.build import find_compiler
 from engine import distributed
 from engine.optimizers import Muon
-from engine.sampling import choose_decoder, convert_weights, empty_batch
+from engine.sampling import choose_decoder, convert_weights, empty_batch, plain_decoder
 from models import ImageTransformer
 from utils import autocast, cpu_name, has_bfloat16, say
 
@@ -132,9 +133,12 @@ def sampling_candidates(
             decoder(batch, 1)
 
     runs = {}
+    # Where nothing can be compiled, `complete_batches` will say so, once.
+    plain = compile is False or (compile is None and not find_compiler())
     for precision in ("fp32", "bf16"):
         copied = deepcopy(model)
-        decoder = choose_decoder(copied, precision, compile, steps)
+        decoder = None if plain else choose_decoder(copied, precision, compile, steps)
+        decoder = decoder or plain_decoder(copied)
         convert_weights(copied, precision)
         runs[precision] = partial(run, precision, decoder, empty_batch(copied, n))
     return runs

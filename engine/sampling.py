@@ -32,7 +32,7 @@ BLOCK = 32  # bytes of each image between two checks and reports, which synchron
 def sample_images(model: ImageTransformer, n: int, **options) -> torch.Tensor | None:
     """New images (n, L), uint8; the model and `options` are those of `complete_images`."""
     noise = {name: options[name] for name in ("seed", "temperature") if name in options}
-    index = options.get("index", range(n))
+    index = range(n) if options.get("index") is None else options["index"]
     check_request(n, index, options.get("temperature", 1.0))
     return complete_images(model, first_bytes(model, index, **noise), 1, **options)
 
@@ -55,7 +55,7 @@ def complete_images(
     `options` are those of `complete_batches`. Of several processes the first one gets the images,
     the others None."""
     batches = list(complete_batches(model, images, offset, **options))
-    return torch.cat([images[:0], *batches]) if is_first_process() else None
+    return torch.cat([images[:0].cpu(), *batches]) if is_first_process() else None
 
 
 def complete_batches(
@@ -94,15 +94,15 @@ def complete_batches(
     device = model.first_byte_counts.device
     size = batch_size * distributed.world_size()
     batches = [range(start, min(start + size, N)) for start in range(first, N, size)]
-    steps = len(batches) * (L - offset)
+    steps, given = len(batches) * (L - offset), 0  # of each image, how many bytes are only read
     if model.config.has_recurrence and not recompute:
         decoder = choose_decoder(model, precision, compile, steps)
         draw = partial(sample_recurrent, model, decoder=decoder)
+        given = offset - 1 if offset < L else 0
     else:
         draw = partial(sample_recomputing, model)
     convert_weights(model, precision)
     shards = [batch[distributed.shard(len(batch))] for batch in batches]
-    given = 0 if recompute or offset == L else offset - 1
     with SamplingProgress(sum(map(len, shards)), L - offset, given) as progress:
         for shard in shards:
             own = slice(shard.start, shard.stop)
@@ -134,7 +134,7 @@ def choose_decoder(
     model: ImageTransformer, precision: str, compile: bool | None = None, steps: float = math.inf
 ) -> "EagerDecoder | cpu_sampler.CompiledDecoder":
     """The fastest decoder of a model on its device. On a CPU, with neither --compile nor
-    --no-compile, it is compiled if that is worth the seconds for so many `steps`."""
+    --no-compile, it is compiled if that is worth the seconds for this number of `steps`."""
     device = model.first_byte_counts.device
     if device.type != "cpu":
         return plain_decoder(model, torch.compile(model.step) if compile else None)

@@ -137,8 +137,8 @@ def evaluate(
     """Bits/dim of images (n, L): the mean over the L - 1 bytes after the first (the paper's
     convention), and over all L bytes.
 
-    Each process evaluates its shard; the sums are float64. Returns None as soon as `stop` is
-    true, a `StopSignals` for example.
+    Each process evaluates its shard, `batch_size` images at a time; the sums are float64. Returns
+    None as soon as `stop` is true, a `StopSignals` for example.
     """
     nll = getattr(nll, "module", nll)  # without DistributedDataParallel
     device = next(nll.parameters()).device

@@ -28,7 +28,8 @@ class UnfinishedSamples(AbstractContextManager):
     removed at the end, but not if an exception leaves the context."""
 
     def __init__(self, path: Path | None, n_images: int):
-        self.path, self.n_images, self.count = path, n_images, 0
+        self.path, self.n_images = path, n_images
+        self.count, self.failed = 0, False  # how many images are kept; whether others could not be
 
     def continue_with(
         self, draw: Callable[..., Iterator[torch.Tensor | None]]
@@ -52,13 +53,14 @@ class UnfinishedSamples(AbstractContextManager):
 
     def keep(self, batch: torch.Tensor) -> None:
         """Keep a batch. A failure is a warning."""
+        if not self.path or self.failed:
+            return
         try:
-            if self.path:
-                write_atomically(self.file(), partial(write_array, images=batch.numpy()))
+            write_atomically(self.file(), partial(write_array, images=batch.numpy()))
+            self.count += len(batch)
         except OSError as error:
             warn(f"{error}: an interruption will lose the images from number {self.count} on")
-            self.path = None
-        self.count += len(batch)
+            self.failed = True
 
     def file(self) -> Path:
         """The file of the next batch."""

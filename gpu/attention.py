@@ -63,7 +63,7 @@ def locate(L, H, C: tl.constexpr, B: tl.constexpr):
 
 @triton.jit
 def row_pointers(tensor, first, h, heads, columns, E: tl.constexpr, C: tl.constexpr):
-    """Pointers to columns of head h, of so many `heads`, at the C positions from `first` on."""
+    """Pointers to columns of head h of `heads` at the C positions from `first` on."""
     rows = tl.arange(0, C)[:, None] * (heads * E)
     return tensor + (first * heads + h) * E + rows + columns
 

@@ -21,7 +21,6 @@ def operator(*written: str) -> Callable:
         def call(*arguments):
             return (opaque if torch.compiler.is_compiling() else function)(*arguments)
 
-        call.operator = opaque
         return call
 
     return decorate

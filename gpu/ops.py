@@ -53,7 +53,7 @@ class TritonOps(PlainOps):
         activation: str | None = None,
         noise: Noise | None = None,
     ) -> torch.Tensor:
-        if len(layers) > 1 and torch.is_grad_enabled():
+        if len(layers) > 1 and torch.is_grad_enabled() and activation is None and noise is None:
             # One product: x is converted to bfloat16 once, and no gradients of it are added.
             weight = torch.cat([layer.weight for layer in layers])  # (O, I)
             bias = torch.cat([layer.bias for layer in layers])

@@ -1,7 +1,7 @@
 """The operations of a layer that also have a compiled form, here in plain PyTorch.
 
 A model holds one such object and calls it. cpu/ops.py has the same operations compiled for the
-CPU; another device would need another subclass.
+CPU, and gpu/ops.py for NVIDIA GPUs.
 """
 
 from collections.abc import Sequence

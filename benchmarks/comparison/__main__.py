@@ -119,7 +119,7 @@ def measure_speed(methods: list[str], plan: Plan, batch_size: int, device: torch
             (name, size, seconds, device) for size in sizes for name in trained_methods(methods)
         ],
         cases.sampling: [(name, *size, seconds, device) for size in sampled for name in methods],
-        cases.byte_cost: [(layers, layers["length"], plan.lengths[-1], device)],
+        cases.byte_cost: [(layers, plan.lengths[-1], device)],
     }
     training, sampling, byte_cost = run_cases(arguments)
     return {
@@ -152,7 +152,7 @@ def run_case(case: Callable, values: tuple, bar: tqdm) -> dict | None:
 
 
 def describe(case: Callable, values: tuple) -> str:
-    """A case in words; its last two arguments are the same for all."""
+    """A case in words; of its arguments, the last two are no more than how to measure it."""
     words = [f"{v['length']} bytes" if isinstance(v, dict) else str(v) for v in values[:-2]]
     return ", ".join([case.__name__.replace("_", " "), *words])
 

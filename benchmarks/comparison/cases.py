@@ -76,11 +76,12 @@ def time_at(
     return measure.median_seconds(run, seconds / 4, device) / count
 
 
-def byte_cost(fields: dict, short: int, long: int, device: torch.device) -> dict:
-    """Microseconds per byte of linear attention at two lengths, measured alternately: of training
-    steps on nearly equally many bytes, and of drawing an image."""
+def byte_cost(fields: dict, long: int, device: torch.device) -> dict:
+    """Microseconds per byte of linear attention at the length of `fields` and at a longer one,
+    measured alternately: of training steps on nearly equally many bytes, and of drawing an image.
+    """
     keep_freed_memory()
-    runs, n_bytes = {}, {}
+    short, runs, n_bytes = fields["length"], {}, {}
     for length in (short, long):
         batch_size, size = round(long / length), {**fields, "length": length}
         nll = NegativeLogLikelihood(make_model("linear", size, device))

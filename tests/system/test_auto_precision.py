@@ -9,6 +9,7 @@ import torch
 from helpers import DIGITS, ROOT, assert_equal_weights, load, require_library, run_two
 
 import utils
+from cpu import build
 from engine import precision
 
 TRAIN = ["main.py", *DIGITS, "--recipe", "fast", "--device", "cpu", "--precision", "auto"]
@@ -35,7 +36,7 @@ def favour(monkeypatch):
 
 def machine(result):
     """What a command prints of the machine, after the threads."""
-    return re.search(r"^machine: cpu \(\d+ threads\), (.*)$", result.out, re.M)[1]
+    return re.search(r"^machine: cpu \(\d+ threads?\), (.*)$", result.out, re.M)[1]
 
 
 @pytest.mark.parametrize("fast", ["fp32", "bf16"])
@@ -98,6 +99,32 @@ def test_an_evaluation_measures_nothing_else(favour, succeed, tiny_checkpoint):
     result = succeed("main.py", "--continue_from", tiny_checkpoint, *flags)
     assert machine(result).startswith("bf16")
     assert len(count) == 1
+
+
+def test_surprisal_alone_measures_an_evaluation(monkeypatch, succeed, tiny_checkpoint):
+    """Regression: it measured the sampler, and on a CPU without bfloat16 instructions, where that
+    may be faster with them emulated, the evaluation then took several times as long."""
+    monkeypatch.setattr(precision, "sampling_candidates", None)
+    flags = ["--save_surprisal", "s.png", "--device", "cpu", "--precision", "auto"]
+    assert machine(succeed("prediction.py", tiny_checkpoint, *flags))
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--no-compile"], "--no-compile: sampling in plain PyTorch"),
+        ([], "no C++ compiler found"),
+    ],
+    ids=str,
+)
+def test_what_is_not_compiled_is_said_once(flags, message, monkeypatch, call, tiny_checkpoint):
+    """Regression: each measurement said it, too."""
+    for module in (build, precision):
+        monkeypatch.setattr(module, "find_compiler", lambda: None)
+    flags = [*flags, "--offset", 30, "--index", "0-9", "--batch_size", 1, "--device", "cpu"]
+    result = call("prediction.py", tiny_checkpoint, *flags, "--precision", "auto")
+    assert result.status == 0
+    assert (result.out + result.err).count(message) == 1
 
 
 @pytest.mark.parametrize("flags", [[], ["--recompute"], ["--no-compile"]], ids=str)

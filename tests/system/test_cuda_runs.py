@@ -66,7 +66,7 @@ def test_evaluation_is_that_of_the_cpu(succeed, tiny_checkpoint, tmp_path):
 def test_samples_are_those_of_the_cpu(checkpoint, succeed, request, tmp_path):
     """Of every sampler, except where a tie is decided by rounding and changes all later bytes."""
     samplers = [["--recompute"], []]
-    samplers += [["--compile"]] if DEVICE.type == "cuda" else []
+    samplers += [["--compile"], ["--recompute", "--no-compile"]] if DEVICE.type == "cuda" else []
     images = []
     for device, flags in [("cpu", samplers[0]), *((DEVICE.type, flags) for flags in samplers)]:
         command = ["prediction.py", request.getfixturevalue(checkpoint), *flags, "--index", "0-9"]

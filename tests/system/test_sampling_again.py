@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from helpers import run_two
 
-from engine import pictures, progress
+from engine import pictures, progress, unfinished
 
 
 @pytest.fixture
@@ -93,6 +93,26 @@ def test_two_processes_continue(interrupted, sample, tiny_checkpoint):
     assert "continuing: 4 of 6 images were finished before" in out
     assert np.array_equal(read_images(), sample(*SIX)[0])
     assert not os.listdir()
+
+
+def test_a_disk_that_fills_up_leaves_no_folder(succeed, tiny_checkpoint, monkeypatch):
+    """Regression: the batches that had been kept before stayed there for ever."""
+    write, files = unfinished.write_atomically, []
+
+    def write_one(path, content):
+        files.append(path)
+        if len(files) > 1:
+            raise OSError("no space left")
+        write(path, content)
+
+    monkeypatch.setattr(unfinished, "write_atomically", write_one)
+    result = succeed("prediction.py", tiny_checkpoint, *SIX, "--save_image", "{}.{}.png")
+    assert result.err == (
+        "warning: no space left: an interruption will lose the images from number 2 on\n"
+    )
+    assert len(files) == 2
+    assert not [name for name in os.listdir() if name.startswith("unfinished")]
+    assert len(read_images()) == 6
 
 
 def test_what_is_kept_needs_no_space(call, tiny_checkpoint, full_disk):

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from engine.optimizers import MUON_WEIGHT_DECAY, Muon, make_optimizer, set_rates
+from engine.optimizers import MUON_WEIGHT_DECAY, InsteadOfBfloat16, Muon, make_optimizer, set_rates
 from engine.recipes import Settings
 from models import ImageTransformer, ModelConfig
 
@@ -87,6 +87,16 @@ def test_muon_multiplies_in_either_precision(shape, precision, error):
     difference = (update - orthogonalised(gradient)).norm() / update.norm()
     assert error / 10 < difference < 10 * error
     assert torch.equal(weight.grad, gradient)
+
+
+def test_muon_warns_if_torch_does_not_multiply_in_float32(monkeypatch, capsys):
+    """As a later release of torch might, if it converts to bfloat16 in another way."""
+    monkeypatch.setattr(InsteadOfBfloat16, "__torch_function__", lambda *_: None)
+    monkeypatch.setattr(torch.optim.Muon, "step", lambda self: None)
+    muon = Muon([nn.Parameter(torch.randn(4, 4))], 0.02, 0.0, "fp32")
+    for _ in range(2):
+        muon.step()
+    assert capsys.readouterr().err.count("products in bfloat16 with any --precision") == 1
 
 
 def orthogonalised(gradient):

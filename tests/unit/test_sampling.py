@@ -35,6 +35,11 @@ def model(request):
     return ImageTransformer(config).double().eval()
 
 
+def test_no_index_is_the_default_one(model):
+    """Regression: None, the default of `complete_images`, was a TypeError."""
+    assert torch.equal(sample_images(model, 2, index=None), sample_images(model, 2))
+
+
 def draw(sampler, model, offset, numbers=range(5), seed=3, **kwargs):
     images = torch.full((len(numbers), LENGTH), 99)
     images[:, :offset] = torch.arange(offset) * 8
