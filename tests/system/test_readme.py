@@ -78,8 +78,8 @@ def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("readme")
     shutil.copytree(ROOT / "weights", folder / "weights")
     (folder / "path/to/photos").mkdir(parents=True)
-    for n in range(12):
-        pixels = np.full((60, 80, 3), 20 * n, np.uint8)
+    for n in range(100):  # of which ten become test images
+        pixels = np.full((60, 80, 3), 2 * n, np.uint8)
         imageio.v3.imwrite(folder / f"path/to/photos/{n}.jpg", pixels)
     return folder
 
