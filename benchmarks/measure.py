@@ -127,8 +127,8 @@ def interleaved(
 
 def median_seconds(run: Callable, seconds: float, device: torch.device) -> float:
     """Median seconds of `run`, which has been called before: of as many calls as fit into
-    `seconds`, two to five. Of two calls the faster one counts: what else the
-    machine does can only slow a call down."""
+    `seconds`, two to five. Of two calls the faster one counts: what else the machine does can only
+    slow a call down."""
     times = []
     while len(times) < 2 or (len(times) < 5 and sum(times) < seconds):
         times.append(timed(run, device))
