@@ -134,12 +134,13 @@ def choose_decoder(
     model: ImageTransformer, precision: str, compile: bool | None = None, steps: float = math.inf
 ) -> "EagerDecoder | cpu_sampler.CompiledDecoder":
     """The fastest decoder of a model on its device. On a CPU, with neither --compile nor
-    --no-compile, it is compiled if that is worth the seconds for this number of `steps`."""
+    --no-compile, it is compiled if that is worth the seconds for this number of `steps`. A float64
+    model's is never compiled."""
     device = model.first_byte_counts.device
     if device.type != "cpu":
         return plain_decoder(model, torch.compile(model.step) if compile else None)
     decoder = None
-    if model.has_constant_state:
+    if model.has_constant_state and model.value_embedding.weight.dtype == torch.float32:
         cached = is_cached(cpu_sampler.SOURCE, cpu_sampler.sizes(model.config, precision))
         if compile is not None or cached or steps >= STEPS_WORTH_COMPILING:
             build = partial(cpu_sampler.CompiledDecoder, model, precision)

@@ -35,6 +35,12 @@ def model(request):
     return ImageTransformer(config).double().eval()
 
 
+def test_float64_is_sampled_in_float64(model, monkeypatch):
+    """Regression: with a compiled sampler in the cache, which is of float32, it was a TypeError."""
+    monkeypatch.setattr(sampling, "is_cached", lambda *key: True)
+    assert torch.equal(sample_images(model, 2), sample_images(model, 2, compile=False))
+
+
 def test_no_index_is_the_default_one(model):
     """Regression: None, the default of `complete_images`, was a TypeError."""
     assert torch.equal(sample_images(model, 2, index=None), sample_images(model, 2))
