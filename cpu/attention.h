@@ -7,11 +7,12 @@
 
 #include "common.h"
 
-// Positions per call of `update`: as many as keep their rows in registers.
-#ifdef __AVX512F__
-constexpr int GROUP = std::max(1, std::min(4, 8 / COUNT));
+// Positions per call of `update`, which needs four vectors for each: half of the registers. With 16
+// registers, small matrices gain nothing.
+#if defined(__AVX512F__) || defined(__aarch64__)
+constexpr int GROUP = 4;
 #else
-constexpr int GROUP = 1;
+constexpr int GROUP = SIZE < 32 ? 1 : 2;
 #endif
 
 struct Shape {

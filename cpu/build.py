@@ -130,7 +130,10 @@ def cache_path(source: str, sizes: dict) -> tuple[Path, list[str]]:
         [command[0], target, "-dM", "-E", "-x", "c++", os.devnull], capture_output=True
     ).stdout
     # With g++, OpenMP uses the same runtime as torch; clang may have none.
-    command += ["-fopenmp-simd" if b"__clang__" in macros else "-fopenmp"]
+    # GCC avoids fused multiply-adds in some loops on some CPUs. That rounds differently, so that the
+    # samples would depend on the batch.
+    gcc = ["-fopenmp", "--param=avoid-fma-max-bits=0"]
+    command += ["-fopenmp-simd"] if b"__clang__" in macros else gcc
     command += ["-fno-math-errno", "-fno-trapping-math"]
     command += [f"-D{name}={value}" for name, value in (CONSTANTS | sizes).items()]
     content = "\0".join(command).encode() + macros

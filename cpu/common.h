@@ -185,19 +185,22 @@ inline float dot(const float* a, const float* b) {
 constexpr int WIDTH = std::min(LANES, SIZE & -SIZE), COUNT = SIZE / WIDTH;
 typedef float RowVector __attribute__((vector_size(4 * WIDTH), aligned(4), may_alias));
 
-// For N positions, one after the other: adds the outer product of x and row to the matrix
-// (SIZE, SIZE), and then y * matrix to sums. The matrix is read and written once for all of them; its
-// numbers become before(numbers, n) ahead of position n and after(numbers) at the end.
-template <int N, class Before, class After>
-inline void update(float* __restrict matrix, const float (*x)[SIZE], const float (*row)[SIZE],
-                   const float (*y)[SIZE], float (*sums)[SIZE], Before before, After after) {
-    RowVector rows[N][COUNT], totals[N][COUNT];
-    memcpy(rows, row, sizeof rows);
-    memcpy(totals, sums, sizeof totals);
+// `update` in the C vectors from `first` on of every row of the matrix. Those of `row` and `sums`
+// are copied one by one, since a block that was copied would stay in memory.
+template <int N, int C, class Before, class After>
+inline void update_columns(int first, float* __restrict matrix, const float (*x)[SIZE],
+                           const float (*row)[SIZE], const float (*y)[SIZE], float (*sums)[SIZE],
+                           Before before, After after) {
+    RowVector rows[N][C], totals[N][C];
+    for (int n = 0; n < N; n++)
+        for (int i = 0; i < C; i++) {
+            rows[n][i] = ((const RowVector*)row[n])[first + i];
+            totals[n][i] = ((const RowVector*)sums[n])[first + i];
+        }
     for (int a = 0; a < SIZE; a++) {
-        RowVector* line = (RowVector*)(matrix + a * SIZE);
+        RowVector* line = (RowVector*)(matrix + a * SIZE) + first;
 #pragma GCC unroll 64
-        for (int i = 0; i < COUNT; i++) {
+        for (int i = 0; i < C; i++) {
             RowVector changed = line[i];
 #pragma GCC unroll 64
             for (int n = 0; n < N; n++) {
@@ -207,7 +210,20 @@ inline void update(float* __restrict matrix, const float (*x)[SIZE], const float
             line[i] = after(changed);
         }
     }
-    memcpy(sums, totals, sizeof totals);
+    for (int n = 0; n < N; n++)
+        for (int i = 0; i < C; i++) ((RowVector*)sums[n])[first + i] = totals[n][i];
+}
+
+// For N positions, one after the other: adds the outer product of x and row to the matrix
+// (SIZE, SIZE), and then y * matrix to sums. The matrix is read and written once for all of them; its
+// numbers become before(numbers, n) ahead of position n and after(numbers) at the end.
+template <int N, class Before, class After>
+inline void update(float* matrix, const float (*x)[SIZE], const float (*row)[SIZE],
+                   const float (*y)[SIZE], float (*sums)[SIZE], Before before, After after) {
+    int first = 0;
+    for (; first + 2 <= COUNT; first += 2)
+        update_columns<N, 2>(first, matrix, x, row, y, sums, before, after);
+    if (first < COUNT) update_columns<N, 1>(first, matrix, x, row, y, sums, before, after);
 }
 
 template <int N>

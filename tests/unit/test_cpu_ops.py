@@ -41,7 +41,7 @@ def distance(x, y):
 
 
 @DTYPES
-@pytest.mark.parametrize("size", [1, 6, 8, 20, 32, 64])
+@pytest.mark.parametrize("size", [1, 6, 8, 32, 40, 64])
 @pytest.mark.parametrize("length", [1, 50, 200])
 def test_attention_and_its_gradients(dtype, tolerance, size, length):
     qkv = torch.randn(3, length, 3, 2, size).to(dtype).requires_grad_()

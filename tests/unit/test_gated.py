@@ -151,7 +151,7 @@ def with_gradients(ops, projected, weights):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("E", [2, 5, 8, 12, 32, 64])
+@pytest.mark.parametrize("E", [2, 5, 8, 32, 40, 64])
 @pytest.mark.parametrize("L", [1, 2, 3, 4, 5, 300])
 @pytest.mark.parametrize(
     ("dtype", "tolerance"), [(torch.float32, 2e-5), (torch.bfloat16, 4e-2)], ids=["fp32", "bf16"]
