@@ -129,9 +129,8 @@ def cache_path(source: str, sizes: dict) -> tuple[Path, list[str]]:
     macros = subprocess.run(
         [command[0], target, "-dM", "-E", "-x", "c++", os.devnull], capture_output=True
     ).stdout
-    # With g++, OpenMP uses the same runtime as torch; clang may have none.
-    # GCC avoids fused multiply-adds in some loops on some CPUs. That rounds differently, so that the
-    # samples would depend on the batch.
+    # With g++, OpenMP uses the same runtime as torch; clang may have none. g++ also avoids fused
+    # multiply-adds in some loops on some CPUs, and samples would depend on the size of a batch.
     gcc = ["-fopenmp", "--param=avoid-fma-max-bits=0"]
     command += ["-fopenmp-simd"] if b"__clang__" in macros else gcc
     command += ["-fno-math-errno", "-fno-trapping-math"]
