@@ -108,6 +108,12 @@ def has_bfloat16(device: torch.device) -> bool:
     return subprocess.run(command, capture_output=True).stdout.strip() == b"1"
 
 
+def not_emulated(device: torch.device, *precisions: str) -> list[str]:
+    """Those of the precisions that a device has instructions for. torch's emulation of bfloat16
+    takes many times as long as float32, so it is not even measured."""
+    return [name for name in precisions if name == "fp32" or has_bfloat16(device)]
+
+
 def cpu_name() -> str:
     """The name of the CPU; on x86 with the numbers of its family and model, since virtual machines
     may have names without a generation."""

@@ -22,7 +22,7 @@ from engine.construction import load_model
 from layers.ops import PlainOps
 from models import ImageTransformer, ModelConfig
 from options import COUNT
-from utils import UserError, cpu_name, warn
+from utils import UserError, cpu_name, not_emulated, select_device, warn
 
 # The models of the paper.
 CONFIGS = {
@@ -38,17 +38,25 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 def parse_arguments(
     description: str, batches: list[int] | None, argv: list[str] | None
 ) -> Namespace:
-    """The flags of the comparisons with the library, with these batches by default."""
+    """The flags of the comparisons with the library, with these batches by default, and the device
+    as a torch.device."""
     flags = {
         "configs": flag(
             "models of the paper, and a small one", tuple(COMPARED), list(COMPARED), nargs="+"
         ),
         "batches": flag("images at a time", COUNT, batches, nargs="+"),
-        "precisions": flag("of our model", tuple(DTYPES), list(DTYPES), nargs="+"),
+        "precisions": flag(
+            "of our model (default: those that the device has instructions for)",
+            tuple(DTYPES),
+            nargs="+",
+        ),
         "rounds": flag("repetitions, of which the median counts", COUNT, 5),
         "device": flag("auto (a GPU if there is one), cpu, cuda or cuda:N", default="cpu"),
     }
-    return parse(description, {**flags, **OUTPUTS}, argv)
+    args = parse(description, {**flags, **OUTPUTS}, argv)
+    args.device = select_device(args.device)
+    args.precisions = args.precisions or not_emulated(args.device, *DTYPES)
+    return args
 
 
 def print_machine(precisions: list[str], device: torch.device) -> dict[str, float]:

@@ -26,7 +26,7 @@ from engine.sampling import (
     sample_recomputing,
 )
 from models import ImageTransformer, ModelConfig
-from utils import autocast, select_device
+from utils import autocast
 
 # Seconds of one measurement, which determine its number of bytes (at least two): many more than
 # those for which torch's threads, idle after another sampler, spin and slow down the next one.
@@ -42,7 +42,7 @@ COLUMNS = {
 
 def main(argv: list[str] | None = None) -> None:
     args = measure.parse_arguments(__doc__, [1, 10, 64, 256], argv)
-    device = select_device(args.device)
+    device = args.device
     configs = {name: ModelConfig(**measure.COMPARED[name]) for name in args.configs}
     for config in configs.values():
         check_memory(sampling_memory(config, max(args.batches)), device)

@@ -19,7 +19,7 @@ from engine.optimizers import make_optimizer
 from engine.recipes import Settings
 from engine.training import NegativeLogLikelihood, train_step
 from models import ImageTransformer, ModelConfig
-from utils import autocast, select_device
+from utils import autocast
 
 # On random images, which take as long as real ones.
 CASES = {"mnist": [4, 16], "cifar10": [4], "small": [16]}
@@ -34,7 +34,7 @@ COLUMNS = {
 
 def main(argv: list[str] | None = None) -> None:
     args = measure.parse_arguments(__doc__, None, argv)
-    device = select_device(args.device)
+    device = args.device
     cases = [
         (config, batch, dropout)
         for config in args.configs

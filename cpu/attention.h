@@ -7,8 +7,8 @@
 
 #include "common.h"
 
-// Positions per call of `update`, which needs four vectors for each: half of the registers. With 16
-// registers, small matrices gain nothing.
+// Positions per call of `update`. The more, the fewer registers are left for each; with 16 registers,
+// small matrices gain nothing.
 #if defined(__AVX512F__) || defined(__aarch64__)
 constexpr int GROUP = 4;
 #else

@@ -41,6 +41,12 @@ typedef float Vector __attribute__((vector_size(4 * LANES), aligned(4), may_alia
 typedef uint32_t Bits __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
 typedef std::conditional_t<BF16, BFloat16, float> Operand;
 
+// Whether the weights are too large for a core's own cache: more than 4 MiB.
+constexpr bool LARGE = sizeof(Operand) * LAYERS * 12 * D * D > 4 << 20;
+// Otherwise those of a thread's images are drawn in groups that have at most half as many bytes of
+// states as the model has weights in float32, so that the states stay in the cache, too.
+constexpr int64_t GROUP = LARGE ? std::numeric_limits<int64_t>::max() : ROWS * HEADS;
+
 // The following structs are laid out as Python fills them in: pointers, nothing else.
 
 // Weights packed for `multiply`: panels of PANEL outputs side by side, input after input
@@ -153,10 +159,20 @@ struct Team {
     {}
 };
 
+// Large weights are fetched a panel ahead: otherwise the first rows of a panel would wait for memory,
+// which would do nothing during the others. Fetches what is in the next panel where the N operands
+// `weight` are in this one; behind the last panel this has no effect.
+template <int PANEL_SIZE, int N, class T>
+inline void fetch_next(const T* weight) {
+    if (LARGE)
+        for (int i = 0; i < N; i += 64 / sizeof(T)) __builtin_prefetch(weight + PANEL_SIZE + i);
+}
+
 // sums += a * b over all inputs, for R rows and a panel of V vectors.
 template <int INPUTS, int R, int V>
 inline void accumulate(Vector (&sums)[R][V], const float* a, int stride, const float* b) {
     for (int i = 0; i < INPUTS; i++, b += V * LANES) {
+        fetch_next<INPUTS * V * LANES, V * LANES>(b);
 #pragma GCC unroll 6
         for (int r = 0; r < R; r++)
 #pragma GCC unroll 4
@@ -168,6 +184,7 @@ inline void accumulate(Vector (&sums)[R][V], const float* a, int stride, const f
 template <int INPUTS, int R, int V>
 inline void accumulate(Vector (&sums)[R][V], const BFloat16* a, int stride, const BFloat16* b) {
     for (int i = 0; i < INPUTS; i += 2, b += 2 * V * LANES) {
+        fetch_next<INPUTS * V * LANES, 2 * V * LANES>(b);
 #pragma GCC unroll 6
         for (int r = 0; r < R; r++) {
             uint32_t pair;
@@ -480,18 +497,23 @@ void sample(const Model* model, const State* states, int64_t* images, const floa
             float* parameters, int64_t n, int64_t length, int64_t first, int64_t last,
             float temperature, int64_t threads, int64_t* failed) {
     Job job{model, states, images, noise, parameters, n, length, first, last, temperature, {length}};
-    int64_t n_teams = std::max<int64_t>(1, std::min(threads, n / ROWS_PER_TEAM));
+    int64_t parts = std::max<int64_t>(1, std::min(threads, n / ROWS_PER_TEAM));
     std::deque<Team> teams;  // a Team cannot be moved
-    std::vector<Member> members;
-    for (int64_t t = 0; t < n_teams; t++) {
-        int64_t start = n * t / n_teams, end = n * (t + 1) / n_teams;
-        int size = threads * (t + 1) / n_teams - threads * t / n_teams;
-        int64_t positions = noise ? 1 : std::max<int64_t>(1, ROWS_AT_ONCE / (end - start));
-        teams.emplace_back(start, end - start, positions, size);
-        for (int number = 0; number < size; number++)
-            members.emplace_back(job, teams.back(), number);
+    std::vector<std::vector<Member>> members(threads);  // of each thread, one for each group
+    for (int64_t t = 0; t < parts; t++) {
+        int64_t start = n * t / parts, images = n * (t + 1) / parts - start;
+        int64_t first_thread = threads * t / parts, size = threads * (t + 1) / parts - first_thread;
+        for (int64_t from = 0; from < images; from += GROUP) {
+            int64_t count = std::min(GROUP, images - from);
+            int64_t positions = noise ? 1 : std::max<int64_t>(1, ROWS_AT_ONCE / count);
+            teams.emplace_back(start + from, count, positions, size);
+            for (int number = 0; number < size; number++)
+                members[first_thread + number].emplace_back(job, teams.back(), number);
+        }
     }
-    run_threads(members.size(), [&](int i) { members[i].run(); });
+    run_threads(threads, [&](int i) {
+        for (Member& member : members[i]) member.run();
+    });
     *failed = job.failed == length ? -1 : job.failed.load();
 }
 

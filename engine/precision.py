@@ -15,7 +15,7 @@ from engine import distributed
 from engine.optimizers import Muon
 from engine.sampling import choose_decoder, convert_weights, empty_batch, plain_decoder
 from models import ImageTransformer
-from utils import autocast, cpu_name, has_bfloat16, say
+from utils import autocast, cpu_name, not_emulated, say
 
 SECONDS = 0.1  # of a measurement, if three rounds do not take longer
 OPERATIONS = 5e8  # at most, of floating-point numbers in the forward pass of a measurement
@@ -95,13 +95,6 @@ def seconds_of_calls(candidates: dict[str, Callable]) -> dict[str, float]:
     return dict(zip(times, distributed.total(*fastest), strict=True))
 
 
-def not_emulated(*precisions: str) -> list[str]:
-    """Those of the precisions that this CPU has instructions for. torch's emulation of bfloat16
-    takes many times as long as float32, so it is not even measured."""
-    cpu = torch.device("cpu")
-    return [name for name in precisions if name == "fp32" or has_bfloat16(cpu)]
-
-
 def layer_candidates(model: ImageTransformer, n: int, train: bool) -> dict[str, Callable]:
     """The first layer's outputs at the positions of n images, or at fewer positions in a model that
     is too large for a quick measurement; to `train`, the gradients, too."""
@@ -117,7 +110,8 @@ def layer_candidates(model: ImageTransformer, n: int, train: bool) -> dict[str, 
         if train:
             torch.autograd.grad(y.float().sum(), [x, *layer.parameters()])
 
-    return {precision: partial(run, precision) for precision in not_emulated("fp32", "bf16")}
+    names = not_emulated(x.device, "fp32", "bf16")
+    return {precision: partial(run, precision) for precision in names}
 
 
 def sampling_candidates(
@@ -148,5 +142,5 @@ def muon_candidates(model: ImageTransformer) -> dict[str, Callable]:
     """Muon's update of a feed-forward network's weight."""
     weight = nn.Parameter(torch.randn_like(model.transformer.layers[0].linear1.weight))
     weight.grad = torch.randn_like(weight)
-    names = not_emulated("bf16", "fp32")
+    names = not_emulated(weight.device, "bf16", "fp32")
     return {precision: Muon([weight], 0.0, 0.0, precision).step for precision in names}

@@ -19,8 +19,7 @@ TRAIN = ["main.py", *DIGITS, "--recipe", "fast", "--device", "cpu", "--precision
 def favour(monkeypatch):
     """Let a precision win every measurement from now on, on a CPU that has bfloat16 instructions.
     Returns the list of how many measurements each command made."""
-    for module in (utils, precision):
-        monkeypatch.setattr(module, "has_bfloat16", lambda device: True)
+    monkeypatch.setattr(utils, "has_bfloat16", lambda device: True)
     measure, count = precision.seconds_of_calls, []
 
     def favour(fast):
@@ -142,8 +141,7 @@ def test_sampling_draws_what_the_faster_precision_draws(
 
 def test_without_instructions_training_is_not_measured(monkeypatch, succeed):
     """Emulated bfloat16 would take seconds, and loses."""
-    for module in (utils, precision):
-        monkeypatch.setattr(module, "has_bfloat16", lambda device: False)
+    monkeypatch.setattr(utils, "has_bfloat16", lambda device: False)
     monkeypatch.setattr(precision, "seconds_of_calls", None)
     assert machine(succeed(*TRAIN, "--iterations", 1)) == "fp32"
 

@@ -185,13 +185,14 @@ def test_samples_do_not_depend_on_the_batch(
     attention_type, offset, neighbours, precision, monkeypatch
 ):
     """Regression: image 0 of --offset 0 was another one with --batch_size 1, since the first byte
-    went through torch's products. Distributions and states are equal bit for bit."""
+    went through torch's products. And on AMD CPUs with AVX2 an image that was drawn alone was
+    rounded differently. Distributions and states are equal bit for bit, in several groups, too."""
     changes = {"neighbours": True, "width": 8, "channels": 1} if neighbours else {}
     model = make_model(2, 3, 16, mixtures=5, attention_type=attention_type, **changes)
     decoder = CompiledDecoder(model, precision)
-    noise, images = image_noise(0, range(18), LENGTH), torch.randint(0, 256, (18, LENGTH))
+    noise, images = image_noise(0, range(40), LENGTH), torch.randint(0, 256, (40, LENGTH))
     results = {}
-    for n, threads in ((18, 1), (18, 2), (18, 3), (7, 1), (1, 1), (1, 2)):
+    for n, threads in ((18, 1), (40, 1), (40, 2), (18, 3), (7, 1), (1, 1), (1, 2)):
         monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
         states = model.empty_states(n)
         if neighbours and precision == "bf16":

@@ -6,6 +6,7 @@ from functools import partial
 import pytest
 import torch
 
+import utils
 from engine import precision
 from engine.precision import (
     Choices,
@@ -82,7 +83,7 @@ def test_another_machine_measures_again_and_says_what_changes(before, caplog):
 @pytest.mark.parametrize("attention_type", ["causal-linear", "gated-linear", "full"])
 def test_measuring_changes_nothing(attention_type, monkeypatch):
     """No weight, gradient or buffer, and every candidate runs in its precision."""
-    monkeypatch.setattr(precision, "has_bfloat16", lambda device: True)
+    monkeypatch.setattr(utils, "has_bfloat16", lambda device: True)
     config = ModelConfig(
         20, n_layers=2, n_heads=2, d_query=8, attention_type=attention_type,
         neighbours=attention_type != "full", width=5, channels=1,
