@@ -490,6 +490,25 @@ void panel_sizes(int64_t* sizes) {
     sizes[1] = LANES;
 }
 
+// What each thread does, one after the other: its part in the teams of the job, which are added to
+// `teams`.
+std::vector<std::vector<Member>> make_members(Job& job, std::deque<Team>& teams, int64_t threads) {
+    std::vector<std::vector<Member>> members(threads);
+    int64_t parts = std::max<int64_t>(1, std::min(threads, job.n / ROWS_PER_TEAM));
+    for (int64_t p = 0; p < parts; p++) {
+        int64_t first = threads * p / parts, size = threads * (p + 1) / parts - first;
+        int64_t image = job.n * p / parts, end = job.n * (p + 1) / parts;
+        for (; image < end; image += teams.back().n) {
+            int64_t n = std::min(GROUP, end - image);
+            int64_t positions = job.noise ? 1 : std::max<int64_t>(1, ROWS_AT_ONCE / n);
+            teams.emplace_back(image, n, positions, size);
+            for (int number = 0; number < size; number++)
+                members[first + number].emplace_back(job, teams.back(), number);
+        }
+    }
+    return members;
+}
+
 // Reads bytes `first` to `last` - 1 of each image and, with noise, draws the byte after each.
 // `failed` becomes -1, or the first byte that had a distribution with a parameter that is not
 // finite. Whatever the number of images and threads, the sums of an image are taken in one order.
@@ -497,20 +516,8 @@ void sample(const Model* model, const State* states, int64_t* images, const floa
             float* parameters, int64_t n, int64_t length, int64_t first, int64_t last,
             float temperature, int64_t threads, int64_t* failed) {
     Job job{model, states, images, noise, parameters, n, length, first, last, temperature, {length}};
-    int64_t parts = std::max<int64_t>(1, std::min(threads, n / ROWS_PER_TEAM));
     std::deque<Team> teams;  // a Team cannot be moved
-    std::vector<std::vector<Member>> members(threads);  // of each thread, one for each group
-    for (int64_t t = 0; t < parts; t++) {
-        int64_t start = n * t / parts, images = n * (t + 1) / parts - start;
-        int64_t first_thread = threads * t / parts, size = threads * (t + 1) / parts - first_thread;
-        for (int64_t from = 0; from < images; from += GROUP) {
-            int64_t count = std::min(GROUP, images - from);
-            int64_t positions = noise ? 1 : std::max<int64_t>(1, ROWS_AT_ONCE / count);
-            teams.emplace_back(start + from, count, positions, size);
-            for (int number = 0; number < size; number++)
-                members[first_thread + number].emplace_back(job, teams.back(), number);
-        }
-    }
+    auto members = make_members(job, teams, threads);
     run_threads(threads, [&](int i) {
         for (Member& member : members[i]) member.run();
     });
