@@ -45,7 +45,7 @@ typedef std::conditional_t<BF16, BFloat16, float> Operand;
 constexpr bool LARGE = sizeof(Operand) * LAYERS * 12 * D * D > 4 << 20;
 // Otherwise those of a thread's images are drawn in groups that have at most half as many bytes of
 // states as the model has weights in float32, so that the states stay in the cache, too.
-constexpr int64_t GROUP = LARGE ? std::numeric_limits<int64_t>::max() : ROWS * HEADS;
+constexpr int64_t IMAGES_PER_GROUP = LARGE ? std::numeric_limits<int64_t>::max() : ROWS * HEADS;
 
 // The following structs are laid out as Python fills them in: pointers, nothing else.
 
@@ -499,7 +499,7 @@ std::vector<std::vector<Member>> make_members(Job& job, std::deque<Team>& teams,
         int64_t first = threads * p / parts, size = threads * (p + 1) / parts - first;
         int64_t image = job.n * p / parts, end = job.n * (p + 1) / parts;
         for (; image < end; image += teams.back().n) {
-            int64_t n = std::min(GROUP, end - image);
+            int64_t n = std::min(IMAGES_PER_GROUP, end - image);
             int64_t positions = job.noise ? 1 : std::max<int64_t>(1, ROWS_AT_ONCE / n);
             teams.emplace_back(image, n, positions, size);
             for (int number = 0; number < size; number++)
