@@ -169,11 +169,6 @@ inline void features(const T* x, float* phi) {
     }
 }
 
-template <class T>
-inline void load_row(const T* x, float* row) {
-    for (int m = 0; m < SIZE; m++) row[m] = load(x[m]);
-}
-
 inline float dot(const float* a, const float* b) {
     float sum = 0;
 #pragma omp simd reduction(+ : sum)
@@ -184,6 +179,16 @@ inline float dot(const float* a, const float* b) {
 // A row of SIZE numbers is COUNT vectors, the widest that divide it evenly.
 constexpr int WIDTH = std::min(LANES, SIZE & -SIZE), COUNT = SIZE / WIDTH;
 typedef float RowVector __attribute__((vector_size(4 * WIDTH), aligned(4), may_alias));
+
+template <class T>
+inline void load_row(const T* x, float* row) {
+    for (int m = 0; m < SIZE; m++) row[m] = load(x[m]);
+}
+
+// In vectors: g++ would copy halves of them, and what reads a whole one next would wait for both.
+inline void load_row(const float* x, float* row) {
+    for (int i = 0; i < COUNT; i++) ((RowVector*)row)[i] = ((const RowVector*)x)[i];
+}
 
 // `update` in the C vectors from `first` on of every row of the matrix. Those of `row` and `sums`
 // are copied one by one, since a block that was copied would stay in memory.

@@ -159,73 +159,104 @@ struct Team {
     {}
 };
 
-// Large weights are fetched a panel ahead: otherwise the first rows of a panel would wait for memory,
-// which would do nothing during the others. Fetches what is in the next panel where the N operands
-// `weight` are in this one; behind the last panel this has no effect.
-template <int PANEL_SIZE, int N, class T>
-inline void fetch_next(const T* weight) {
-    if (LARGE)
-        for (int i = 0; i < N; i += 64 / sizeof(T)) __builtin_prefetch(weight + PANEL_SIZE + i);
+// What a tile of R of the rows fetches while it computes, if the weights are large: as large a part
+// of the next panel, evenly, since memory may take as long to read a panel as the rows take to be
+// multiplied with it. Behind the last panel this has no effect.
+struct Ahead {
+    static constexpr int64_t LINE = 64;  // bytes of a cache line
+
+    const char* next;
+    int64_t step;  // bytes for each cache line that the tile reads
+
+    Ahead(const Operand* panel, int64_t bytes, int64_t row, int64_t R, int64_t rows)
+        : next((const char*)panel + bytes + bytes * row / rows),
+          step((LINE * R + rows - 1) / rows) {}
+
+    template <int BYTES>
+    void fetch() {
+        if (!LARGE) return;
+        for (int i = 0; i < BYTES; i += LINE, next += step) __builtin_prefetch(next);
+    }
+};
+
+// Reads V vectors, each once: from what is not volatile g++ would read them again for each of a few
+// rows, which takes longer than the multiplications.
+template <class T, int V>
+inline void read_once(T (&vectors)[V], const void* source) {
+#pragma GCC unroll 4
+    for (int v = 0; v < V; v++) vectors[v] = ((const volatile T*)source)[v];
 }
 
 // sums += a * b over all inputs, for R rows and a panel of V vectors.
 template <int INPUTS, int R, int V>
-inline void accumulate(Vector (&sums)[R][V], const float* a, int stride, const float* b) {
+inline void accumulate(Vector (&sums)[R][V], const float* a, int stride, const float* b,
+                       Ahead ahead) {
     for (int i = 0; i < INPUTS; i++, b += V * LANES) {
-        fetch_next<INPUTS * V * LANES, V * LANES>(b);
+        ahead.fetch<V * sizeof(Vector)>();
+        Vector weights[V];
+        read_once(weights, b);
 #pragma GCC unroll 6
         for (int r = 0; r < R; r++)
 #pragma GCC unroll 4
-            for (int v = 0; v < V; v++)
-                sums[r][v] += a[r * stride + i] * *(const Vector*)(b + v * LANES);
+            for (int v = 0; v < V; v++) sums[r][v] += a[r * stride + i] * weights[v];
     }
 }
 
 template <int INPUTS, int R, int V>
-inline void accumulate(Vector (&sums)[R][V], const BFloat16* a, int stride, const BFloat16* b) {
+inline void accumulate(Vector (&sums)[R][V], const BFloat16* a, int stride, const BFloat16* b,
+                       Ahead ahead) {
     for (int i = 0; i < INPUTS; i += 2, b += 2 * V * LANES) {
-        fetch_next<INPUTS * V * LANES, 2 * V * LANES>(b);
+        ahead.fetch<V * sizeof(Vector)>();
+        Bits weights[V];
+        read_once(weights, b);
 #pragma GCC unroll 6
         for (int r = 0; r < R; r++) {
             uint32_t pair;
             memcpy(&pair, a + r * stride + i, 4);
 #pragma GCC unroll 4
             for (int v = 0; v < V; v++) {
-                Bits weights = *(const Bits*)(b + 2 * v * LANES);
 #ifdef __AVX512BF16__
                 sums[r][v] = (Vector)_mm512_dpbf16_ps(
-                    (__m512)sums[r][v], (__m512bh)_mm512_set1_epi32(pair), (__m512bh)weights);
+                    (__m512)sums[r][v], (__m512bh)_mm512_set1_epi32(pair), (__m512bh)weights[v]);
 #else
                 uint32_t low = pair << 16, high = pair & 0xffff0000;
                 float first, second;
                 memcpy(&first, &low, 4);
                 memcpy(&second, &high, 4);
-                sums[r][v] += first * (Vector)(weights << 16);
-                sums[r][v] += second * (Vector)(weights & 0xffff0000);
+                sums[r][v] += first * (Vector)(weights[v] << 16);
+                sums[r][v] += second * (Vector)(weights[v] & 0xffff0000);
 #endif
             }
         }
     }
 }
 
+inline void store_vector(float* target, Vector numbers) { *(Vector*)target = numbers; }
+
+inline void store_vector(BFloat16* target, Vector numbers) {
+    float row[LANES];
+    memcpy(row, &numbers, sizeof row);
+    for (int j = 0; j < LANES; j++) store(target + j, row[j]);
+}
+
 // R rows of a panel of V vectors: outputs = inputs * weight + bias, with a relu if RELU. The strides
 // are from one row to the next.
 template <int R, int V, int INPUTS, bool RELU, class Output>
 void tile(const Operand* inputs, int stride, const Operand* weight, const float* bias,
-          Output* outputs, int out_stride) {
+          Output* outputs, int out_stride, Ahead ahead) {
     Vector sums[R][V];
     for (int r = 0; r < R; r++)
         for (int v = 0; v < V; v++) sums[r][v] = *(const Vector*)(bias + v * LANES);
-    accumulate<INPUTS>(sums, inputs, stride, weight);
-    for (int r = 0; r < R; r++) {
-        float row[V * LANES];
-        memcpy(row, sums[r], sizeof row);
-        for (int j = 0; j < V * LANES; j++)
-            store(outputs + r * out_stride + j, RELU ? std::max(row[j], 0.f) : row[j]);
-    }
+    accumulate<INPUTS>(sums, inputs, stride, weight, ahead);
+    for (int r = 0; r < R; r++)
+        for (int v = 0; v < V; v++) {
+            Vector sum = sums[r][v];
+            if (RELU) sum = sum < 0.f ? 0.f : sum;
+            store_vector(outputs + r * out_stride + v * LANES, sum);
+        }
 }
 
-// Calls run(R) with R = min(rows, ROWS) as a std::integral_constant.
+// Calls run(R) with R = rows, at most ROWS, as a std::integral_constant.
 template <class Run>
 inline void with_constant(int64_t rows, const Run& run) {
     switch (rows) {
@@ -235,6 +266,17 @@ inline void with_constant(int64_t rows, const Run& run) {
         case 4: return run(std::integral_constant<int, 4>());
         case 5: return run(std::integral_constant<int, 5>());
         default: return run(std::integral_constant<int, ROWS>());
+    }
+}
+
+// Calls run(first row, R) for each tile of rows. They have the same R, or nearly, since two tiles of
+// five rows take less time than one of six and one of four.
+template <class Run>
+inline void each_tile(int64_t rows, const Run& run) {
+    int64_t tiles = (rows + ROWS - 1) / ROWS;
+    for (int64_t t = 0; t < tiles; t++) {
+        int64_t row = rows * t / tiles, next = rows * (t + 1) / tiles;
+        with_constant(next - row, [&](auto R) { run(row, R); });
     }
 }
 
@@ -292,11 +334,11 @@ struct Member {
         auto panel = [&](int64_t p, auto V) {
             const Operand* weight = linear.weight + p * INPUTS * PANEL;
             const float* bias = linear.bias + p * PANEL;
-            for (int64_t r = 0; r < rows(); r += ROWS)
-                with_constant(std::min<int64_t>(ROWS, rows() - r), [&](auto R) {
-                    tile<R, V, INPUTS, RELU>(inputs[r], STRIDE, weight, bias,
-                                             outputs[r] + p * PANEL, OUT_STRIDE);
-                });
+            constexpr int64_t BYTES = INPUTS * V * LANES * sizeof(Operand);
+            each_tile(rows(), [&](int64_t r, auto R) {
+                tile<R, V, INPUTS, RELU>(inputs[r], STRIDE, weight, bias, outputs[r] + p * PANEL,
+                                         OUT_STRIDE, Ahead(weight, BYTES, r, R, rows()));
+            });
         };
         constexpr int LAST = Linear<INPUTS, OUTPUTS>::LAST;
         share(linear.PANELS, [&](int64_t p) {
@@ -407,8 +449,9 @@ struct Member {
         }
     }
 
-    // One head of row r; `at` is the number of its state.
-    void attend_head(const State& state, int64_t at, int64_t head, int64_t r) {
+    // One head of row r; `at` is the number of its state. Not inlined, so that its vectors stay in
+    // registers.
+    [[gnu::noinline]] void attend_head(const State& state, int64_t at, int64_t head, int64_t r) {
         const float* q = team.projected[r] + head * SIZE;
         float* S = state.S + at * SIZE * SIZE;
         Operand* target = team.attended[r] + head * SIZE;
