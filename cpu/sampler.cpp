@@ -23,9 +23,6 @@
 // ROWS * VECTORS registers hold sums: of 16 with AVX, of 32 with AVX-512 and on ARM.
 constexpr int VECTORS = LANES == 8 ? 2 : 4;
 constexpr int ROWS = 6, PANEL = LANES * VECTORS;
-// With fewer rows per thread, a team of threads shares its rows, and each reads a part of the
-// weights.
-constexpr int ROWS_PER_TEAM = 5;
 // Given bytes are read several positions at a time, so that the weights are read for this many rows.
 constexpr int64_t ROWS_AT_ONCE = 64;
 constexpr int D = HEADS * SIZE;
@@ -41,8 +38,12 @@ typedef float Vector __attribute__((vector_size(4 * LANES), aligned(4), may_alia
 typedef uint32_t Bits __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
 typedef std::conditional_t<BF16, BFloat16, float> Operand;
 
-// Whether the weights are too large for a core's own cache: more than 4 MiB.
-constexpr bool LARGE = sizeof(Operand) * LAYERS * 12 * D * D > 4 << 20;
+constexpr int64_t WEIGHTS = sizeof(Operand) * LAYERS * 12 * D * D;  // bytes
+// With fewer rows per thread, a team of threads shares its rows, and each reads a part of the
+// weights. It pays sooner for weights that no cache holds, since all threads share the memory.
+constexpr int ROWS_PER_THREAD = WEIGHTS > 16 << 20 ? 8 : 5;
+// Whether the weights are too large for a core's own cache.
+constexpr bool LARGE = WEIGHTS > 4 << 20;
 // Otherwise those of a thread's images are drawn in groups that have at most half as many bytes of
 // states as the model has weights in float32, so that the states stay in the cache, too.
 constexpr int64_t IMAGES_PER_GROUP = LARGE ? std::numeric_limits<int64_t>::max() : ROWS * HEADS;
@@ -537,7 +538,7 @@ void panel_sizes(int64_t* sizes) {
 // `teams`.
 std::vector<std::vector<Member>> make_members(Job& job, std::deque<Team>& teams, int64_t threads) {
     std::vector<std::vector<Member>> members(threads);
-    int64_t parts = std::max<int64_t>(1, std::min(threads, job.n / ROWS_PER_TEAM));
+    int64_t parts = std::max<int64_t>(1, std::min(threads, job.n / ROWS_PER_THREAD));
     for (int64_t p = 0; p < parts; p++) {
         int64_t first = threads * p / parts, size = threads * (p + 1) / parts - first;
         int64_t image = job.n * p / parts, end = job.n * (p + 1) / parts;

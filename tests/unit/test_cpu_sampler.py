@@ -89,9 +89,15 @@ def test_the_number_of_threads_does_not_matter(threads, monkeypatch):
 
 
 @RECURRENCES
-@pytest.mark.parametrize(("precision", "tolerance"), [("fp32", 1e-5), ("bf16", 5e-2)])
-def test_its_distributions_and_states_equal_those_of_step(precision, tolerance, attention_type):
-    model = make_model(3, 4, 16, attention_type=attention_type)
+@pytest.mark.parametrize(
+    ("sizes", "precision", "tolerance"),
+    [((3, 4, 16), "fp32", 1e-5), ((3, 4, 16), "bf16", 5e-2), ((2, 8, 64), "fp32", 1e-5)],
+    ids=["fp32", "bf16", "more weights than a cache holds"],
+)
+def test_its_distributions_and_states_equal_those_of_step(
+    sizes, precision, tolerance, attention_type
+):
+    model = make_model(*sizes, attention_type=attention_type)
     noise = image_noise(0, range(9), LENGTH)
     images = torch.randint(0, 256, (9, LENGTH))
     states, own = model.empty_states(9), model.empty_states(9)
