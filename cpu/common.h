@@ -185,7 +185,7 @@ inline void load_row(const T* x, float* row) {
     for (int m = 0; m < SIZE; m++) row[m] = load(x[m]);
 }
 
-// In vectors: g++ would copy halves of them, and what reads a whole one next would wait for both.
+// Copies whole vectors: g++ would copy halves, and the next load of a vector would wait for both.
 inline void load_row(const float* x, float* row) {
     for (int i = 0; i < COUNT; i++) ((RowVector*)row)[i] = ((const RowVector*)x)[i];
 }

@@ -12,11 +12,11 @@
 
 // The rows of a head are too far apart for CPUs to foresee the next ones, so they are fetched into
 // the cache this number of positions ahead.
-constexpr int64_t AHEAD = 16;
+constexpr int64_t PREFETCH_DISTANCE = 16;
 
-// `row` may lie outside of the tensor: fetching it then has no effect.
+// `row` may lie outside of the tensor: prefetching it then has no effect.
 template <bool WRITE = false, class T>
-inline void fetch(const T* row) {
+inline void prefetch(const T* row) {
     for (int e = 0; e < SIZE; e += 64 / sizeof(T)) __builtin_prefetch(row + e, WRITE);
     __builtin_prefetch(row + SIZE - 1, WRITE);
 }
@@ -43,14 +43,15 @@ struct GatedHead {
         const T* row = projected + first * stride;
         for (int n = 0; n < N; n++)
             for (int part : {0, 1, 3})
-                fetch(row + direction * (n + AHEAD) * stride + queries + part * shape.width());
+                prefetch(row + queries + part * shape.width() +
+                         direction * (n + PREFETCH_DISTANCE) * stride);
         at.load(row + queries, row + decays, direction * stride, shape.width(), shape.heads);
     }
 
     template <int N, class T>
     void load_gates(const T* projected, int64_t first, float (*gates)[SIZE]) const {
         const T* z = projected + first * stride + this->gates;
-        for (int n = 0; n < N; n++) fetch(z + (n + AHEAD) * stride);
+        for (int n = 0; n < N; n++) prefetch(z + (n + PREFETCH_DISTANCE) * stride);
         gated::load_gates<N>(z, stride, gates);
     }
 };
@@ -105,7 +106,7 @@ struct GatedBackward {
     // position some steps `ahead` is fetched.
     T* target(int64_t i, int part, int64_t ahead) const {
         T* row = gradients + head.queries + i * head.stride + part * head.shape.width();
-        fetch<true>(row + ahead * head.stride);
+        prefetch<true>(row + ahead * head.stride);
         return row;
     }
 
@@ -121,7 +122,7 @@ struct GatedBackward {
             load_row(out + at, output);
             load_row(gradient + at, row);
             float mean = dot(output, row) / (SIZE * float(OUTPUT_RMS) * float(OUTPUT_RMS));
-            T *d_z = target(i, 2, AHEAD), *kept = target(i, 3, AHEAD);
+            T *d_z = target(i, 2, PREFETCH_DISTANCE), *kept = target(i, 3, PREFETCH_DISTANCE);
             for (int m = 0; m < SIZE; m++) {
                 store(d_z + m, row[m] * output[m] * (1 - gates[n][m] / 2));
                 store(kept + m, scale * (gates[n][m] * row[m] - mean * output[m] / gates[n][m]));
@@ -140,7 +141,7 @@ struct GatedBackward {
         gated::decay_and_update<N>(S[0], at.v, at.added, g, sums, at.a);
         for (int n = 0; n < N; n++) {
             products[first + n] = dot(at.q[n], sums[n]);
-            T* d_q = target(first + n, 0, AHEAD);
+            T* d_q = target(first + n, 0, PREFETCH_DISTANCE);
             for (int e = 0; e < SIZE; e++) store(d_q + e, sums[n][e]);
         }
     }
@@ -154,7 +155,7 @@ struct GatedBackward {
         int64_t start = head.shape.length - 1 - first;
         head.load(projected, start, -1, at);
         for (int n = 0; n < N; n++) {
-            load_row(target(start - n, 3, -AHEAD), g[n]);
+            load_row(target(start - n, 3, -PREFETCH_DISTANCE), g[n]);
             decays[n] = later;
             later = at.a[n];
         }
@@ -171,7 +172,7 @@ struct GatedBackward {
                         const float* value) {
         float product = dot(at.k[n], key), a = at.a[n], beta = at.beta[n];
         float factor = beta * at.inverse_lengths[n];
-        T *d_k = target(i, 1, -AHEAD), *d_v = target(i, 3, -AHEAD);
+        T *d_k = target(i, 1, -PREFETCH_DISTANCE), *d_v = target(i, 3, -PREFETCH_DISTANCE);
         for (int e = 0; e < SIZE; e++) store(d_k + e, factor * (key[e] - product * at.k[n][e]));
         for (int m = 0; m < SIZE; m++) store(d_v + m, value[m]);
         sum += products[i] - beta * product;

@@ -7,8 +7,8 @@
 // layers/neighbours.py, OFFSETS of layers/convolution.py in rising order (0: the model has none),
 // and BF16: with 1 the operands of the matrix products and the last inputs of the layers are
 // bfloat16, with 0 float32. Everything else, including the sums of the products, is float32. Loops
-// over constant sizes are left to the compiler's vectoriser; only the matrix product lays out its
-// registers explicitly.
+// over constant sizes are left to the compiler's vectoriser; only the matrix product and `update` of
+// common.h lay out their registers explicitly.
 
 #include <deque>
 #include <iterator>
@@ -39,13 +39,13 @@ typedef uint32_t Bits __attribute__((vector_size(4 * LANES), aligned(4), may_ali
 typedef std::conditional_t<BF16, BFloat16, float> Operand;
 
 constexpr int64_t WEIGHTS = sizeof(Operand) * LAYERS * 12 * D * D;  // bytes
-// With fewer rows per thread, a team of threads shares its rows, and each reads a part of the
+// With fewer images per thread, a team of threads shares its rows, and each reads a part of the
 // weights. It pays sooner for weights that no cache holds, since all threads share the memory.
-constexpr int ROWS_PER_THREAD = WEIGHTS > 16 << 20 ? 8 : 5;
-// Whether the weights are too large for a core's own cache.
+constexpr int IMAGES_PER_THREAD = WEIGHTS > 16 << 20 ? 8 : 5;
+// Whether the weights are too large to stay in caches beside the states of some images.
 constexpr bool LARGE = WEIGHTS > 4 << 20;
-// Otherwise those of a thread's images are drawn in groups that have at most half as many bytes of
-// states as the model has weights in float32, so that the states stay in the cache, too.
+// If they are not, a thread draws its images in groups, so that the states of a group stay there,
+// too: S of all layers is at most half as large as the weights in float32.
 constexpr int64_t IMAGES_PER_GROUP = LARGE ? std::numeric_limits<int64_t>::max() : ROWS * HEADS;
 
 // The following structs are laid out as Python fills them in: pointers, nothing else.
@@ -160,42 +160,36 @@ struct Team {
     {}
 };
 
-// What a tile of R of the rows fetches while it computes, if the weights are large: as large a part
-// of the next panel, evenly, since memory may take as long to read a panel as the rows take to be
-// multiplied with it. Behind the last panel this has no effect.
-struct Ahead {
+// What a tile of R of the rows prefetches while it computes, if the weights are large: as large a
+// part of the next panel, evenly, since memory may take as long to read a panel as the rows take to
+// be multiplied with it. Behind the last panel this is in vain.
+struct Prefetch {
     static constexpr int64_t LINE = 64;  // bytes of a cache line
 
-    const char* next;
+    const char* address;
     int64_t step;  // bytes for each cache line that the tile reads
 
-    Ahead(const Operand* panel, int64_t bytes, int64_t row, int64_t R, int64_t rows)
-        : next((const char*)panel + bytes + bytes * row / rows),
+    Prefetch(const Operand* panel, int64_t bytes, int64_t row, int64_t R, int64_t rows)
+        : address((const char*)panel + bytes + bytes * row / rows),
           step((LINE * R + rows - 1) / rows) {}
 
     template <int BYTES>
-    void fetch() {
+    void next() {
         if (!LARGE) return;
-        for (int i = 0; i < BYTES; i += LINE, next += step) __builtin_prefetch(next);
+        for (int i = 0; i < BYTES; i += LINE, address += step) __builtin_prefetch(address);
     }
 };
-
-// Reads V vectors, each once: from what is not volatile g++ would read them again for each of a few
-// rows, which takes longer than the multiplications.
-template <class T, int V>
-inline void read_once(T (&vectors)[V], const void* source) {
-#pragma GCC unroll 4
-    for (int v = 0; v < V; v++) vectors[v] = ((const volatile T*)source)[v];
-}
 
 // sums += a * b over all inputs, for R rows and a panel of V vectors.
 template <int INPUTS, int R, int V>
 inline void accumulate(Vector (&sums)[R][V], const float* a, int stride, const float* b,
-                       Ahead ahead) {
+                       Prefetch prefetch) {
     for (int i = 0; i < INPUTS; i++, b += V * LANES) {
-        ahead.fetch<V * sizeof(Vector)>();
+        prefetch.next<V * sizeof(Vector)>();
         Vector weights[V];
-        read_once(weights, b);
+        // Volatile: g++ would load them again for each row, which takes longer than to multiply.
+#pragma GCC unroll 4
+        for (int v = 0; v < V; v++) weights[v] = ((const volatile Vector*)b)[v];
 #pragma GCC unroll 6
         for (int r = 0; r < R; r++)
 #pragma GCC unroll 4
@@ -205,11 +199,12 @@ inline void accumulate(Vector (&sums)[R][V], const float* a, int stride, const f
 
 template <int INPUTS, int R, int V>
 inline void accumulate(Vector (&sums)[R][V], const BFloat16* a, int stride, const BFloat16* b,
-                       Ahead ahead) {
+                       Prefetch prefetch) {
     for (int i = 0; i < INPUTS; i += 2, b += 2 * V * LANES) {
-        ahead.fetch<V * sizeof(Vector)>();
+        prefetch.next<V * sizeof(Vector)>();
         Bits weights[V];
-        read_once(weights, b);
+#pragma GCC unroll 4
+        for (int v = 0; v < V; v++) weights[v] = ((const volatile Bits*)b)[v];
 #pragma GCC unroll 6
         for (int r = 0; r < R; r++) {
             uint32_t pair;
@@ -244,11 +239,11 @@ inline void store_vector(BFloat16* target, Vector numbers) {
 // are from one row to the next.
 template <int R, int V, int INPUTS, bool RELU, class Output>
 void tile(const Operand* inputs, int stride, const Operand* weight, const float* bias,
-          Output* outputs, int out_stride, Ahead ahead) {
+          Output* outputs, int out_stride, Prefetch prefetch) {
     Vector sums[R][V];
     for (int r = 0; r < R; r++)
         for (int v = 0; v < V; v++) sums[r][v] = *(const Vector*)(bias + v * LANES);
-    accumulate<INPUTS>(sums, inputs, stride, weight, ahead);
+    accumulate<INPUTS>(sums, inputs, stride, weight, prefetch);
     for (int r = 0; r < R; r++)
         for (int v = 0; v < V; v++) {
             Vector sum = sums[r][v];
@@ -270,8 +265,8 @@ inline void with_constant(int64_t rows, const Run& run) {
     }
 }
 
-// Calls run(first row, R) for each tile of rows. They have the same R, or nearly, since two tiles of
-// five rows take less time than one of six and one of four.
+// Calls run(first row, R) for each tile of rows. They have the same R, or nearly: a tile of one row
+// takes almost as long as one of four, since every sum waits for the addition before.
 template <class Run>
 inline void each_tile(int64_t rows, const Run& run) {
     int64_t tiles = (rows + ROWS - 1) / ROWS;
@@ -338,7 +333,7 @@ struct Member {
             constexpr int64_t BYTES = INPUTS * V * LANES * sizeof(Operand);
             each_tile(rows(), [&](int64_t r, auto R) {
                 tile<R, V, INPUTS, RELU>(inputs[r], STRIDE, weight, bias, outputs[r] + p * PANEL,
-                                         OUT_STRIDE, Ahead(weight, BYTES, r, R, rows()));
+                                         OUT_STRIDE, Prefetch(weight, BYTES, r, R, rows()));
             });
         };
         constexpr int LAST = Linear<INPUTS, OUTPUTS>::LAST;
@@ -538,7 +533,7 @@ void panel_sizes(int64_t* sizes) {
 // `teams`.
 std::vector<std::vector<Member>> make_members(Job& job, std::deque<Team>& teams, int64_t threads) {
     std::vector<std::vector<Member>> members(threads);
-    int64_t parts = std::max<int64_t>(1, std::min(threads, job.n / ROWS_PER_THREAD));
+    int64_t parts = std::max<int64_t>(1, std::min(threads, job.n / IMAGES_PER_THREAD));
     for (int64_t p = 0; p < parts; p++) {
         int64_t first = threads * p / parts, size = threads * (p + 1) / parts - first;
         int64_t image = job.n * p / parts, end = job.n * (p + 1) / parts;

@@ -16,7 +16,7 @@ from models import ImageTransformer, ModelConfig
 
 SOURCE = "sampler.cpp"
 # Bytes of images that one call of the library draws: enough that starting its threads costs
-# nothing, few enough (a fifth of a second) for progress and Ctrl-C.
+# nothing, few enough (at most a second or two) for progress and Ctrl-C.
 BYTES_AT_ONCE = 2048
 
 
@@ -100,8 +100,8 @@ class CompiledDecoder:
     ) -> list:
         """The states after the first `count` bytes of images (N, L), int64.
 
-        The loop reads the bytes one by one as it reads those that it draws, so the rounding of
-        the sums does not depend on the batch, as it would in a parallel pass.
+        The loop takes the sums of each byte in the order in which it does when it draws, so their
+        rounding does not depend on the batch, as it would in a parallel pass.
         """
         states, block = model.empty_states(len(images)), self.block(len(images))
         for first in range(0, count, block):

@@ -32,7 +32,7 @@ def gated_position(projected, outputs, S, H, W, E: tl.constexpr):
 
 
 def step_options(E: int) -> dict[str, int]:
-    """A thread holds 32 numbers of S."""
+    """A thread holds at most 32 numbers of S."""
     return {"num_warps": max(1, E * E // 1024)}
 
 
