@@ -95,13 +95,16 @@ def unfinished_samples(
     args: Namespace, model: ImageTransformer, given: torch.Tensor, options: dict
 ) -> UnfinishedSamples:
     """Where images are kept until all are written, beside the first output, if they take several
-    batches. The model, the given bytes (N, offset) and the options determine them."""
+    batches, or did before an interruption. The model, the given bytes (N, offset) and the options
+    determine them."""
     path = None
-    if len(given) > args.batch_size * distributed.world_size() and is_first_process():
+    if is_first_process():
         weights = model.state_dict().values()
         name = digest(*weights, model.config, args.backend, given, given.shape, options)
         _, first = (output_paths(args) or [("--plot", "figure")])[0]
-        path = Path(first).parent / f"unfinished-{name}"
+        folder = Path(first).parent / f"unfinished-{name}"
+        several = len(given) > args.batch_size * distributed.world_size()
+        path = folder if several or folder.exists() else None
     return UnfinishedSamples(path, len(given))
 
 

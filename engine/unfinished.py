@@ -45,7 +45,11 @@ class UnfinishedSamples(AbstractContextManager):
     def read(self) -> Iterator[torch.Tensor]:
         """The batches (n, L), uint8, that an interrupted sampling has kept."""
         while self.path and (file := self.file()).exists():
-            batch = torch.from_numpy(np.load(file))
+            try:
+                batch = torch.from_numpy(np.load(file))
+            except (ValueError, EOFError):
+                warn(f"{file} is damaged: its images and later ones are drawn again")
+                break
             self.count += len(batch)
             yield batch
         if self.count:
@@ -56,7 +60,7 @@ class UnfinishedSamples(AbstractContextManager):
         if not self.path or self.failed:
             return
         try:
-            write_atomically(self.file(), partial(write_array, images=batch.numpy()))
+            write_atomically(self.file(), partial(write_array, images=batch.numpy()), durable=True)
             self.count += len(batch)
         except OSError as error:
             warn(f"{error}: an interruption will lose the images from number {self.count} on")

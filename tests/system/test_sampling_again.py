@@ -87,6 +87,23 @@ def test_an_interrupted_sampling_continues(interrupted, sample):
     assert np.array_equal(images, again)
 
 
+def test_a_larger_batch_continues(interrupted, sample):
+    """Regression: one batch for all images neither read those that were finished nor removed
+    them."""
+    _, out = sample(*SIX, "--batch_size", 6)
+    assert "continuing: 4 of 6 images were finished before" in out
+    assert not os.listdir()
+
+
+def test_a_damaged_batch_is_drawn_again(interrupted, sample):
+    """Regression: a file that a power failure had cut off was a traceback at every retry."""
+    folder = next(name for name in os.listdir() if name.startswith("unfinished"))
+    os.truncate(f"{folder}/2.npy", 100)
+    images, out = sample(*SIX)
+    assert "continuing: 2 of 6 images were finished before" in out
+    assert np.array_equal(images, sample(*SIX)[0])
+
+
 def test_two_processes_continue(interrupted, sample, tiny_checkpoint):
     flags = [*SIX, "--batch_size", 1, "--save_image", "{}.{}.png"]
     out = run_two("prediction.py", tiny_checkpoint, *flags)
@@ -99,11 +116,11 @@ def test_a_disk_that_fills_up_leaves_no_folder(succeed, tiny_checkpoint, monkeyp
     """Regression: the batches that had been kept before stayed there for ever."""
     write, files = unfinished.write_atomically, []
 
-    def write_one(path, content):
+    def write_one(path, content, durable):
         files.append(path)
         if len(files) > 1:
             raise OSError("no space left")
-        write(path, content)
+        write(path, content, durable)
 
     monkeypatch.setattr(unfinished, "write_atomically", write_one)
     result = succeed("prediction.py", tiny_checkpoint, *SIX, "--save_image", "{}.{}.png")
