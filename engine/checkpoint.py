@@ -243,16 +243,14 @@ class Checkpoint:
         path.
 
         With `keep`, only that many files of the pattern up to this iteration remain; later ones
-        belong to another run, or are damaged. If it raises OSError, the old files are intact.
+        belong to another run, or are damaged. If it raises OSError, the old files are intact; one
+        that cannot be removed is a warning.
         """
         path = format_path(pattern, self.iteration)
         self.write(path)
         if keep and is_pattern(pattern):
             for _, old in [found for found in find(pattern) if found[0] <= self.iteration][keep:]:
-                old.unlink(missing_ok=True)
-                if is_pattern(Path(pattern).parent):
-                    with suppress(OSError):  # not empty
-                        old.parent.rmdir()
+                remove(old, folder=is_pattern(Path(pattern).parent))
         return path
 
     def export(self, path: Path) -> None:
@@ -318,6 +316,18 @@ def unsafe_types(path: Path) -> list[str]:
     with suppress(Exception):
         return sorted(torch.serialization.get_unsafe_globals_in_checkpoint(path))[:3]
     return []
+
+
+def remove(path: Path, folder: bool) -> None:
+    """Remove an old checkpoint and, with `folder`, its folder if that is empty then. A failure is a
+    warning."""
+    try:
+        path.unlink(missing_ok=True)
+    except OSError as error:
+        return warn(f"the old checkpoint {path} cannot be removed ({error.strerror})")
+    if folder:
+        with suppress(OSError):  # not empty
+            path.parent.rmdir()
 
 
 def not_valid(path: Path, reason: str) -> UserError:

@@ -82,6 +82,18 @@ def test_only_the_newest_checkpoints_are_kept(succeed, tmp_path):
     assert sorted(os.listdir(tmp_path)) == names
 
 
+def test_an_old_checkpoint_that_cannot_be_removed_is_a_warning(succeed, tmp_path):
+    """Regression: the last save was said to have failed, and the run ended without evaluation."""
+    saving = ["--save_frequency", 2, "--keep_checkpoints", 2, "--save_to", "w.{}.pth"]
+    succeed("main.py", *DIGITS, "--iterations", 2, *saving)
+    (tmp_path / "w.1.pth").mkdir()
+    continued = ["--continue_from", "w.{}.pth", "--iterations", 4]
+    result = succeed("main.py", *DIGITS, *continued, *saving)
+    assert "warning: the old checkpoint w.1.pth cannot be removed" in result.err
+    assert "iteration 4: test" in result.out
+    assert (tmp_path / "w.4.pth").is_file()
+
+
 def test_files_are_readable_for_others_as_the_umask_says(succeed, tmp_path):
     """A temporary file is private, but the renamed checkpoint must not be."""
     old = os.umask(0o022)
