@@ -8,6 +8,7 @@ rounding. The repetition is 0 unless an image is completed several times.
 import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from itertools import count, repeat
@@ -77,9 +78,9 @@ def complete_batches(
     The model is in evaluation mode. The noise of the images belongs to their numbers in the data
     set, the `index` (default: 0, 1, ...), and differs where a number comes again. `recompute`
     recomputes the prefix for every byte instead of keeping a state. `compile` is --compile. With
-    "bf16" the weights of the model are rounded. Of several processes each draws its shard of a
-    batch, which is `batch_size` times as large as their number. Raises a ValueError for images,
-    an offset, an index or a temperature that do not fit.
+    "bf16" the weights of the model are rounded until the last batch. Of several processes each
+    draws its shard of a batch, which is `batch_size` times as large as their number. Raises a
+    ValueError for images, an offset, an index or a temperature that do not fit.
     """
     model.check_images(images)
     N, L = images.shape
@@ -101,9 +102,9 @@ def complete_batches(
         given = offset - 1 if offset < L else 0
     else:
         draw = partial(sample_recomputing, model)
-    convert_weights(model, precision)
     shards = [batch[distributed.shard(len(batch))] for batch in batches]
-    with SamplingProgress(sum(map(len, shards)), L - offset, given) as progress:
+    progress = SamplingProgress(sum(map(len, shards)), L - offset, given)
+    with converted_weights(model, precision), progress:
         for shard in shards:
             own = slice(shard.start, shard.stop)
             part = images[own].to(device).long()
@@ -159,6 +160,18 @@ def convert_weights(model: ImageTransformer, precision: str) -> None:
     for module in model.modules() if precision == "bf16" else ():
         if isinstance(module, torch.nn.Linear):
             module.bfloat16()
+
+
+@contextmanager
+def converted_weights(model: ImageTransformer, precision: str) -> Iterator[None]:
+    """`convert_weights` until the context ends."""
+    weights = [(parameter, parameter.data) for parameter in model.parameters()]
+    convert_weights(model, precision)
+    try:
+        yield
+    finally:
+        for parameter, data in weights:
+            parameter.data = data
 
 
 def image_noise(

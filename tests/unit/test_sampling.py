@@ -41,6 +41,18 @@ def test_float64_is_sampled_in_float64(model, monkeypatch):
     assert torch.equal(sample_images(model, 2), sample_images(model, 2, compile=False))
 
 
+@pytest.mark.parametrize("neighbours", [False, True], ids=["plain", "neighbours"])
+def test_bfloat16_is_undone(neighbours):
+    """Regression: after a sampling in bfloat16 the model's weights had two types, and its next use
+    in float32 was a RuntimeError or a TypeError."""
+    changes = {"neighbours": True, "width": 6, "channels": 1} if neighbours else {}
+    model = ImageTransformer(ModelConfig(LENGTH, n_layers=1, n_heads=2, d_query=8, **changes))
+    images, bits = sample_images(model.eval(), 2), surprisal(model, torch.zeros(1, LENGTH))
+    sample_images(model, 2, precision="bf16")
+    assert torch.equal(surprisal(model, torch.zeros(1, LENGTH)), bits)
+    assert torch.equal(sample_images(model, 2), images)
+
+
 def test_no_index_is_the_default_one(model):
     """Regression: None, the default of `complete_images`, was a TypeError."""
     assert torch.equal(sample_images(model, 2, index=None), sample_images(model, 2))
