@@ -100,7 +100,7 @@ def training_memory(
 
 def evaluation_memory(config: ModelConfig, batch_size: int) -> int:
     """The same for an evaluation, which keeps the weights and the activations of one layer."""
-    activations = 20 * config.d_model * batch_size // distributed.world_size()
+    activations = 12 * config.d_model * batch_size // distributed.world_size()
     return 4 * config.n_parameters + config.length * (activations + batch_size)
 
 
@@ -108,7 +108,8 @@ def sampling_memory(config: ModelConfig, n_states: int) -> int:
     """A lower bound of the bytes that sampling needs: the weights, and the states of images."""
     # Keys and values of softmax attention may be bfloat16: two 2-byte numbers for each position.
     per_channel = config.length if config.attention_type == "full" else config.d_query
-    per_channel += config.channels * config.width  # the last inputs of a short convolution, or 0
+    # The last inputs of a short convolution (or none) may be bfloat16, too.
+    per_channel += config.channels * config.width // 2
     states = n_states * config.n_layers * config.d_model * per_channel
     return 4 * (config.n_parameters + states)
 
