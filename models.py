@@ -278,7 +278,10 @@ class ImageTransformer(nn.Module):
         return self.parameters_at(images, positions_of(images), keys=keys)
 
     def check_images(self, images: torch.Tensor) -> None:
-        """Raise a ValueError unless these are whole images (N, length), N > 0."""
+        """Raise a ValueError unless these are whole images (N, length), N > 0, of integers."""
+        if not torch.is_tensor(images) or images.dtype not in (torch.uint8, torch.int64):
+            kind = images.dtype if torch.is_tensor(images) else type(images).__name__
+            raise ValueError(f"images are {kind} and should be a tensor, uint8 or int64")
         shape = tuple(images.shape)
         if len(shape) != 2 or not shape[0] or shape[1] != self.config.length:
             raise ValueError(f"images are {shape} and should be (N, {self.config.length}), N > 0")

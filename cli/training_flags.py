@@ -31,8 +31,9 @@ SAVING = {
         "PATTERN",
     ),
     "init_from": flag(
-        "start a new run from the weights of a checkpoint, or of the newest of a pattern, also on "
-        "other images of the same shape; without effect on a run that --continue_from continues",
+        "start a new run from the weights of a checkpoint, or of the newest of a pattern, on "
+        "images of the same shape, those of --dataset (default: mnist); without effect on a run "
+        "that --continue_from continues",
         "PATTERN",
     ),
     "save_frequency": flag("save every N iterations, and at the end", COUNT, 3000),

@@ -256,8 +256,10 @@ class Checkpoint:
     def export(self, path: Path) -> None:
         """Write a file without the moments of the optimiser, which are up to twice as large as the
         weights, and without the path of the data set. It loads wherever the checkpoint does. Raises
-        OSError, and `UserError` for a weight that is not finite."""
+        OSError, and `UserError` for a weight that is not finite or a file that is not an export."""
         self.check_finite()
+        if path.exists() and not is_export(path):
+            raise UserError(f"--export {path} would replace another file: give another name")
         state = self.optimizer_state and {**self.optimizer_state, "state": {}}
         name = self.dataset and datasets.portable_name(self.dataset)
         replace(self, optimizer_state=state, dataset=name).write(path)
@@ -309,6 +311,15 @@ def read_entries(path: Path) -> dict:
         reason = one_line(error, 120) if type(error) is ValueError else "torch cannot read it"
         raise not_valid(path, reason) from None
     return entries if isinstance(entries, dict) else {}
+
+
+def is_export(path: Path) -> bool:
+    """Whether a file is a checkpoint without moments of the optimiser."""
+    try:
+        state = read_entries(path).get("optimizer_state")
+    except UserError:
+        return False
+    return not (state and state["state"])
 
 
 def unsafe_types(path: Path) -> list[str]:

@@ -93,6 +93,18 @@ def test_a_damaged_export_is_refused(call, exported):
     assert (result.status, "checksum" in result.err) == (2, True)
 
 
+def test_an_export_replaces_exports_only(exported, call, succeed, tmp_path):
+    """Regression: it replaced any file, such as an earlier checkpoint or a README."""
+    (tmp_path / "other.md").write_text("mine")
+    (tmp_path / "earlier.pth").write_bytes(exported[0].read_bytes())
+    for name in ("other.md", "earlier.pth"):
+        content = (tmp_path / name).read_bytes()
+        result = call("main.py", "--continue_from", exported[0], "--export", name)
+        assert (result.status, "would replace" in result.err) == (2, True)
+        assert (tmp_path / name).read_bytes() == content
+    succeed("main.py", "--continue_from", exported[0], "--export", exported[1])
+
+
 def test_the_newest_of_a_pattern_is_exported(succeed, tiny_checkpoint, tmp_path):
     (tmp_path / "t.30.pth").write_bytes(tiny_checkpoint.read_bytes())
     (tmp_path / "t.31.pth").write_bytes(b"damaged")

@@ -47,10 +47,19 @@ def test_bfloat16_is_undone(neighbours):
     in float32 was a RuntimeError or a TypeError."""
     changes = {"neighbours": True, "width": 6, "channels": 1} if neighbours else {}
     model = ImageTransformer(ModelConfig(LENGTH, n_layers=1, n_heads=2, d_query=8, **changes))
-    images, bits = sample_images(model.eval(), 2), surprisal(model, torch.zeros(1, LENGTH))
+    image = torch.zeros(1, LENGTH, dtype=torch.uint8)
+    images, bits = sample_images(model.eval(), 2), surprisal(model, image)
     sample_images(model, 2, precision="bf16")
-    assert torch.equal(surprisal(model, torch.zeros(1, LENGTH)), bits)
+    assert torch.equal(surprisal(model, image), bits)
     assert torch.equal(sample_images(model, 2), images)
+
+
+@pytest.mark.parametrize("images", [torch.rand(1, LENGTH), np.zeros((1, LENGTH), np.uint8)])
+def test_images_are_integers(model, images):
+    """Regression: numbers from 0 to 1 were taken for bytes, and an array was an AttributeError."""
+    for use in (lambda: surprisal(model, images), lambda: complete_images(model, images, 5)):
+        with pytest.raises(ValueError, match="should be a tensor, uint8 or int64"):
+            use()
 
 
 def test_no_index_is_the_default_one(model):
