@@ -316,10 +316,12 @@ def read_entries(path: Path) -> dict:
 def is_export(path: Path) -> bool:
     """Whether a file is a checkpoint without moments of the optimiser."""
     try:
-        state = read_entries(path).get("optimizer_state")
+        entries = read_entries(path)
     except UserError:
         return False
-    return not (state and state["state"])
+    state = entries.get("optimizer_state")
+    no_moments = state is None or (is_optimizer_state(state) and not state["state"])
+    return is_model_state(entries.get("model_state")) and no_moments
 
 
 def unsafe_types(path: Path) -> list[str]:

@@ -94,10 +94,12 @@ def test_a_damaged_export_is_refused(call, exported):
 
 
 def test_an_export_replaces_exports_only(exported, call, succeed, tmp_path):
-    """Regression: it replaced any file, such as an earlier checkpoint or a README."""
+    """Regression: it replaced any file, such as an earlier checkpoint, another program's weights or
+    a README."""
     (tmp_path / "other.md").write_text("mine")
+    torch.save({"weight": torch.ones(3)}, tmp_path / "other.pth")
     (tmp_path / "earlier.pth").write_bytes(exported[0].read_bytes())
-    for name in ("other.md", "earlier.pth"):
+    for name in ("other.md", "other.pth", "earlier.pth"):
         content = (tmp_path / name).read_bytes()
         result = call("main.py", "--continue_from", exported[0], "--export", name)
         assert (result.status, "would replace" in result.err) == (2, True)
