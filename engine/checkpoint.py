@@ -256,9 +256,10 @@ class Checkpoint:
     def export(self, path: Path) -> None:
         """Write a file without the moments of the optimiser, which are up to twice as large as the
         weights, and without the path of the data set. It loads wherever the checkpoint does. Raises
-        OSError, and `UserError` for a weight that is not finite or a file that is not an export."""
+        OSError, and `UserError` for a weight that is not finite or a file that is neither empty nor
+        an export."""
         self.check_finite()
-        if path.exists() and not is_export(path):
+        if path.exists() and path.stat().st_size > 0 and not is_export(path):
             raise UserError(f"--export {path} would replace another file: give another name")
         state = self.optimizer_state and {**self.optimizer_state, "state": {}}
         name = self.dataset and datasets.portable_name(self.dataset)
