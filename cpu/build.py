@@ -23,7 +23,10 @@ from utils import UserError, one_line, say, warn
 
 FOLDER = Path(__file__).parent
 # Included by the sources.
-HEADERS = "common.h", "gated.h", "attention.h", "gated_attention.h", "mixture.h"
+HEADERS = (
+    "numbers.h", "exports.h", "common.h", "product.h",
+    "gated.h", "attention.h", "gated_attention.h", "mixture.h",
+)  # fmt: skip
 # The eps of torch.nn.LayerNorm.
 NORM_EPSILON = 1e-5
 # Of the operations on rows: enough to be worth starting a task, few enough to stay in the cache.
@@ -37,12 +40,12 @@ CONSTANTS = {
     "OUTPUT_RMS": gated.OUTPUT_RMS,
     "ROWS_PER_TASK": ROWS_PER_TASK,
 }
-# Letters of the argument types in common.h's table of functions.
+# Letters of the argument types in the table of functions of exports.h.
 ARGUMENTS = {"p": ctypes.c_void_p, "i": ctypes.c_int64, "f": ctypes.c_float}
 
 
 class Export(ctypes.Structure):
-    """As in common.h."""
+    """As in exports.h."""
 
     _fields_ = [
         ("name", ctypes.c_char_p),

@@ -1,5 +1,4 @@
-// What ops.cpp and sampler.cpp share: bfloat16, the layer norm, the step of linear attention,
-// threads, and the table of the functions that Python calls.
+// What ops.cpp and sampler.cpp share: threads, the layer norm and the step of linear attention.
 //
 // Compile-time constants, set by Python: SIZE, the size of a head's queries, keys and values, and
 // ATTENTION_EPSILON and NORM_EPSILON, which keep two divisions finite.
@@ -14,39 +13,11 @@
 #include <exception>
 #include <future>
 #include <mutex>
-#include <new>
-#include <system_error>
 #include <thread>
-#include <type_traits>
 #include <vector>
 
-// How many floats one of this CPU's widest vectors holds. GCC computes wider ones number by number.
-#if defined(__AVX512F__)
-constexpr int LANES = 16;
-#elif defined(__AVX__)
-constexpr int LANES = 8;
-#else
-constexpr int LANES = 4;
-#endif
-
-struct BFloat16 {
-    uint16_t bits;
-};
-
-inline float load(float x) { return x; }
-inline float load(BFloat16 x) {
-    uint32_t bits = uint32_t(x.bits) << 16;
-    float value;
-    memcpy(&value, &bits, 4);
-    return value;
-}
-inline void store(float* target, float x) { *target = x; }
-inline void store(BFloat16* target, float x) {  // rounds to nearest, ties to even
-    uint32_t bits;
-    memcpy(&bits, &x, 4);
-    uint32_t rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
-    target->bits = x == x ? rounded : 0x7fc0;  // the sum would carry a NaN over to 0
-}
+#include "exports.h"
+#include "numbers.h"
 
 // Calls run(0), ..., run(n - 1), each in a thread of its own, the first in the calling thread. All
 // run at the same time, so they may wait for each other; none does if one cannot be started.
@@ -261,47 +232,4 @@ inline void attend(const T* q, const T* k, const T* v, int64_t stride, float* S,
         float scale = normalizer(phi_q[n], phi_k[n], Z);
         for (int m = 0; m < SIZE; m++) store(out + n * out_stride + m, sums[n][m] * scale);
     }
-}
-
-// The table of the functions that Python calls (`Library` in build.py reads it). Their types are
-// written once, in C++: Python gets a letter for each argument, p for a pointer, i for an int64_t
-// and f for a float.
-struct Export {
-    const char *name, *types;
-    void* function;  // returns a Status
-};
-
-enum Status { DONE, OUT_OF_MEMORY, NO_THREAD, FAILED };
-
-template <class T>
-constexpr char letter() {
-    static_assert(std::is_pointer_v<T> || std::is_same_v<T, int64_t> || std::is_same_v<T, float>);
-    return std::is_pointer_v<T> ? 'p' : std::is_same_v<T, float> ? 'f' : 'i';
-}
-
-template <auto function>
-struct Exported;
-
-template <class... Arguments, void (*function)(Arguments...)>
-struct Exported<function> {
-    static constexpr char types[] = {letter<Arguments>()..., 0};
-
-    // No exception may leave a function that was called from another language.
-    static int call(Arguments... arguments) {
-        try {
-            function(arguments...);
-            return DONE;
-        } catch (const std::bad_alloc&) {
-            return OUT_OF_MEMORY;
-        } catch (const std::system_error&) {
-            return NO_THREAD;
-        } catch (...) {
-            return FAILED;
-        }
-    }
-};
-
-template <auto function>
-Export exported(const char* name) {
-    return {name, Exported<function>::types, (void*)Exported<function>::call};
 }

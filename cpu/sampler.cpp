@@ -4,25 +4,20 @@
 //
 // Compile-time constants, in addition to those of the headers: GATED (1: gated linear attention),
 // LAYERS, HEADS, MIXTURES, MIN_LOG_SCALE, NEIGHBOURS (0: the model has none) and CHANNELS of
-// layers/neighbours.py, OFFSETS of layers/convolution.py in rising order (0: the model has none),
-// and BF16: with 1 the operands of the matrix products and the last inputs of the layers are
-// bfloat16, with 0 float32. Everything else, including the sums of the products, is float32. Loops
-// over constant sizes are left to the compiler's vectoriser; only the matrix product and `update` of
-// common.h lay out their registers explicitly.
+// layers/neighbours.py, and OFFSETS of layers/convolution.py in rising order (0: the model has none).
+// With BF16 the operands of the matrix products and the last inputs of the layers are bfloat16;
+// everything else, including the sums of the products, is float32. Loops over constant sizes are left
+// to the compiler's vectoriser; only the products (product.h) and `update` of common.h lay out their
+// registers explicitly.
 
 #include <deque>
 #include <iterator>
 #include <limits>
-#ifdef __AVX512BF16__
-#include <immintrin.h>
-#endif
 
 #include "common.h"
 #include "gated.h"
+#include "product.h"
 
-// ROWS * VECTORS registers hold sums: of 16 with AVX, of 32 with AVX-512 and on ARM.
-constexpr int VECTORS = LANES == 8 ? 2 : 4;
-constexpr int ROWS = 6, PANEL = LANES * VECTORS;
 // Given bytes are read several positions at a time, so that the weights are read for this many rows.
 constexpr int64_t ROWS_AT_ONCE = 64;
 constexpr int D = HEADS * SIZE;
@@ -32,35 +27,14 @@ constexpr int PROJECTED = GATED ? 4 * D + 2 * HEADS : 3 * D;
 constexpr int offsets[] = {OFFSETS};
 constexpr int TAPS = std::size(offsets), RECENT = offsets[TAPS - 1] + 1;
 
-constexpr int padded(int n) { return (n + LANES - 1) / LANES * LANES; }
-
-typedef float Vector __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
-typedef uint32_t Bits __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
-typedef std::conditional_t<BF16, BFloat16, float> Operand;
-
-constexpr int64_t WEIGHTS = sizeof(Operand) * LAYERS * 12 * D * D;  // bytes
 // With fewer images per thread, a team of threads shares its rows, and each reads a part of the
 // weights. It pays sooner for weights that no cache holds, since all threads share the memory.
-constexpr int IMAGES_PER_THREAD = WEIGHTS > 16 << 20 ? 8 : 5;
-// Whether the weights are too large to stay in caches beside the states of some images.
-constexpr bool LARGE = WEIGHTS > 4 << 20;
-// If they are not, a thread draws its images in groups, so that the states of a group stay there,
-// too: S of all layers is at most half as large as the weights in float32.
+constexpr int IMAGES_PER_THREAD = WEIGHT_BYTES > 16 << 20 ? 8 : 5;
+// A thread draws its images in groups if the weights stay in its caches, so that the states of a group
+// do, too: S of all layers is at most half as large as the weights in float32.
 constexpr int64_t IMAGES_PER_GROUP = LARGE ? std::numeric_limits<int64_t>::max() : ROWS * HEADS;
 
 // The following structs are laid out as Python fills them in: pointers, nothing else.
-
-// Weights packed for `multiply`: panels of PANEL outputs side by side, input after input
-// (bfloat16: pair after pair of inputs). The last panel has the rest of the outputs, and zeros up
-// to a whole number of vectors.
-template <int INPUTS, int OUTPUTS>
-struct Linear {
-    static constexpr int PANELS = (OUTPUTS + PANEL - 1) / PANEL;
-    static constexpr int LAST = (padded(OUTPUTS) - (PANELS - 1) * PANEL) / LANES;  // its vectors
-
-    const Operand* weight;  // of each panel (INPUTS, outputs) or (INPUTS / 2, outputs, 2)
-    const float* bias;      // (padded(OUTPUTS))
-};
 
 struct Norm {
     const float *weight, *bias;  // (D)
@@ -93,7 +67,7 @@ struct State {
     float* Z;  // (N, HEADS, SIZE)
 #endif
 #if NEIGHBOURS
-    Operand* inputs;  // (RECENT, N, D): the layer's inputs at position p in row p mod RECENT
+    Stored* inputs;  // (RECENT, N, D): the layer's inputs at position p in row p mod RECENT
 #endif
 };
 
@@ -160,122 +134,6 @@ struct Team {
     {}
 };
 
-// What a tile of R of the rows prefetches while it computes, if the weights are large: as large a
-// part of the next panel, evenly, since memory may take as long to read a panel as the rows take to
-// be multiplied with it. Behind the last panel this is in vain.
-struct Prefetch {
-    static constexpr int64_t LINE = 64;  // bytes of a cache line
-
-    const char* address;
-    int64_t step;  // bytes for each cache line that the tile reads
-
-    Prefetch(const Operand* panel, int64_t bytes, int64_t row, int64_t R, int64_t rows)
-        : address((const char*)panel + bytes + bytes * row / rows),
-          step((LINE * R + rows - 1) / rows) {}
-
-    template <int BYTES>
-    void next() {
-        if (!LARGE) return;
-        for (int i = 0; i < BYTES; i += LINE, address += step) __builtin_prefetch(address);
-    }
-};
-
-// sums += a * b over all inputs, for R rows and a panel of V vectors.
-template <int INPUTS, int R, int V>
-inline void accumulate(Vector (&sums)[R][V], const float* a, int stride, const float* b,
-                       Prefetch prefetch) {
-    for (int i = 0; i < INPUTS; i++, b += V * LANES) {
-        prefetch.next<V * sizeof(Vector)>();
-        Vector weights[V];
-        // Volatile: g++ would load them again for each row, which takes longer than to multiply.
-#pragma GCC unroll 4
-        for (int v = 0; v < V; v++) weights[v] = ((const volatile Vector*)b)[v];
-#pragma GCC unroll 6
-        for (int r = 0; r < R; r++)
-#pragma GCC unroll 4
-            for (int v = 0; v < V; v++) sums[r][v] += a[r * stride + i] * weights[v];
-    }
-}
-
-template <int INPUTS, int R, int V>
-inline void accumulate(Vector (&sums)[R][V], const BFloat16* a, int stride, const BFloat16* b,
-                       Prefetch prefetch) {
-    for (int i = 0; i < INPUTS; i += 2, b += 2 * V * LANES) {
-        prefetch.next<V * sizeof(Vector)>();
-        Bits weights[V];
-#pragma GCC unroll 4
-        for (int v = 0; v < V; v++) weights[v] = ((const volatile Bits*)b)[v];
-#pragma GCC unroll 6
-        for (int r = 0; r < R; r++) {
-            uint32_t pair;
-            memcpy(&pair, a + r * stride + i, 4);
-#pragma GCC unroll 4
-            for (int v = 0; v < V; v++) {
-#ifdef __AVX512BF16__
-                sums[r][v] = (Vector)_mm512_dpbf16_ps(
-                    (__m512)sums[r][v], (__m512bh)_mm512_set1_epi32(pair), (__m512bh)weights[v]);
-#else
-                uint32_t low = pair << 16, high = pair & 0xffff0000;
-                float first, second;
-                memcpy(&first, &low, 4);
-                memcpy(&second, &high, 4);
-                sums[r][v] += first * (Vector)(weights[v] << 16);
-                sums[r][v] += second * (Vector)(weights[v] & 0xffff0000);
-#endif
-            }
-        }
-    }
-}
-
-inline void store_vector(float* target, Vector numbers) { *(Vector*)target = numbers; }
-
-inline void store_vector(BFloat16* target, Vector numbers) {
-    float row[LANES];
-    memcpy(row, &numbers, sizeof row);
-    for (int j = 0; j < LANES; j++) store(target + j, row[j]);
-}
-
-// R rows of a panel of V vectors: outputs = inputs * weight + bias, with a relu if RELU. The strides
-// are from one row to the next.
-template <int R, int V, int INPUTS, bool RELU, class Output>
-void tile(const Operand* inputs, int stride, const Operand* weight, const float* bias,
-          Output* outputs, int out_stride, Prefetch prefetch) {
-    Vector sums[R][V];
-    for (int r = 0; r < R; r++)
-        for (int v = 0; v < V; v++) sums[r][v] = *(const Vector*)(bias + v * LANES);
-    accumulate<INPUTS>(sums, inputs, stride, weight, prefetch);
-    for (int r = 0; r < R; r++)
-        for (int v = 0; v < V; v++) {
-            Vector sum = sums[r][v];
-            if (RELU) sum = sum < 0.f ? 0.f : sum;
-            store_vector(outputs + r * out_stride + v * LANES, sum);
-        }
-}
-
-// Calls run(R) with R = rows, at most ROWS, as a std::integral_constant.
-template <class Run>
-inline void with_constant(int64_t rows, const Run& run) {
-    switch (rows) {
-        case 1: return run(std::integral_constant<int, 1>());
-        case 2: return run(std::integral_constant<int, 2>());
-        case 3: return run(std::integral_constant<int, 3>());
-        case 4: return run(std::integral_constant<int, 4>());
-        case 5: return run(std::integral_constant<int, 5>());
-        default: return run(std::integral_constant<int, ROWS>());
-    }
-}
-
-// Calls run(first row, R) for each tile of rows. They have the same R, or nearly: a tile of one row
-// takes almost as long as one of four, since every sum waits for the addition before.
-template <class Run>
-inline void each_tile(int64_t rows, const Run& run) {
-    int64_t tiles = (rows + ROWS - 1) / ROWS;
-    for (int64_t t = 0; t < tiles; t++) {
-        int64_t row = rows * t / tiles, next = rows * (t + 1) / tiles;
-        with_constant(next - row, [&](auto R) { run(row, R); });
-    }
-}
-
 // sample of layers/mixture.py for one image; -1 if a parameter is not finite.
 inline int draw(const float* parameters, const float* noise, float temperature) {
     for (int i = 0; i < 3 * MIXTURES; i++)
@@ -327,19 +185,8 @@ struct Member {
     template <bool RELU = false, int INPUTS, int OUTPUTS, int STRIDE, class Output, int OUT_STRIDE>
     void multiply(Rows<Operand, STRIDE>& inputs, const Linear<INPUTS, OUTPUTS>& linear,
                   Rows<Output, OUT_STRIDE>& outputs) {
-        auto panel = [&](int64_t p, auto V) {
-            const Operand* weight = linear.weight + p * INPUTS * PANEL;
-            const float* bias = linear.bias + p * PANEL;
-            constexpr int64_t BYTES = INPUTS * V * LANES * sizeof(Operand);
-            each_tile(rows(), [&](int64_t r, auto R) {
-                tile<R, V, INPUTS, RELU>(inputs[r], STRIDE, weight, bias, outputs[r] + p * PANEL,
-                                         OUT_STRIDE, Prefetch(weight, BYTES, r, R, rows()));
-            });
-        };
-        constexpr int LAST = Linear<INPUTS, OUTPUTS>::LAST;
         share(linear.PANELS, [&](int64_t p) {
-            if (p < linear.PANELS - 1) panel(p, std::integral_constant<int, VECTORS>());
-            else panel(p, std::integral_constant<int, LAST>());
+            linear.template multiply<RELU, STRIDE, OUT_STRIDE>(p, inputs[0], rows(), outputs[0]);
         });
     }
 
@@ -399,18 +246,18 @@ struct Member {
     }
 
     // The inputs of row r's image at `place`.
-    Operand* remembered(const State& state, int64_t place, int64_t r) const {
+    Stored* remembered(const State& state, int64_t place, int64_t r) const {
         return state.inputs + (place % RECENT * job.n + team.first + r % team.n) * D;
     }
 
     void remember(const State& state, int64_t place, int64_t r) {
-        Operand* target = remembered(state, place, r);
+        Stored* target = remembered(state, place, r);
         for (int d = 0; d < D; d++) store(target + d, x[r][d]);
     }
 
     void convolve_row(const Layer& layer, const State& state, int64_t place, int64_t r,
                       float* target) {
-        const Operand* earlier[TAPS];
+        const Stored* earlier[TAPS];
         for (int k = 0; k < TAPS; k++)
             earlier[k] = remembered(state, place + RECENT - offsets[k], r);
         const float* row = x[r];

@@ -2,22 +2,42 @@
 
 import ctypes
 from collections.abc import Callable, Sequence
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 from torch.nn.functional import pad
 
-from cpu.build import load_library
+from cpu.build import is_cached, load_library
 from cpu.ops import check_shape
 from layers.convolution import convolution_offsets
 from layers.neighbours import neighbour_count
 from models import ImageTransformer, ModelConfig
 
 SOURCE = "sampler.cpp"
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+# What compares two ways to multiply bfloat16 numbers, and its sizes.
+COMPARISON = "dot.cpp", {"BF16": 1, "DOT": 1, "WEIGHT_BYTES": 0}
 # Bytes of images that one call of the library draws: enough that starting its threads costs
 # nothing, few enough (at most a second or two) for progress and Ctrl-C.
 BYTES_AT_ONCE = 2048
+
+
+@cache
+def multiplies_pairs() -> bool:
+    """Whether this CPU should multiply bfloat16 numbers by its instruction for pairs of them, which
+    is measured once. Raises `UserError` if nothing can be compiled."""
+    library, _ = load_library(*COMPARISON)
+    faster = torch.empty(1, dtype=torch.int64)
+    library.call("compare", faster)
+    return bool(faster)
+
+
+def is_compiled(config: ModelConfig, precision: str) -> bool:
+    """Whether all libraries that a decoder of the model needs are in the cache."""
+    compared = precision == "fp32" or is_cached(*COMPARISON)
+    return compared and is_cached(SOURCE, sizes(config, precision))
 
 
 def sizes(config: ModelConfig, precision: str) -> dict:
@@ -25,6 +45,9 @@ def sizes(config: ModelConfig, precision: str) -> dict:
     sizes = {"LAYERS": config.n_layers, "HEADS": config.n_heads, "SIZE": config.d_query}
     sizes |= {"GATED": int(config.attention_type == "gated-linear")}
     sizes |= {"MIXTURES": config.mixtures, "BF16": int(precision == "bf16")}
+    sizes |= {"DOT": int(precision == "bf16" and multiplies_pairs())}
+    weights = config.n_layers * 12 * config.d_model**2
+    sizes |= {"WEIGHT_BYTES": weights * DTYPES[precision].itemsize}
     if not config.neighbours:
         return sizes | {"NEIGHBOURS": 0, "CHANNELS": 1, "OFFSETS": 0}
     sizes |= {"NEIGHBOURS": neighbour_count(config.channels), "CHANNELS": config.channels}
@@ -37,7 +60,7 @@ def offsets(config):
 
 
 class Packing(NamedTuple):
-    """How sampler.cpp's Linear lays out weights."""
+    """How product.h's Linear lays out weights."""
 
     panel: int  # outputs side by side
     lanes: int  # those of the last panel are padded to a multiple of this
@@ -69,7 +92,7 @@ class CompiledDecoder:
         constants = sizes(model.config, precision)
         self.library, self.compile_seconds = load_library(SOURCE, constants)
         self.config = model.config
-        self.dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+        self.dtype = DTYPES[precision]
         panel_sizes = torch.empty(2, dtype=torch.int64)
         self.library.call("panel_sizes", panel_sizes)
         with torch.no_grad():

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from cpu import sampler as cpu_sampler
-from cpu.build import is_cached, try_compile
+from cpu.build import try_compile
 from engine import distributed
 from engine.progress import SamplingProgress
 from layers import mixture
@@ -142,7 +142,7 @@ def choose_decoder(
         return plain_decoder(model, torch.compile(model.step) if compile else None)
     decoder = None
     if model.has_constant_state and model.value_embedding.weight.dtype == torch.float32:
-        cached = is_cached(cpu_sampler.SOURCE, cpu_sampler.sizes(model.config, precision))
+        cached = cpu_sampler.is_compiled(model.config, precision)
         if compile is not None or cached or steps >= STEPS_WORTH_COMPILING:
             build = partial(cpu_sampler.CompiledDecoder, model, precision)
             decoder = try_compile(build, compile, "sampling")

@@ -37,7 +37,7 @@ def model(request):
 
 def test_float64_is_sampled_in_float64(model, monkeypatch):
     """Regression: with a compiled sampler in the cache, which is of float32, it was a TypeError."""
-    monkeypatch.setattr(sampling, "is_cached", lambda *key: True)
+    monkeypatch.setattr(sampling.cpu_sampler, "is_compiled", lambda *key: True)
     assert torch.equal(sample_images(model, 2), sample_images(model, 2, compile=False))
 
 
