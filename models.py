@@ -182,8 +182,8 @@ class EncoderLayer(nn.Module):
             x = self.convolution(x, positions, state and state.inputs)
         attended = self.attention(x, state and state.attention)
         x = self.ops.add_norm(x, attended, self.norm1, self.dropout())
-        y = self.ops.linear(x, self.linear1, activation="relu", noise=self.dropout())  # (N, L, 4D)
-        return self.ops.add_norm(x, self.ops.linear(y, self.linear2), self.norm2, self.dropout())
+        noise = self.dropout(), self.dropout()
+        return self.ops.feed_forward_block(x, self.linear1, self.linear2, self.norm2, *noise)
 
     def empty_state(self, n_images: int, config: ModelConfig, like: torch.Tensor) -> LayerState:
         """The `LayerState` before the first position; `like` has its type and device."""

@@ -24,13 +24,17 @@ from utils import UserError, one_line, say, warn
 FOLDER = Path(__file__).parent
 # Included by the sources.
 HEADERS = (
-    "numbers.h", "exports.h", "common.h", "product.h",
-    "gated.h", "attention.h", "gated_attention.h", "mixture.h",
+    "numbers.h", "exports.h", "tile.h", "product.h", "common.h",
+    "gated.h", "attention.h", "gated_attention.h", "dropout.h", "norm.h",
+    "feed_forward.h", "mixture.h",
 )  # fmt: skip
 # The eps of torch.nn.LayerNorm.
 NORM_EPSILON = 1e-5
 # Of the operations on rows: enough to be worth starting a task, few enough to stay in the cache.
 ROWS_PER_TASK = 64
+# Of the feed-forward network: enough to pay for reading the weights, few enough to stay in a core's
+# own cache.
+ROWS_PER_BLOCK = 192
 CONSTANTS = {
     "ATTENTION_EPSILON": attention.EPSILON,
     "BIN_WIDTH": mixture.BIN_WIDTH,
@@ -38,6 +42,7 @@ CONSTANTS = {
     "MIN_LOG_SCALE": mixture.MIN_LOG_SCALE,
     "NORM_EPSILON": NORM_EPSILON,
     "OUTPUT_RMS": gated.OUTPUT_RMS,
+    "ROWS_PER_BLOCK": ROWS_PER_BLOCK,
     "ROWS_PER_TASK": ROWS_PER_TASK,
 }
 # Letters of the argument types in the table of functions of exports.h.

@@ -7,52 +7,23 @@
 // compile-time constants are those of the headers.
 
 #include "attention.h"
+#include "dropout.h"
+#include "feed_forward.h"
 #include "gated_attention.h"
 #include "mixture.h"
+#include "norm.h"
 
-// Of a task. A sum over all rows consists of those of the tasks, in their order, so that it does not
-// depend on the number of threads.
-constexpr int64_t ROWS = ROWS_PER_TASK;
+// A sum over all rows consists of those of the tasks, in their order, so that it does not depend on
+// the number of threads.
+constexpr int64_t TASK = ROWS_PER_TASK;
 
 // Calls run(task, first row, last row) for each task of a number of rows.
 template <class Run>
 void run_row_tasks(int64_t rows, int threads, const Run& run) {
-    run_tasks((rows + ROWS - 1) / ROWS, threads, [&](int64_t task) {
-        run(task, task * ROWS, std::min(rows, (task + 1) * ROWS));
+    run_tasks((rows + TASK - 1) / TASK, threads, [&](int64_t task) {
+        run(task, task * TASK, std::min(rows, (task + 1) * TASK));
     });
 }
-
-// keep_mask of layers/dropout.py: a hash of an element's index and its image's two keys.
-inline bool keep(uint32_t place, uint32_t first, uint32_t second, uint32_t threshold) {
-    uint32_t x = place ^ first;
-    x = (x ^ (x >> 16)) * 0x7feb352du;
-    x = (x ^ (x >> 15)) * 0x846ca68bu;
-    x = (x ^ (x >> 16)) + second;
-    x = (x ^ (x >> 16)) * 0x7feb352du;
-    x = (x ^ (x >> 15)) * 0x846ca68bu;
-    return (x ^ (x >> 16)) >= threshold;
-}
-
-// Dropout of images with `size` elements each; without keys (N, 2) nothing is dropped.
-struct Dropout {
-    const uint32_t* keys;
-    int64_t size, threshold;
-    float scale;
-
-    // y = x * scale where kept, else 0, for `count` elements of one image, from number `start` of all
-    // images on. y may be x.
-    template <class X, class Y>
-    void drop(const X* x, Y* y, int64_t start, int count) const {
-        const uint32_t* key = keys + 2 * (start / size);
-        uint32_t first = key[0], second = key[1], place = start % size, limit = threshold;
-        float kept = scale;
-#pragma omp simd
-        for (int i = 0; i < count; i++) {
-            float factor = keep(place + i, first, second, limit) ? kept : 0;
-            store(y + i, load(x[i]) * factor);
-        }
-    }
-};
 
 // Dropout in place.
 template <class T>
@@ -65,21 +36,6 @@ void drop(T* x, const uint32_t* keys, int64_t images, int64_t size, int64_t thre
         int64_t part = task % parts * PART, start = task / parts * size + part;
         dropout.drop(x + start, x + start, start, std::min(PART, size - part));
     });
-}
-
-// One row of out = norm(x + y). The gradient needs `sums`, x + y, and the moments; `row` is a
-// buffer for the sums in float32.
-template <class X, class T>
-Moments norm_row(const T* __restrict y, const X* __restrict x, const float* weight,
-                 const float* bias, X* __restrict sums, X* __restrict out, float* __restrict row,
-                 int width) {
-    auto add = [=](int d) {
-        float sum = load(x[d]) + load(y[d]);
-        store(sums + d, sum);
-        return sum;
-    };
-    auto write = [=](int d, float value) { store(out + d, value); };
-    return normalise(add, row, weight, bias, width, write);
 }
 
 // With dropout of y if there are keys, of images with `size` elements each.
@@ -101,32 +57,6 @@ void norm(const T* y, const X* x, const float* weight, const float* bias, X* sum
             inverses[i] = moments.inverse;
         }
     });
-}
-
-// The gradients of one row. `normed` and `scaled` are buffers; those of weight and bias are added
-// to `d_weight` and `d_bias`.
-template <class X, class T>
-void norm_row_backward(const X* __restrict g, const X* __restrict sums, Moments moments,
-                       const float* __restrict weight, X* __restrict d_x, T* __restrict d_y,
-                       float* __restrict d_weight, float* __restrict d_bias,
-                       float* __restrict normed, float* __restrict scaled, int width) {
-    float total = 0, product = 0;
-#pragma omp simd reduction(+ : total, product)
-    for (int d = 0; d < width; d++) {
-        float gradient = load(g[d]);
-        normed[d] = (load(sums[d]) - moments.mean) * moments.inverse;
-        scaled[d] = gradient * weight[d];
-        d_weight[d] += gradient * normed[d];
-        d_bias[d] += gradient;
-        total += scaled[d];
-        product += scaled[d] * normed[d];
-    }
-    float mean = total / width, slope = product / width;
-    for (int d = 0; d < width; d++) {
-        float value = (scaled[d] - mean - normed[d] * slope) * moments.inverse;
-        store(d_x + d, value);
-        store(d_y + d, value);
-    }
 }
 
 // The gradients of x and of y, which are equal but for their types and the dropout of y, and for
@@ -277,6 +207,8 @@ extern "C" const Export* exports() {
         FOR_EACH_TYPE(convolve_backward),
         FOR_EACH_TYPE(drop),
         FOR_EACH_TYPE(log_prob),
+        exported<feed_forward::forward>("feed_forward_block"),
+        exported<feed_forward::backward>("feed_forward_block_backward"),
         FOR_EACH_TYPE(bias_backward),
         FOR_EACH_TYPE(relu_backward),
         // Named by the types of x and y.

@@ -7,13 +7,14 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
-from cpu.build import NORM_EPSILON, ROWS_PER_TASK, Library, load_library
+from cpu.build import NORM_EPSILON, ROWS_PER_BLOCK, ROWS_PER_TASK, Library, load_library
 from cpu.torch_private import private_or_public
 from layers.dropout import Noise, scale
 from layers.ops import PlainOps
 from models import ModelConfig
 
 SOURCE = "ops.cpp"
+VECTOR = 16  # float32 numbers of the widest vectors
 TYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
 
 
@@ -59,14 +60,28 @@ class CompiledOps(PlainOps):
     def add_norm(
         self, x: torch.Tensor, y: torch.Tensor, norm: nn.LayerNorm, noise: Noise | None = None
     ) -> torch.Tensor:
-        if norm.eps != NORM_EPSILON:
-            raise ValueError(f"ops.cpp is compiled for eps {NORM_EPSILON}, not {norm.eps}")
+        check_norm(norm, x)
         check_shape(y, x.shape)
-        check_shape(norm.weight, x.shape[-1:])
         if not torch.is_grad_enabled():
             x = x.to(y.dtype)
         y = y if x.dtype == torch.float32 else y.to(x.dtype)
         return AddNorm.apply(self.library, x, y, norm.weight, norm.bias, noise)
+
+    def feed_forward_block(
+        self,
+        x: torch.Tensor,
+        first: nn.Linear,
+        second: nn.Linear,
+        norm: nn.LayerNorm,
+        hidden_noise: Noise | None = None,
+        noise: Noise | None = None,
+    ) -> torch.Tensor:
+        F, D = first.weight.shape
+        if torch.is_autocast_enabled("cpu") or D % VECTOR or F % (4 * VECTOR):
+            return super().feed_forward_block(x, first, second, norm, hidden_noise, noise)
+        check_norm(norm, x)
+        parameters = [p for layer in (first, second, norm) for p in (layer.weight, layer.bias)]
+        return FeedForwardBlock.apply(self.library, x, *parameters, hidden_noise, noise)
 
     def short_convolution(
         self, x: torch.Tensor, weight: torch.Tensor, offsets: Sequence[int]
@@ -210,6 +225,50 @@ class AddNorm(torch.autograd.Function):
         return None, d_x, d_y, *parameters.sum(0), None
 
 
+class FeedForwardBlock(torch.autograd.Function):
+    """`feed_forward_block` of x (..., D) with weights (F, D) and (D, F), all float32. Without
+    gradients the hidden units are not stored."""
+
+    @staticmethod
+    def forward(ctx, library, x, weight1, bias1, weight2, bias2, scale, shift, hidden_noise, noise):
+        F, D = weight1.shape
+        x = x.contiguous()
+        check(x, weight1, bias1, weight2, bias2, scale, shift, types=(torch.float32,))
+        outputs, kept = torch.empty_like(x), [None] * 4
+        if any(ctx.needs_input_grad):
+            mean, inverse = (x.new_empty(*x.shape[:-1]) for _ in range(2))
+            kept = [x.new_empty(*x.shape[:-1], F), torch.empty_like(x), mean, inverse]
+        hidden_keys, _, *hidden_dropout = dropout_arguments(x, hidden_noise)
+        keys, _, *dropout = dropout_arguments(x, noise)
+        parameters = weight1, bias1, weight2, bias2, scale, shift
+        tensors = x, *parameters, outputs, *kept, hidden_keys, keys
+        sizes = x.numel() // D, D, F, x.shape[1:].numel()
+        threads = torch.get_num_threads()
+        library.call("feed_forward_block", *tensors, *sizes, *hidden_dropout, *dropout, threads)
+        ctx.library, ctx.factor, ctx.noise = library, hidden_dropout[-1], noise
+        ctx.save_for_backward(x, *kept, weight1, weight2, scale)
+        return outputs
+
+    @staticmethod
+    def backward(ctx, gradient):
+        x, *kept, weight1, weight2, scale = ctx.saved_tensors
+        gradient = gradient.contiguous()
+        check(gradient, types=(torch.float32,))
+        F, D = weight1.shape
+        rows, threads = x.numel() // D, torch.get_num_threads()
+        blocks = math.ceil(rows / ROWS_PER_BLOCK)
+        inputs = torch.empty_like(x)
+        weights = x.new_empty(threads, F, D), x.new_empty(threads, D, F)  # of each thread
+        vectors = (x.new_empty(blocks, n) for n in (F, D, 2 * D))  # of each block
+        keys, _, *dropout = dropout_arguments(x, ctx.noise)
+        gradients = *weights, *vectors
+        tensors = x, *kept, gradient, weight1, weight2, scale, inputs, *gradients, keys
+        numbers = rows, D, F, ctx.factor, x.shape[1:].numel(), *dropout, threads
+        ctx.library.call("feed_forward_block_backward", *tensors, *numbers)
+        first, second, bias1, bias2, norm = (tensor.sum(0) for tensor in gradients)
+        return None, inputs, first, bias1, second, bias2, *norm.split(D), None, None
+
+
 class ShortConvolution(torch.autograd.Function):
     """x (N, L, D) and its rows at T offsets before, times weight (T, D)."""
 
@@ -347,6 +406,13 @@ class LogProb(torch.autograd.Function):
 def attention_numbers(qkv):
     N, L, _, H, _ = qkv.shape
     return N, L, H, torch.get_num_threads()
+
+
+def check_norm(norm: nn.LayerNorm, x: torch.Tensor) -> None:
+    """Raise a ValueError for a norm that ops.cpp would compute differently."""
+    if norm.eps != NORM_EPSILON:
+        raise ValueError(f"ops.cpp is compiled for eps {NORM_EPSILON}, not {norm.eps}")
+    check_shape(norm.weight, x.shape[-1:])
 
 
 def check(*tensors: torch.Tensor, types: Sequence[torch.dtype] = tuple(TYPES)) -> None:

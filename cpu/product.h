@@ -7,16 +7,14 @@
 #pragma once
 
 #include <algorithm>
+#include <cstring>
 #include <type_traits>
 #ifdef __AVX512BF16__
 #include <immintrin.h>
 #endif
 
-#include "numbers.h"
+#include "tile.h"
 
-constexpr int padded(int n) { return (n + LANES - 1) / LANES * LANES; }
-
-typedef float Vector __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
 typedef uint32_t Bits __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
 
 // A bfloat16 number that need not be converted again.
@@ -35,9 +33,6 @@ inline void store(Rounded* target, float x) {
 typedef std::conditional_t<BF16, BFloat16, float> Stored;
 typedef std::conditional_t<BF16, std::conditional_t<DOT, BFloat16, Rounded>, float> Operand;
 
-// ROWS * VECTORS registers hold sums: of 16 with AVX, of 32 with AVX-512 and on ARM.
-constexpr int VECTORS = LANES == 8 ? 2 : 4;
-constexpr int ROWS = 6, PANEL = LANES * VECTORS;
 // Whether the weights are too large to stay in caches beside the states of some images.
 constexpr bool LARGE = WEIGHT_BYTES > 4 << 20;
 // Of a panel of large weights, one block after the other stays in the first cache, 16 kB, while a
@@ -68,14 +63,6 @@ struct Prefetch {
     }
 };
 
-// Reads V vectors. Volatile: g++ would read them again for each row, which takes longer than to
-// multiply.
-template <int V>
-inline void read(const float* source, Vector (&vectors)[V]) {
-#pragma GCC unroll 4
-    for (int v = 0; v < V; v++) vectors[v] = ((const volatile Vector*)source)[v];
-}
-
 // Of pairs, the first or the second numbers.
 template <bool SECOND, int V>
 inline void read(const BFloat16* source, Vector (&vectors)[V]) {
@@ -86,15 +73,6 @@ inline void read(const BFloat16* source, Vector (&vectors)[V]) {
     }
 }
 
-// sums += a number of each row * weights.
-template <int STRIDE, int R, int V, class Input>
-inline void add_products(Vector (&sums)[R][V], const Input* a, const Vector (&weights)[V]) {
-#pragma GCC unroll 6
-    for (int r = 0; r < R; r++)
-#pragma GCC unroll 4
-        for (int v = 0; v < V; v++) sums[r][v] += load(a[r * STRIDE]) * weights[v];
-}
-
 // sums += a * b over n inputs, for R rows and a panel of V vectors.
 template <int STRIDE, int R, int V>
 inline void accumulate(Vector (&sums)[R][V], const float* a, const float* b, int n,
@@ -103,7 +81,7 @@ inline void accumulate(Vector (&sums)[R][V], const float* a, const float* b, int
         prefetch.next<V * sizeof(Vector)>();
         Vector weights[V];
         read(b, weights);
-        add_products<STRIDE>(sums, a + i, weights);
+        add_products(sums, a + i, STRIDE, weights);
     }
 }
 
@@ -116,9 +94,9 @@ inline void accumulate(Vector (&sums)[R][V], const Rounded* a, const BFloat16* b
         prefetch.next<V * sizeof(Vector)>();
         Vector weights[V];
         read<false>(b, weights);
-        add_products<STRIDE>(sums, a + i, weights);
+        add_products(sums, a + i, STRIDE, weights);
         read<true>(b, weights);
-        add_products<STRIDE>(sums, a + i + 1, weights);
+        add_products(sums, a + i + 1, STRIDE, weights);
     }
 }
 
@@ -176,30 +154,6 @@ template <int R, int V, bool RELU, int INPUTS, int STRIDE, int OUT_STRIDE, class
             if (RELU) sum = sum < 0.f ? 0.f : sum;
             store_vector(outputs + r * OUT_STRIDE + v * LANES, sum);
         }
-}
-
-// Calls run(R) with R = rows, at most ROWS, as a std::integral_constant.
-template <class Run>
-inline void with_constant(int64_t rows, const Run& run) {
-    switch (rows) {
-        case 1: return run(std::integral_constant<int, 1>());
-        case 2: return run(std::integral_constant<int, 2>());
-        case 3: return run(std::integral_constant<int, 3>());
-        case 4: return run(std::integral_constant<int, 4>());
-        case 5: return run(std::integral_constant<int, 5>());
-        default: return run(std::integral_constant<int, ROWS>());
-    }
-}
-
-// Calls run(first row, R) for each tile of rows. They have the same R, or nearly: a tile of one row
-// takes almost as long as one of four, since every sum waits for the addition before.
-template <class Run>
-inline void each_tile(int64_t rows, const Run& run) {
-    int64_t tiles = (rows + ROWS - 1) / ROWS;
-    for (int64_t t = 0; t < tiles; t++) {
-        int64_t row = rows * t / tiles, next = rows * (t + 1) / tiles;
-        with_constant(next - row, [&](auto R) { run(row, R); });
-    }
 }
 
 // A linear layer, laid out as Python fills it in: pointers, nothing else. The weights are packed in

@@ -40,6 +40,20 @@ class PlainOps:
         is `noise`."""
         return norm(x + (y if noise is None else self.dropout(y, *noise)))
 
+    def feed_forward_block(
+        self,
+        x: torch.Tensor,
+        first: nn.Linear,
+        second: nn.Linear,
+        norm: nn.LayerNorm,
+        hidden_noise: Noise | None = None,
+        noise: Noise | None = None,
+    ) -> torch.Tensor:
+        """The nn.LayerNorm `norm` of x (N, L, D) plus the outputs of two linear layers with a relu
+        between them, with dropout of the hidden units and of the outputs if there is noise."""
+        hidden = self.linear(x, first, activation="relu", noise=hidden_noise)  # (N, L, 4D)
+        return self.add_norm(x, self.linear(hidden, second), norm, noise)
+
     def short_convolution(
         self, x: torch.Tensor, weight: torch.Tensor, offsets: Sequence[int]
     ) -> torch.Tensor:

@@ -91,6 +91,32 @@ def test_the_norm_of_a_sum_and_its_gradients(dtype, tolerance, shape, x_type, dr
         assert (p.double() - q).abs().max() < 4 * tolerance * max(1, q.abs().max())
 
 
+@pytest.mark.parametrize("shape", [(1, 1, 16), (3, 70, 48), (2, 311, 96), (3, 7, 20)])
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("drop", [False, True], ids=["", "dropout"])
+def test_the_feed_forward_block_and_its_gradients(shape, threads, drop, monkeypatch):
+    """In a part of a tile of rows, a part of a block and several; and of a width that the fused
+    form does not take. Without gradients the outputs are the same, bit for bit."""
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    N, _, D = shape
+    layers = nn.ModuleList([nn.Linear(D, 4 * D), nn.Linear(4 * D, D), nn.LayerNorm(D)])
+    for parameter in layers[2].parameters():
+        torch.nn.init.normal_(parameter)
+    plain, x, gradient = copy.deepcopy(layers).double(), torch.randn(shape), torch.randn(shape)
+    noise = [(keys(N, seed), THRESHOLD) if drop else None for seed in (1, 2)]
+    a, b = x.clone().requires_grad_(), x.double().requires_grad_()
+    outputs = compiled().feed_forward_block(a, *layers, *noise)
+    expected = PLAIN.feed_forward_block(b, *plain, *noise)
+    assert distance(outputs, expected) < 2e-6
+    with torch.no_grad():
+        assert torch.equal(compiled().feed_forward_block(x, *layers, *noise), outputs)
+    outputs.backward(gradient)
+    expected.backward(gradient.double())
+    own = [a.grad, *(p.grad for p in layers.parameters())]
+    for p, q in zip(own, [b.grad, *(p.grad for p in plain.parameters())], strict=True):
+        assert distance(p, q) < 1e-5
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("shape", [(1, 1, 1), (3, 7, 5), (2, 300, 100)])
 @pytest.mark.parametrize("activation", [None, "relu"])
@@ -198,6 +224,9 @@ OPERATIONS = {
     "add_norm with dropout": lambda ops, x, layers: ops.add_norm(
         x, x, layers["norm"], (keys(len(x)), THRESHOLD)
     ),
+    "feed_forward_block": lambda ops, x, layers: ops.feed_forward_block(
+        x[..., :64], *layers["block"]
+    ),
     "linear_attention": lambda ops, x, layers: ops.linear_attention(
         x[..., :48].unflatten(-1, (3, 2, -1))
     ),
@@ -214,6 +243,7 @@ def make_layers(width, dtype=torch.float32):
     layers = {
         "linear": nn.ModuleList(nn.Linear(width, 5) for _ in range(3)),
         "norm": nn.LayerNorm(width),
+        "block": nn.ModuleList([nn.Linear(64, 256), nn.Linear(256, 64), nn.LayerNorm(64)]),
     }
     return nn.ModuleDict(layers).to(dtype)
 
@@ -268,7 +298,7 @@ def test_tensors_of_another_type_or_device_are_a_type_error(operation, target, w
         operation(compiled(), torch.randn(2, 5, WIDTH).to(target), make_layers(WIDTH))
 
 
-@pytest.mark.parametrize("name", ["linear", "relu", "add_norm"])
+@pytest.mark.parametrize("name", ["linear", "relu", "add_norm", "feed_forward_block"])
 @UNREADABLE
 def test_parameters_of_another_type_or_device_are_a_type_error(name, target, word):
     """Regression: only the type of the inputs was checked."""
@@ -340,6 +370,9 @@ REFUSED = {
     ),
     "keys of relu": lambda ops: ops.linear(
         torch.randn(3, 4, 8), nn.Linear(8, 8), activation="relu", noise=(keys(2), THRESHOLD)
+    ),
+    "keys of hidden units": lambda ops: ops.feed_forward_block(
+        torch.randn(3, 4, 64), *make_layers(8)["block"], (keys(2), THRESHOLD)
     ),
     "norm": lambda ops: ops.add_norm(*torch.randn(2, 3, 4, 8), nn.LayerNorm(4)),
     "offsets": lambda ops: ops.short_convolution(torch.randn(2, 5, 8), torch.ones(1, 8), (-3,)),

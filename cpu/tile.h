@@ -1,0 +1,54 @@
+// Products of a few rows with a panel of columns, whose sums stay in registers.
+
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <type_traits>
+
+#include "numbers.h"
+
+constexpr int padded(int n) { return (n + LANES - 1) / LANES * LANES; }
+
+typedef float Vector __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
+
+// ROWS * VECTORS registers hold sums: of 16 with AVX, of 32 with AVX-512 and on ARM.
+constexpr int VECTORS = LANES == 8 ? 2 : 4;
+constexpr int ROWS = 6, PANEL = LANES * VECTORS;
+
+// Reads V vectors. Volatile: g++ would read them again for each row, which takes longer than to
+// multiply.
+template <int V>
+inline void read(const float* source, Vector (&vectors)[V]) {
+#pragma GCC unroll 4
+    for (int v = 0; v < V; v++) vectors[v] = ((const volatile Vector*)source)[v];
+}
+
+// sums += a number of each row * columns; the stride is from one row to the next.
+template <int R, int V, class Input>
+inline void add_products(Vector (&sums)[R][V], const Input* a, int64_t stride,
+                         const Vector (&columns)[V]) {
+#pragma GCC unroll 6
+    for (int r = 0; r < R; r++)
+#pragma GCC unroll 4
+        for (int v = 0; v < V; v++) sums[r][v] += load(a[r * stride]) * columns[v];
+}
+
+// Calls run(n) with 1 <= n <= MOST as a std::integral_constant.
+template <int MOST, class Run>
+inline void with_constant(int64_t n, const Run& run) {
+    if constexpr (MOST > 1)
+        if (n < MOST) return with_constant<MOST - 1>(n, run);
+    run(std::integral_constant<int, MOST>());
+}
+
+// Calls run(first row, R) for each tile of rows. They have the same R, or nearly: a tile of one row
+// takes almost as long as one of four, since every sum waits for the addition before.
+template <class Run>
+inline void each_tile(int64_t rows, const Run& run) {
+    int64_t tiles = (rows + ROWS - 1) / ROWS;
+    for (int64_t t = 0; t < tiles; t++) {
+        int64_t row = rows * t / tiles, next = rows * (t + 1) / tiles;
+        with_constant<ROWS>(next - row, [&](auto R) { run(row, R); });
+    }
+}
