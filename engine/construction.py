@@ -86,10 +86,10 @@ def training_memory(
     """A lower bound of the bytes that training needs: weights, gradients and at least one moment;
     the activations of a batch; the images of an iteration.
 
-    Measured on a CPU, a position takes 53 to 64 bytes for each channel of a layer in float32, 128
+    Measured on a CPU, a position takes 45 to 65 bytes for each channel of a layer in float32, 128
     for each mixture component, and 600 more.
     """
-    per_channel = (52 if precision == "fp32" else 34) if device.type == "cpu" else 20
+    per_channel = (44 if precision == "fp32" else 34) if device.type == "cpu" else 20
     per_position = per_channel * config.n_layers * config.d_model
     if device.type == "cpu":
         per_position += 120 * config.mixtures + 600
