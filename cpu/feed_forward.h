@@ -1,7 +1,7 @@
 // The second half of a layer in float32, norm(x + y) with y = relu(x W1' + b1) W2' + b2, and its
 // gradient, block by block of rows, so that what lies between the products stays in the caches.
 //
-// D is the width of x, F that of the hidden units; both are multiples of LANES. In a block, the
+// D is the width of x, a multiple of LANES, F that of the hidden units, a multiple of PANEL. In a block, the
 // columns of a tensor may lie in panels: for each panel all rows, so that the rows of a panel are
 // next to each other.
 
@@ -15,7 +15,7 @@
 namespace feed_forward {
 
 constexpr int64_t BLOCK = ROWS_PER_BLOCK;
-constexpr int COLUMNS = 4;
+constexpr int COLUMNS = 4;  // of a tile of a weight's gradient, which divides all widths
 
 // Floats from the beginning of a cache line on: a vector in two lines takes twice as long.
 class Buffer {
@@ -138,53 +138,80 @@ class Panels {
     }
 };
 
-// The outputs of x (rows, D), and for the gradient, unless they are null, the hidden units in panels,
-// those of one block after the other, and x + y, and the moments of the latter. With keys there is
-// dropout of hidden units, and of y, in images with `size` numbers in x. The weights are (F, D) and
-// (D, F).
+// Inputs, the weights (F, D) and (D, F), packed, and what the gradient needs: unless they are null,
+// the hidden units in panels, those of one block after the other, and x + y and its moments.
+struct Forward {
+    const float *x, *weight1, *bias1, *weight2, *bias2, *norm_weight, *norm_bias;
+    float *outputs, *hidden, *sums, *means, *inverses;
+    Dropout hidden_dropout, dropout;  // of the hidden units and of y
+    int64_t D, F;
+
+    // The n rows from `first` on.
+    void block(int64_t first, int64_t n) const {
+        Buffer panel(hidden ? 0 : n * PANEL), y(n * D);
+        for (int64_t c = 0; c < F; c += PANEL) {
+            float* units = hidden ? hidden + first * F + c * n : panel.data();
+            write_units(first, n, c, units);
+            add_outputs(c, n, units, y.data());
+        }
+        add_and_normalise(first, n, y.data());
+    }
+
+    // The panel of hidden units from column c on.
+    void write_units(int64_t first, int64_t n, int64_t c, float* units) const {
+        each_rows(n, [&](int64_t r, auto R) {
+            product<R, VECTORS, true>(x + (first + r) * D, D, weight1 + c * D, D, bias1 + c, 0,
+                                      units + r * PANEL, PANEL);
+        });
+        if (!hidden_dropout.keys) return;
+        for (int64_t r = 0; r < n; r++, units += PANEL)
+            hidden_dropout.drop(units, units, (first + r) * F + c, PANEL);
+    }
+
+    // y = bias, or y so far, + a panel of hidden units * weight.
+    void add_outputs(int64_t c, int64_t n, const float* units, float* y) const {
+        each_panel(D, [&](int64_t d, auto V) {
+            const float* weight = weight2 + d * F + c * V * LANES;
+            each_rows(n, [&](int64_t r, auto R) {
+                float* target = y + r * D + d;
+                product<R, V, false>(units + r * PANEL, PANEL, weight, PANEL, c ? target : bias2 + d,
+                                     c ? D : 0, target, D);
+            });
+        });
+    }
+
+    void add_and_normalise(int64_t first, int64_t n, float* y) const {
+        Buffer row(2 * D);
+        for (int64_t r = first; r < first + n; r++, y += D) {
+            float* sum = sums ? sums + r * D : row.data() + D;
+            if (dropout.keys) dropout.drop(y, y, r * D, D);
+            Moments moments = norm_row(y, x + r * D, norm_weight, norm_bias, sum, outputs + r * D,
+                                       row.data(), D);
+            if (sums) means[r] = moments.mean, inverses[r] = moments.inverse;
+        }
+    }
+};
+
+// With keys there is dropout of the hidden units, and of y, in images with `size` numbers in x.
 inline void forward(const float* x, const float* weight1, const float* bias1, const float* weight2,
                     const float* bias2, const float* norm_weight, const float* norm_bias,
                     float* outputs, float* hidden, float* sums, float* means, float* inverses,
                     const uint32_t* hidden_keys, const uint32_t* keys, int64_t rows, int64_t D,
                     int64_t F, int64_t size, int64_t hidden_threshold, float hidden_scale,
                     int64_t threshold, float scale, int64_t threads) {
-    Dropout hidden_dropout{hidden_keys, size / D * F, hidden_threshold, hidden_scale};
-    Dropout dropout{keys, size, threshold, scale};
     Buffer packed1(D * F), packed2(D * F);
     pack(weight1, D, F, true, packed1.data());
     pack(weight2, F, D, true, packed2.data());
+    Forward pass{x, packed1.data(), bias1, packed2.data(), bias2, norm_weight, norm_bias,
+                 outputs, hidden, sums, means, inverses,
+                 {hidden_keys, size / D * F, hidden_threshold, hidden_scale},
+                 {keys, size, threshold, scale}, D, F};
     run_tasks((rows + BLOCK - 1) / BLOCK, threads, [&](int64_t task) {
-        int64_t first = task * BLOCK, n = std::min(BLOCK, rows - first);
-        Buffer panel(hidden ? 0 : n * PANEL), y(n * D), row(2 * D);
-        for (int64_t c = 0; c < F; c += PANEL) {
-            float* units = hidden ? hidden + first * F + c * n : panel.data();
-            each_rows(n, [&](int64_t r, auto R) {
-                product<R, VECTORS, true>(x + (first + r) * D, D, packed1.data() + c * D, D,
-                                          bias1 + c, 0, units + r * PANEL, PANEL);
-            });
-            for (int64_t r = 0; hidden_keys && r < n; r++)
-                hidden_dropout.drop(units + r * PANEL, units + r * PANEL, (first + r) * F + c, PANEL);
-            each_panel(D, [&](int64_t d, auto V) {
-                const float* weight = packed2.data() + d * F + c * V * LANES;
-                each_rows(n, [&](int64_t r, auto R) {
-                    float* target = y.data() + r * D + d;
-                    product<R, V, false>(units + r * PANEL, PANEL, weight, PANEL,
-                                         c ? target : bias2 + d, c ? D : 0, target, D);
-                });
-            });
-        }
-        for (int64_t r = 0; r < n; r++) {
-            int64_t at = (first + r) * D;
-            float* sum = sums ? sums + at : row.data() + D;
-            if (keys) dropout.drop(y.data() + r * D, y.data() + r * D, at, D);
-            Moments moments = norm_row(y.data() + r * D, x + at, norm_weight, norm_bias, sum,
-                                       outputs + at, row.data(), D);
-            if (sums) means[first + r] = moments.mean, inverses[first + r] = moments.inverse;
-        }
+        pass.block(task * BLOCK, std::min(BLOCK, rows - task * BLOCK));
     });
 }
 
-// What the gradients are computed from: as in `forward`, but the weights are packed.
+// What the gradients are computed from, as in `Forward`; the weights are packed for the gradients.
 struct Given {
     const float *x, *hidden, *sums, *means, *inverses, *gradients;
     const float *packed1, *packed2, *norm_weight;
@@ -203,18 +230,19 @@ struct Gradients {
 class Backward {
     const Given given;
     const int64_t D = given.D, F = given.F;
-    Buffer y{BLOCK * D}, row{2 * D};                    // the gradient of y
-    Panels inputs{BLOCK, D}, g{BLOCK, D}, masked{BLOCK, F};  // x, `y`, that in front of the relu
+    Panels inputs{BLOCK, D};                      // x
+    Buffer y{BLOCK * D}, row{2 * D};              // `y`: its gradient
+    Panels gradients{BLOCK, D}, masked{BLOCK, F};  // the same; the gradient in front of the relu
 
    public:
     explicit Backward(const Given& given) : given(given) {}
 
     // That of the n rows from `first` on.
     void block(int64_t first, int64_t n, const Gradients& to) {
-        inputs.rows = g.rows = masked.rows = n;
+        inputs.rows = gradients.rows = masked.rows = n;
         inputs.copy(given.x + first * D);
         norm_backward(first, n, to);
-        g.copy(y.data());
+        gradients.copy(y.data());
         add_rows(y.data(), n, D, to.bias2);
         std::fill_n(to.bias1, F, 0.f);
         for (int64_t c = 0; c < F; c += PANEL) {
@@ -251,13 +279,14 @@ class Backward {
     [[gnu::noinline]] void mask(int64_t r, int64_t c, const float* units, float* sums) {
         constexpr int V = VECTORS;
         Vector rows[R][V] = {}, totals[V];
-        g.accumulate_rows(rows, r, given.packed2 + c * D);
+        gradients.accumulate_rows(rows, r, given.packed2 + c * D);
         read(sums, totals);
         const Vector *unit = (const Vector*)units, zero = {};
         Vector* target = (Vector*)masked[c] + r * V;
         for (int i = 0; i < R; i++)
             for (int v = 0; v < V; v++) {
-                Vector row = unit[i * V + v] <= 0.f ? zero : rows[i][v] * given.factor;  // NaN is no 0
+                // NaN is not 0.
+                Vector row = unit[i * V + v] <= 0.f ? zero : rows[i][v] * given.factor;
                 target[i * V + v] = row;
                 totals[v] += row;
             }
@@ -269,7 +298,7 @@ class Backward {
         each_panel(D, [&](int64_t d, auto V) {
             const int64_t width = V * LANES;
             for (int64_t o = 0; o < width; o += COLUMNS)
-                outer<VECTORS>(g[d] + o, width, units, n, to.weight2 + (d + o) * F + c, F);
+                outer<VECTORS>(gradients[d] + o, width, units, n, to.weight2 + (d + o) * F + c, F);
             for (int64_t o = 0; o < PANEL; o += COLUMNS)
                 outer<V>(masked[c] + o, PANEL, inputs[d], n, to.weight1 + (c + o) * D + d, D);
         });

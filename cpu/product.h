@@ -50,7 +50,7 @@ struct Prefetch {
     static constexpr int64_t LINE = 64;  // bytes of a cache line
 
     const char* address;
-    int64_t step;  // bytes for each cache line that the tile reads; 0: nothing is prefetched
+    int64_t step;  // bytes for each cache line that the tile reads
 
     Prefetch(const Stored* weight, int64_t bytes, int64_t row, int64_t rows, int64_t all_rows)
         : address((const char*)weight + bytes + bytes * row / all_rows),
