@@ -36,8 +36,8 @@ class Parser(argparse.ArgumentParser):
         args, unknown = self.parse_known_args(argv)
         if unknown:
             flag = unknown[0].partition("=")[0]
-            near = difflib.get_close_matches(flag, self._option_string_actions, 1)
-            hint = f"did you mean {near[0]}?" if near else "see --help"
+            near = difflib.get_close_matches(flag, self._option_string_actions)
+            hint = f"did you mean {' or '.join(near)}?" if near else "see --help"
             raise UserError(f"unrecognized argument {unknown[0]}: {hint}")
         # argparse overwrites an existing attribute only if its flag is given.
         given = argparse.Namespace(**dict.fromkeys(vars(args)))

@@ -81,7 +81,8 @@ class CompiledOps(PlainOps):
             return super().feed_forward_block(x, first, second, norm, hidden_noise, noise)
         check_norm(norm, x)
         parameters = [p for layer in (first, second, norm) for p in (layer.weight, layer.bias)]
-        return FeedForwardBlock.apply(self.library, x, *parameters, hidden_noise, noise)
+        noises, keep = (hidden_noise, noise), torch.is_grad_enabled()
+        return FeedForwardBlock.apply(self.library, x, *parameters, *noises, keep)
 
     def short_convolution(
         self, x: torch.Tensor, weight: torch.Tensor, offsets: Sequence[int]
@@ -226,21 +227,22 @@ class AddNorm(torch.autograd.Function):
 
 
 class FeedForwardBlock(torch.autograd.Function):
-    """`feed_forward_block` of x (..., D) with weights (F, D) and (D, F), all float32. Without
-    gradients the hidden units are not stored."""
+    """`feed_forward_block` of x (..., D) with weights (F, D) and (D, F), all float32. What the
+    gradient needs is kept if `keep`. (In a pass without gradients, needs_input_grad is true.)"""
 
     @staticmethod
-    def forward(ctx, library, x, weight1, bias1, weight2, bias2, scale, shift, hidden_noise, noise):
+    def forward(ctx, library, x, *rest):
+        *parameters, hidden_noise, noise, keep = rest
+        weight1, _, weight2, _, scale, _ = parameters
         F, D = weight1.shape
         x = x.contiguous()
-        check(x, weight1, bias1, weight2, bias2, scale, shift, types=(torch.float32,))
+        check(x, *parameters, types=(torch.float32,))
         outputs, kept = torch.empty_like(x), [None] * 4
-        if any(ctx.needs_input_grad):
+        if keep:
             mean, inverse = (x.new_empty(*x.shape[:-1]) for _ in range(2))
             kept = [x.new_empty(*x.shape[:-1], F), torch.empty_like(x), mean, inverse]
         hidden_keys, _, *hidden_dropout = dropout_arguments(x, hidden_noise)
         keys, _, *dropout = dropout_arguments(x, noise)
-        parameters = weight1, bias1, weight2, bias2, scale, shift
         tensors = x, *parameters, outputs, *kept, hidden_keys, keys
         sizes = x.numel() // D, D, F, x.shape[1:].numel()
         threads = torch.get_num_threads()
@@ -266,7 +268,7 @@ class FeedForwardBlock(torch.autograd.Function):
         numbers = rows, D, F, ctx.factor, x.shape[1:].numel(), *dropout, threads
         ctx.library.call("feed_forward_block_backward", *tensors, *numbers)
         first, second, bias1, bias2, norm = (tensor.sum(0) for tensor in gradients)
-        return None, inputs, first, bias1, second, bias2, *norm.split(D), None, None
+        return None, inputs, first, bias1, second, bias2, *norm.split(D), None, None, None
 
 
 class ShortConvolution(torch.autograd.Function):

@@ -42,7 +42,8 @@ def prepared(tmp_path, tiny_checkpoint, fast_checkpoint):
 
 # Arguments, and what the line must name.
 TRAINING = [
-    ("--n_layer 3", "--n_layers"),
+    ("--n_layer 3", "did you mean --n_layers?"),
+    ("--evaluate_every 3", "or --evaluate_frequency?"),
     ("--n_layers 0", "--n_layers"),
     ("--n_heads 3 --d_query 3 --dataset digits", "multiple of 4"),
     ("--mixtures 0", "--mixtures"),

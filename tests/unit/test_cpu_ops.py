@@ -3,6 +3,7 @@
 import copy
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -115,6 +116,17 @@ def test_the_feed_forward_block_and_its_gradients(shape, threads, drop, monkeypa
     own = [a.grad, *(p.grad for p in layers.parameters())]
     for p, q in zip(own, [b.grad, *(p.grad for p in plain.parameters())], strict=True):
         assert distance(p, q) < 1e-5
+
+
+def test_without_gradients_no_hidden_units_are_kept():
+    """Regression: an evaluation wrote four times as much to memory as it returned."""
+    ops, block, names = compiled(), make_layers(8)["block"], []
+    call, x = ops.library.call, torch.randn(2, 3, 64)
+    ops.library = SimpleNamespace(call=lambda *args: (names.append(args), call(*args)))
+    ops.feed_forward_block(x, *block)
+    with torch.no_grad():
+        ops.feed_forward_block(x, *block)
+    assert [args[9] is None for args in names] == [False, True]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
