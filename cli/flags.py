@@ -36,7 +36,7 @@ class Parser(argparse.ArgumentParser):
         args, unknown = self.parse_known_args(argv)
         if unknown:
             flag = unknown[0].partition("=")[0]
-            near = difflib.get_close_matches(flag, self._option_string_actions)
+            near = difflib.get_close_matches(flag, self._option_string_actions, cutoff=0.7)
             hint = f"did you mean {' or '.join(near)}?" if near else "see --help"
             raise UserError(f"unrecognized argument {unknown[0]}: {hint}")
         # argparse overwrites an existing attribute only if its flag is given.

@@ -1,7 +1,8 @@
 // The sampler's matrix products: of few rows with weights that are read again for every byte.
 //
-// Further compile-time constants: with BF16 the operands are bfloat16, otherwise float32, and with
-// DOT bfloat16 numbers are multiplied in pairs, by AVX-512's instruction for that (dot.cpp).
+// Further compile-time constants: with BF16 the operands are bfloat16, otherwise float32; with DOT
+// bfloat16 numbers are multiplied in pairs, by AVX-512's instruction for that, if there is one
+// (dot.cpp). WEIGHT_BYTES is the size of the weights of all layers.
 // Whatever the number of rows, the sums of a row are taken in one order.
 
 #pragma once
@@ -29,9 +30,15 @@ inline void store(Rounded* target, float x) {
     target->value = load(rounded);
 }
 
+#ifdef __AVX512BF16__
+constexpr bool PAIRS = DOT;
+#else
+constexpr bool PAIRS = false;
+#endif
+
 // A number of a weight, and one of a row that is multiplied with it.
 typedef std::conditional_t<BF16, BFloat16, float> Stored;
-typedef std::conditional_t<BF16, std::conditional_t<DOT, BFloat16, Rounded>, float> Operand;
+typedef std::conditional_t<BF16, std::conditional_t<PAIRS, BFloat16, Rounded>, float> Operand;
 
 // Whether the weights are too large to stay in caches beside the states of some images.
 constexpr bool LARGE = WEIGHT_BYTES > 4 << 20;
