@@ -14,6 +14,7 @@ from cpu.ops import check_shape
 from layers.convolution import convolution_offsets
 from layers.neighbours import neighbour_count
 from models import ImageTransformer, ModelConfig
+from utils import UserError
 
 SOURCE = "sampler.cpp"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -36,8 +37,11 @@ def multiplies_pairs() -> bool:
 
 def is_compiled(config: ModelConfig, precision: str) -> bool:
     """Whether all libraries that a decoder of the model needs are in the cache."""
-    compared = precision == "fp32" or is_cached(*COMPARISON)
-    return compared and is_cached(SOURCE, sizes(config, precision))
+    try:
+        compared = precision == "fp32" or is_cached(*COMPARISON)
+        return compared and is_cached(SOURCE, sizes(config, precision))
+    except UserError:  # the first one cannot be loaded
+        return False
 
 
 def sizes(config: ModelConfig, precision: str) -> dict:
