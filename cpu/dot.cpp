@@ -15,7 +15,7 @@ double seconds_of_tile() {
     static Vector result[ROWS][VECTORS];
     auto start = std::chrono::steady_clock::now();
     Vector sums[ROWS][VECTORS] = {};
-    accumulate<INPUTS>(sums, rows, weight, INPUTS, Prefetch(weight, 0, 0, 1, 1));
+    accumulate(sums, rows, INPUTS, weight, INPUTS, Prefetch(weight, 0, 0, 1, 1));
     memcpy(result, sums, sizeof sums);
     return std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
 }

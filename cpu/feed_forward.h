@@ -1,9 +1,9 @@
 // The second half of a layer in float32, norm(x + y) with y = relu(x W1' + b1) W2' + b2, and its
 // gradient, block by block of rows, so that what lies between the products stays in the caches.
 //
-// D is the width of x, a multiple of LANES, F that of the hidden units, a multiple of PANEL. In a block, the
-// columns of a tensor may lie in panels: for each panel all rows, so that the rows of a panel are
-// next to each other.
+// D is the width of x, a multiple of LANES, F that of the hidden units, a multiple of PANEL. In a
+// block, the columns of a tensor may lie in panels: for each panel all rows, so that the rows of a
+// panel are next to each other.
 
 #pragma once
 
@@ -59,17 +59,6 @@ inline void pack(const float* matrix, int64_t inputs, int64_t outputs, bool tran
             for (int64_t j = 0; j < V * LANES; j++)
                 *packed++ = matrix[i * row + (c + j) * column];
     });
-}
-
-// sums += a * weight for R rows, n inputs and a panel of V vectors.
-template <int R, int V>
-inline void accumulate(Vector (&sums)[R][V], const float* a, int64_t stride, const float* weight,
-                       int64_t n) {
-    for (int64_t i = 0; i < n; i++, weight += V * LANES) {
-        Vector columns[V];
-        read(weight, columns);
-        add_products(sums, a + i, stride, columns);
-    }
 }
 
 // R rows: outputs = start + inputs * weight over n inputs, with a relu if RELU. The strides are from

@@ -1,7 +1,7 @@
 // Operations of training and evaluation on CPUs: attention (attention.h, gated_attention.h), the
 // layer norm of a residual sum and the short convolution (add_norm, short_convolution of
-// layers/ops.py), dropout (keep_mask of layers/dropout.py), the loss (mixture.h), and what the
-// gradient of a linear layer needs besides products.
+// layers/ops.py), dropout (dropout.h), the second half of a layer (feed_forward.h), the loss
+// (mixture.h), and what the gradient of a linear layer needs besides products.
 //
 // Tensors are float32 or bfloat16; everything between reading and writing a row is float32. The
 // compile-time constants are those of the headers.

@@ -16,6 +16,8 @@
 
 #include "tile.h"
 
+constexpr int padded(int n) { return (n + LANES - 1) / LANES * LANES; }
+
 typedef uint32_t Bits __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
 
 // A bfloat16 number that need not be converted again.
@@ -47,7 +49,7 @@ constexpr bool LARGE = WEIGHT_BYTES > 4 << 20;
 // block would take longer than reading the panel from the second cache.)
 constexpr int BLOCK = (16 << 10) / (PANEL * sizeof(Stored));  // its inputs
 constexpr int FEW_ROWS = 4 * ROWS;
-// How far ahead a single tile prefetches, bytes.
+// How far ahead a single tile prefetches, bytes. It reads each weight once: blocks are of no use.
 constexpr int AHEAD = 8 << 10;
 
 // What a tile of `rows` of `all_rows` prefetches while it computes: an equal share of the next
@@ -59,8 +61,9 @@ struct Prefetch {
     const char* address;
     int64_t step;  // bytes for each cache line that the tile reads
 
-    Prefetch(const Stored* weight, int64_t bytes, int64_t row, int64_t rows, int64_t all_rows)
-        : address((const char*)weight + bytes + bytes * row / all_rows),
+    // `ahead` is the distance of the next block, bytes.
+    Prefetch(const Stored* weight, int64_t ahead, int64_t row, int64_t rows, int64_t all_rows)
+        : address((const char*)weight + ahead + ahead * row / all_rows),
           step((LINE * rows + all_rows - 1) / all_rows) {}
 
     template <int BYTES>
@@ -80,38 +83,26 @@ inline void read(const BFloat16* source, Vector (&vectors)[V]) {
     }
 }
 
-// sums += a * b over n inputs, for R rows and a panel of V vectors.
-template <int STRIDE, int R, int V>
-inline void accumulate(Vector (&sums)[R][V], const float* a, const float* b, int n,
-                       Prefetch prefetch) {
-    for (int i = 0; i < n; i++, b += V * LANES) {
-        prefetch.next<V * sizeof(Vector)>();
-        Vector weights[V];
-        read(b, weights);
-        add_products(sums, a + i, STRIDE, weights);
-    }
-}
-
-// The weights are pairs, with that of the first input in the lower half, and are read twice, since
-// the registers do not hold both beside the sums.
-template <int STRIDE, int R, int V>
-inline void accumulate(Vector (&sums)[R][V], const Rounded* a, const BFloat16* b, int n,
-                       Prefetch prefetch) {
-    for (int i = 0; i < n; i += 2, b += 2 * V * LANES) {
+// As `accumulate` of tile.h. The weights are pairs, with that of the first input in the lower half,
+// and are read twice, since the registers do not hold both beside the sums.
+template <int R, int V>
+inline void accumulate(Vector (&sums)[R][V], const Rounded* a, int64_t stride, const BFloat16* b,
+                       int64_t n, Prefetch prefetch) {
+    for (int64_t i = 0; i < n; i += 2, b += 2 * V * LANES) {
         prefetch.next<V * sizeof(Vector)>();
         Vector weights[V];
         read<false>(b, weights);
-        add_products(sums, a + i, STRIDE, weights);
+        add_products(sums, a + i, stride, weights);
         read<true>(b, weights);
-        add_products(sums, a + i + 1, STRIDE, weights);
+        add_products(sums, a + i + 1, stride, weights);
     }
 }
 
 #ifdef __AVX512BF16__
-template <int STRIDE, int R, int V>
-inline void accumulate(Vector (&sums)[R][V], const BFloat16* a, const BFloat16* b, int n,
-                       Prefetch prefetch) {
-    for (int i = 0; i < n; i += 2, b += 2 * V * LANES) {
+template <int R, int V>
+inline void accumulate(Vector (&sums)[R][V], const BFloat16* a, int64_t stride, const BFloat16* b,
+                       int64_t n, Prefetch prefetch) {
+    for (int64_t i = 0; i < n; i += 2, b += 2 * V * LANES) {
         prefetch.next<V * sizeof(Vector)>();
         Bits pairs[V];
 #pragma GCC unroll 4
@@ -119,7 +110,7 @@ inline void accumulate(Vector (&sums)[R][V], const BFloat16* a, const BFloat16* 
 #pragma GCC unroll 6
         for (int r = 0; r < R; r++) {
             int pair;
-            memcpy(&pair, a + r * STRIDE + i, 4);
+            memcpy(&pair, a + r * stride + i, 4);
 #pragma GCC unroll 4
             for (int v = 0; v < V; v++)
                 sums[r][v] = (Vector)_mm512_dpbf16_ps(
@@ -144,9 +135,9 @@ struct Start {
     int stride;
 };
 
-// R rows of a panel of V vectors: outputs = start + inputs * weight over n inputs (all INPUTS unless
-// the weights are LARGE), with a relu if RELU. The strides are from one row to the next. Not inlined,
-// so that the sums stay in registers.
+// R rows of a panel of V vectors: outputs = start + inputs * weight over n inputs (all INPUTS
+// unless the weights are LARGE), with a relu if RELU. The strides are from one row to the next. Not
+// inlined, so that the sums stay in registers.
 template <int R, int V, bool RELU, int INPUTS, int STRIDE, int OUT_STRIDE, class Output>
 [[gnu::noinline]] void tile(const Operand* inputs, const Stored* weight, int n, Start start,
                             Output* outputs, Prefetch prefetch) {
@@ -154,7 +145,7 @@ template <int R, int V, bool RELU, int INPUTS, int STRIDE, int OUT_STRIDE, class
     for (int r = 0; r < R; r++)
         for (int v = 0; v < V; v++)
             sums[r][v] = *(const Vector*)(start.numbers + r * start.stride + v * LANES);
-    accumulate<STRIDE>(sums, inputs, weight, LARGE ? n : INPUTS, prefetch);
+    accumulate(sums, inputs, STRIDE, weight, LARGE ? n : INPUTS, prefetch);
     for (int r = 0; r < R; r++)
         for (int v = 0; v < V; v++) {
             Vector sum = sums[r][v];

@@ -2,13 +2,10 @@
 
 #pragma once
 
-#include <algorithm>
 #include <cstdint>
 #include <type_traits>
 
 #include "numbers.h"
-
-constexpr int padded(int n) { return (n + LANES - 1) / LANES * LANES; }
 
 typedef float Vector __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
 
@@ -32,6 +29,23 @@ inline void add_products(Vector (&sums)[R][V], const Input* a, int64_t stride,
     for (int r = 0; r < R; r++)
 #pragma GCC unroll 4
         for (int v = 0; v < V; v++) sums[r][v] += load(a[r * stride]) * columns[v];
+}
+
+struct NoPrefetch {
+    template <int BYTES>
+    void next() {}
+};
+
+// sums += a * b for R rows of a, n inputs and a panel of V vectors.
+template <int R, int V, class Prefetch = NoPrefetch>
+inline void accumulate(Vector (&sums)[R][V], const float* a, int64_t stride, const float* b,
+                       int64_t n, Prefetch prefetch = {}) {
+    for (int64_t i = 0; i < n; i++, b += V * LANES) {
+        prefetch.template next<V * sizeof(Vector)>();
+        Vector columns[V];
+        read(b, columns);
+        add_products(sums, a + i, stride, columns);
+    }
 }
 
 // Calls run(n) with 1 <= n <= MOST as a std::integral_constant.

@@ -120,13 +120,13 @@ def test_the_feed_forward_block_and_its_gradients(shape, threads, drop, monkeypa
 
 def test_without_gradients_no_hidden_units_are_kept():
     """Regression: an evaluation wrote four times as much to memory as it returned."""
-    ops, block, names = compiled(), make_layers(8)["block"], []
+    ops, block, calls = compiled(), make_layers(8)["block"], []
     call, x = ops.library.call, torch.randn(2, 3, 64)
-    ops.library = SimpleNamespace(call=lambda *args: (names.append(args), call(*args)))
+    ops.library = SimpleNamespace(call=lambda *args: (calls.append(args), call(*args)))
     ops.feed_forward_block(x, *block)
     with torch.no_grad():
         ops.feed_forward_block(x, *block)
-    assert [args[9] is None for args in names] == [False, True]
+    assert [args[9] is None for args in calls] == [False, True]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
