@@ -10,17 +10,6 @@
 #include "attention.h"
 #include "gated.h"
 
-// The rows of a head are too far apart for CPUs to foresee the next ones, so they are fetched into
-// the cache this number of positions ahead.
-constexpr int64_t PREFETCH_DISTANCE = 16;
-
-// `row` may lie outside of the tensor: prefetching it then has no effect.
-template <bool WRITE = false, class T>
-inline void prefetch(const T* row) {
-    for (int e = 0; e < SIZE; e += 64 / sizeof(T)) __builtin_prefetch(row + e, WRITE);
-    __builtin_prefetch(row + SIZE - 1, WRITE);
-}
-
 // Where one head of one image is in `projected`, in the outputs (N, L, HE), and in the factors of
 // the outputs (N, L, H).
 struct GatedHead {
