@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from cpu.build import NORM_EPSILON, ROWS_PER_BLOCK, ROWS_PER_TASK, Library, load_library
-from cpu.torch_private import private_or_public
+from cpu.torch_private import APPLE, private_or_public
 from layers.dropout import Noise, scale
 from layers.ops import PlainOps
 from models import ModelConfig
@@ -77,7 +77,7 @@ class CompiledOps(PlainOps):
         noise: Noise | None = None,
     ) -> torch.Tensor:
         F, D = first.weight.shape
-        if torch.is_autocast_enabled("cpu") or D % VECTOR or F % (4 * VECTOR):
+        if APPLE or torch.is_autocast_enabled("cpu") or D % VECTOR or F % (4 * VECTOR):
             return super().feed_forward_block(x, first, second, norm, hidden_noise, noise)
         check_norm(norm, x)
         parameters = [p for layer in (first, second, norm) for p in (layer.weight, layer.bias)]

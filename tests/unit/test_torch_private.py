@@ -3,6 +3,8 @@
 import pytest
 import torch
 
+import cpu.ops
+import cpu.torch_private
 from cpu.ops import CompiledOps
 from cpu.torch_private import private_linear, private_or_public, public_linear
 from layers.dropout import draw_keys
@@ -104,3 +106,14 @@ def test_it_may_work_for_one_type_only(monkeypatch, capsys):
     assert private_or_public(torch.float32) is private_linear
     assert private_or_public(torch.bfloat16) is public_linear
     assert "no usable oneDNN product of torch.bfloat16" in capsys.readouterr().err
+
+
+def test_products_on_apple_cpus_are_those_of_torch(monkeypatch, capsys):
+    """Regression: there, the fused feed-forward network and oneDNN were ten times as slow as the
+    library behind torch's own products, which uses a unit for matrices."""
+    for module in cpu.ops, cpu.torch_private:
+        monkeypatch.setattr(module, "APPLE", True)
+    monkeypatch.setattr(torch.ops.mkldnn, "_linear_pointwise", missing)
+    monkeypatch.setattr(cpu.ops.FeedForwardBlock, "apply", missing)
+    assert_equals_plain("fp32")
+    assert not capsys.readouterr().err
