@@ -111,13 +111,12 @@ def choose(name: str, given: dict, stored: dict, *others: dict, may_change: bool
 def choose_all(cls: type, given: dict, stored: dict, recipe: dict) -> dict[str, Any]:
     """The value of every option of a dataclass by `choose`, at last its default. Raises a
     `UserError` for one that is given and has no effect beside the others."""
-    known, chosen = options(cls), {}
-    for name, o in known.items():
-        defaults = {name: o.default}
-        chosen[name] = choose(name, given, stored, recipe, defaults, may_change=o.may_change)
-    for name in given.keys() & known.keys():
-        other, values = known[name].only_with or (name, [given[name]])
-        if chosen[other] not in values:
+    chosen = {}
+    for name, o in options(cls).items():
+        other, values = o.only_with or (None, ())  # declared before
+        if name in given and other and chosen[other] not in values:
             problem = f"--{name} has no effect with --{other} {chosen[other]}"
             raise UserError(f"{problem}: leave it out, or use --{other} {values[0]}")
+        defaults = {name: o.default}
+        chosen[name] = choose(name, given, stored, recipe, defaults, may_change=o.may_change)
     return chosen

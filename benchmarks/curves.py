@@ -6,6 +6,7 @@ python -m benchmarks.curves digits.jsonl --plot curves.png
 
 import json
 import os
+from bisect import insort
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -68,10 +69,17 @@ def read_curves(path: str | Path, splits: Sequence[str]) -> dict[str, list[dict]
     Every start of main.py appends to the file and counts its seconds from 0. Of a run that
     continued, the curve is one history: what was written of iterations after its checkpoint is
     left out, and its seconds are added to those at the checkpoint. Of a run from scratch, nothing
-    written before belongs to it. Raises `UserError` for a file of something else.
+    written before belongs to it. An evaluation alone belongs to the iteration that it evaluates.
+    Raises `UserError` for a file of something else.
     """
     history, before, last = [], 0.0, None
     for record in read_records(path):
+        if record.get("start") == record["iteration"]:
+            trained = [r for r in history if r["iteration"] <= record["iteration"]] or [record]
+            numbers = {name: trained[-1][name] for name in ("images", "seconds")}
+            history = [r for r in history if place(r) != place(record)]
+            insort(history, {**record, **numbers}, key=place)
+            continue
         if last and is_new_start(record, last):
             start = record.get("start", record["iteration"])
             history = [r for r in history if r["iteration"] <= start and place(r) < place(record)]

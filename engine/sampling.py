@@ -80,7 +80,7 @@ def complete_batches(
     recomputes the prefix for every byte instead of keeping a state. `compile` is --compile. With
     "bf16" the weights of the model are rounded until the last batch. Of several processes each
     draws its shard of a batch, which is `batch_size` times as large as their number. Raises a
-    ValueError for images, an offset, an index or a temperature that do not fit.
+    ValueError for arguments that do not fit.
     """
     model.check_images(images)
     N, L = images.shape
@@ -91,6 +91,9 @@ def complete_batches(
         )
     index = range(N) if index is None else index
     check_request(N, index, temperature)
+    if batch_size < 1 or precision not in ("fp32", "bf16"):
+        problem = f"batches of {batch_size} images in {precision!r} cannot be drawn"
+        raise ValueError(f'{problem}: give a batch_size of at least 1, and "fp32" or "bf16"')
     times = repetitions(index)
     device = model.first_byte_counts.device
     size = batch_size * distributed.world_size()

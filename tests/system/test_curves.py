@@ -136,7 +136,10 @@ def test_a_run_that_continued_from_an_older_checkpoint(succeed, tmp_path):
 
 
 def test_the_history_of_several_starts(tmp_path):
-    """Of one that takes longer to its first record than all before it, and of an evaluation."""
+    """Of one that takes longer to its first record than all before it, and of evaluations alone.
+
+    Regression: an evaluation of an earlier checkpoint, with other batches, ended the curve there.
+    """
     file = write(
         tmp_path / "m.jsonl",
         (5, "train", 1, 8, 0),
@@ -144,9 +147,11 @@ def test_the_history_of_several_starts(tmp_path):
         (15, "train", 9, 6, 10),
         (15, "test", 10, 6, 10),
         (15, "test", 0.5, 5, 15),
+        (10, "test", 0.5, 6.5, 10),
     )
     assert [p["seconds"] for p in read_curve(file, "train")] == [1, 2, 11]
-    assert [(p["seconds"], p["bits_per_dim"]) for p in read_curve(file, "test")] == [(11.5, 5)]
+    points = [(p["iteration"], p["seconds"], p["bits_per_dim"]) for p in read_curve(file, "test")]
+    assert points == [(10, 2, 6.5), (15, 12, 5)]
 
 
 def test_a_separate_run_is_another_history(tmp_path):

@@ -100,6 +100,7 @@ TRAINING = [
     ("--continue_from fast.pth --optimizer radam", "--optimizer radam contradicts"),
     # A flag is named as it is typed: the value of this one is False.
     ("--continue_from fast.pth --no-neighbours", "--no-neighbours contradicts"),
+    ("--continue_from good.pth --bits 16", "--bits has no effect with --attention_type"),
     ("--save_frequency 5", "--save_frequency has no effect without --save_to"),
     ("--evaluate_only --continue_from good.pth --lr 0.1", "--lr has no effect"),
     ("--evaluate_only --continue_from good.pth --save_to w.pth", "--save_to has no effect"),

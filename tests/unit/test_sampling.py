@@ -179,6 +179,8 @@ REQUESTS = {
     "none": lambda model: sample_images(model, 0),
     "index": lambda model: sample_images(model, 2, index=[1]),
     "temperature": lambda model: sample_images(model, 2, temperature=-1),
+    "batch size": lambda model: sample_images(model, 2, batch_size=0),
+    "precision": lambda model: sample_images(model, 2, precision="auto"),
     "offset": lambda model: complete_images(model, torch.zeros(2, LENGTH).byte(), 0),
     "length": lambda model: complete_images(model, torch.zeros(2, LENGTH - 1).byte(), 3),
     "one image": lambda model: surprisal(model, torch.zeros(LENGTH).byte()),
@@ -188,8 +190,9 @@ REQUESTS = {
 
 @pytest.mark.parametrize("request_images", REQUESTS.values(), ids=REQUESTS)
 def test_what_cannot_be_drawn_is_a_value_error(request_images):
-    """Regression: from Python, a temperature below 0 drew noise, and of two numbers of images the
-    smaller one counted; the others were errors of torch."""
+    """Regression: from Python, a temperature below 0 drew noise, a batch size below 1 drew nothing,
+    any precision but "bf16" was fp32, and of two numbers of images the smaller one counted; the
+    others were errors of torch."""
     model = ImageTransformer(ModelConfig(LENGTH, n_layers=1, n_heads=1, d_query=8)).eval()
     with pytest.raises(ValueError, match=r"images|offset|temperature"):
         request_images(model)
