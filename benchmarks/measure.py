@@ -59,18 +59,15 @@ def parse_arguments(
     return args
 
 
-def print_machine(precisions: list[str], device: torch.device) -> dict[str, float]:
-    """Print the machine, its rate of large matrix products in each precision, and those of its
-    memory; returns the former, floating-point operations per second."""
+def print_machine(precisions: list[str], device: torch.device) -> None:
+    """Print the machine and its fastest rates of large matrix products and of memory."""
     print(describe_machine(device))
-    rates = {name: matrix_rate(DTYPES[name], device) for name in precisions}
-    for name, rate in rates.items():
-        print(f"large matrix products in {name}: {rate / 1e9:.0f} GFLOP/s")
-    reading, changing = read_rate(2**28, device) / 1e9, memory_rate(2**28, device) / 1e9
-    print(
-        f"memory beyond the caches: {reading:.0f} GB/s read, {changing:.0f} GB/s read and written"
-    )
-    return rates
+    for name in precisions:
+        operations = matrix_rate(DTYPES[name], device)
+        print(f"large matrix products in {name}: {operations / 1e9:.0f} GFLOP/s")
+    reads, changes = rate(reading(2**28, device), device), memory_rate(2**28, device)
+    speeds = f"{reads / 1e9:.0f} GB/s read, {changes / 1e9:.0f} GB/s read and written"
+    print(f"memory beyond the caches: {speeds}")
 
 
 def make_models(
@@ -172,50 +169,70 @@ def resident_kb(name):
     return int(line.split()[1]) * 1.024
 
 
-def matrix_rate(dtype: torch.dtype, device: torch.device) -> float:
-    """Floating-point operations per second of a large matrix product, the best of ten."""
+# (amount, function): what is done by calling the function, floating-point operations or bytes.
+Work = tuple[float, Callable]
+
+
+def matrix_product(dtype: torch.dtype, device: torch.device) -> Work:
+    """A large matrix product."""
     n = 8192 if device.type == "cuda" else 2048
     a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
-    return 2 * n**3 / fastest_call(lambda: torch.mm(a, b), device)
+    return 2 * n**3, lambda: torch.mm(a, b)
 
 
-def product_rate(
-    model: ImageTransformer, rows: int, dtype: torch.dtype, device: torch.device, train: bool
-) -> float:
-    """Floating-point operations per second of the products of a pass through a model with `rows`
-    rows, one after the other without anything between them; to `train`, with those of the gradients
-    of inputs and weights."""
-    shapes = Counter(tuple(matrix.shape) for matrix in matrices(model))
-    linear = private_or_public(dtype) if device.type == "cpu" else public_linear
-    operations = seconds = 0.0
-    for (outputs, inputs), n in shapes.items():
-        sizes = (rows, inputs), (outputs, inputs), (rows, outputs)
-        x, weight, g = (torch.randn(size, device=device).to(dtype) for size in sizes)
-        products = [partial(linear, x, weight, None, None)]
-        if train:
-            products += [partial(linear, g, weight.t(), None, None), partial(torch.mm, g.t(), x)]
-        operations += n * 2 * rows * weight.numel() * len(products)
-        seconds += n * sum(fastest_call(product, device) for product in products)
-    return operations / seconds
+def reading(size: int, device: torch.device) -> Work:
+    """To read `size` bytes, by a sum, torch's fastest function that only reads; from a cache, if
+    it is called again and they fit."""
+    return size, torch.zeros(max(1, size // 4), device=device).sum
 
 
-def fastest_call(run: Callable, device: torch.device) -> float:
-    """Seconds of the fastest of ten calls, after one that does not count."""
+def changing(size: int, device: torch.device) -> Work:
+    """To read and write `size` bytes, which count twice; as `reading`."""
+    x = torch.zeros(max(1, size // 4), device=device)
+    return 2 * size, lambda: x.add_(1)
+
+
+def rate(work: Work, device: torch.device) -> float:
+    """What is done in a second at best: by the fastest of ten calls, after one that does not
+    count."""
+    amount, run = work
     run()
-    return min(timed(run, device) for _ in range(10))
+    return amount / min(timed(run, device) for _ in range(10))
 
 
-def read_rate(size: int, device: torch.device) -> float:
-    """Bytes per second when `size` bytes are read, by a sum, torch's fastest function that only
-    reads; for sizes that fit into a cache, the rate of the cache."""
-    return size / fastest_call(torch.zeros(max(1, size // 4), device=device).sum, device)
+def matrix_rate(dtype: torch.dtype, device: torch.device) -> float:
+    """Floating-point operations per second of a large matrix product, the best of ten."""
+    return rate(matrix_product(dtype, device), device)
 
 
 def memory_rate(size: int, device: torch.device) -> float:
-    """Bytes per second, read plus written, when `size` bytes are changed in place; for sizes that
-    fit into a cache, the rate of the cache."""
-    x = torch.zeros(max(1, size // 4), device=device)
-    return 2 * size / fastest_call(lambda: x.add_(1), device)
+    """Bytes per second, read plus written, when `size` bytes are changed in place, the best of
+    ten."""
+    return rate(changing(size, device), device)
+
+
+def products(
+    model: ImageTransformer, rows: int, dtype: torch.dtype, device: torch.device, train: bool
+) -> Callable[[], None]:
+    """A function that computes the products of a pass through a model with `rows` rows, one after
+    the other without anything between them; to `train`, with those of the gradients of inputs and
+    weights."""
+    shapes = Counter(tuple(matrix.shape) for matrix in matrices(model))
+    linear = private_or_public(dtype) if device.type == "cpu" else public_linear
+    calls = []
+    for (outputs, inputs), n in shapes.items():
+        sizes = (rows, inputs), (outputs, inputs), (rows, outputs)
+        x, weight, g = (torch.randn(size, device=device).to(dtype) for size in sizes)
+        of_layer = [partial(linear, x, weight, None, None)]
+        if train:
+            of_layer += [partial(linear, g, weight.t(), None, None), partial(torch.mm, g.t(), x)]
+        calls += n * of_layer
+
+    def run():
+        for call in calls:
+            call()
+
+    return run
 
 
 def describe_machine(device: torch.device) -> str:

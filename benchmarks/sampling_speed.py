@@ -46,12 +46,12 @@ def main(argv: list[str] | None = None) -> None:
     configs = {name: ModelConfig(**measure.COMPARED[name]) for name in args.configs}
     for config in configs.values():
         check_memory(sampling_memory(config, max(args.batches)), device)
-    rates = measure.print_machine(args.precisions, device)
+    measure.print_machine(args.precisions, device)
     records = []
     with tempfile.TemporaryDirectory() as cache, torch.inference_mode():
         os.environ["XDG_CACHE_HOME"] = cache  # so that compilation is measured
         for name, config in configs.items():
-            records += measure_config(name, config, args, rates, device)
+            records += measure_config(name, config, args, device)
     write_comparison(records, args, label, "times as fast as the library")
     print("\nmilliseconds per byte of the whole batch")
     print_table(records, COLUMNS)
@@ -62,7 +62,7 @@ def label(record: dict) -> str:
 
 
 def measure_config(
-    name: str, config: ModelConfig, args: Namespace, rates: dict, device: torch.device
+    name: str, config: ModelConfig, args: Namespace, device: torch.device
 ) -> list[dict]:
     """Records of one model: every sampler at every batch size and precision."""
     models = measure.make_models(config, device)
@@ -75,17 +75,23 @@ def measure_config(
             runs["theirs", "fp32"] = loop(theirs, EagerDecoder(theirs), batch, "fp32", device)
         for (sampler, precision), (model, decoder) in decoders.items():
             runs[sampler, precision] = loop(model, decoder, batch, precision, device)
+        limits = {
+            precision: parts_of_limit(ours, batch, precision, device)
+            for precision in args.precisions
+        }
+        for precision, parts in limits.items():
+            runs |= {(part, precision): partial(repeat, run) for part, (_, run) in parts.items()}
         ms = milliseconds_per_byte(runs, args.rounds, device)
-        their_ms = ms.pop(("theirs", "fp32"), None)
-        for (sampler, precision), our_ms in ms.items():
-            limit = 1e3 * least_seconds(ours, batch, rates[precision], precision, device)
-            _, decoder = decoders[sampler, precision]
+        their_ms = ms.get(("theirs", "fp32"))
+        for (sampler, precision), (_, decoder) in decoders.items():
+            our_ms = ms[sampler, precision]
+            parts = {part: n * ms[part, precision] for part, (n, _) in limits[precision].items()}
             records.append({
                 "config": name, "batch": batch, "precision": precision, "sampler": sampler,
                 "ours_ms_per_byte": our_ms, "theirs_ms_per_byte": their_ms,
                 "ratio": their_ms and their_ms / our_ms,
                 "images_per_second": batch / config.length / our_ms * 1e3,
-                "limit_fraction": limit / our_ms,
+                "limit_fraction": least_time(parts) / our_ms,
                 "compile_s": getattr(decoder, "compile_seconds", None),
             })  # fmt: skip
     return [*records, measure_recomputing(name, models, args.rounds, device)]
@@ -137,17 +143,32 @@ def choose_count(run: Callable[[int], None], device: torch.device) -> int:
     return max(2, int(SECONDS / (measure.timed(partial(run, 4), device) / 4)))
 
 
-def least_seconds(
-    model: ImageTransformer, batch: int, rate: float, precision: str, device: torch.device
-) -> float:
-    """A lower bound of a byte's time: its operations at the measured rate, or its memory traffic
-    (weights read, states read and written, from the caches if all fit), whichever takes longer."""
-    weights = measure.count_weights(model)
+def parts_of_limit(
+    model: ImageTransformer, batch: int, precision: str, device: torch.device
+) -> dict[str, tuple[float, Callable]]:
+    """What a byte of the whole batch takes at least, {part: (n, function)}, in n calls of the
+    function: its operations, as those of a large product, and its memory traffic, weights read,
+    states read and written (from the caches if all fit)."""
+    weights, dtype = measure.count_weights(model), measure.DTYPES[precision]
     states = batch * measure.state_bytes(model.empty_states(1))
-    weight_bytes = weights * measure.DTYPES[precision].itemsize
-    reading = measure.read_rate(weight_bytes + states, device)
-    changing = measure.memory_rate(weight_bytes + states, device)
-    return max(2 * weights * batch / rate, weight_bytes / reading + 2 * states / changing)
+    weight_bytes = weights * dtype.itemsize
+    size = weight_bytes + states
+    works = {
+        "products": (2 * weights * batch, measure.matrix_product(dtype, device)),
+        "reading": (weight_bytes, measure.reading(size, device)),
+        "changing": (2 * states, measure.changing(size, device)),
+    }
+    return {part: (needed / amount, run) for part, (needed, (amount, run)) in works.items()}
+
+
+def least_time(times: dict[str, float]) -> float:
+    """The lower bound with these times of the parts: products and traffic may overlap."""
+    return max(times["products"], times["reading"] + times["changing"])
+
+
+def repeat(run: Callable, count: int) -> None:
+    for _ in range(count):
+        run()
 
 
 def measure_recomputing(name: str, models: dict, rounds: int, device: torch.device) -> dict:

@@ -61,31 +61,33 @@ def measure_case(
     """Records of training and, without dropout, of evaluation at each precision."""
     model_config = ModelConfig(**measure.COMPARED[config], dropout=dropout)
     runs, losses = {}, make_losses(model_config, device)
-    images = make_images(losses["ours"].model, batch, device)
+    model = losses["ours"].model
+    images, rows = make_images(model, batch, device), batch * (model.config.length - 1)
     for who, nll in losses.items():
         for precision in args.precisions if who == "ours" else ["fp32"]:
             runs[who, "train", precision] = trainer(nll, images, precision)
             if not dropout:
                 runs[who, "evaluate", precision] = partial(evaluate, nll, images, precision, device)
+    ours = [(mode, precision) for who, mode, precision in runs if who == "ours"]
+    for mode, precision in ours:
+        sizes = rows, measure.DTYPES[precision], device
+        runs["products", mode, precision] = measure.products(model, *sizes, mode == "train")
     seconds = measure.interleaved(runs, args.rounds, device)
-    model, rows = losses["ours"].model, images[:, 1:].numel()
     records = []
-    for who, mode, precision in runs:
-        if who == "theirs":
-            continue
-        ours, theirs = seconds[who, mode, precision], seconds.get(("theirs", mode, "fp32"))
-        train = mode == "train"
-        operations = 2 * measure.count_weights(model) * rows * (3 if train else 1)
-        rate = measure.product_rate(model, rows, measure.DTYPES[precision], device, train)
+    for mode, precision in ours:
+        names = ("ours", mode, precision), ("theirs", mode, "fp32"), ("products", mode, precision)
+        ours_s, theirs_s, products_s = map(seconds.get, names)
+        operations = 2 * measure.count_weights(model) * rows * (3 if mode == "train" else 1)
         record = {
             "config": config, "batch": batch, "precision": precision, "mode": mode,
-            "dropout": dropout, "ours_s": ours, "theirs_s": theirs,
-            "ratio": theirs and theirs / ours, "images_per_second": batch / ours,
-            "products_gflops": rate / 1e9, "limit_fraction": operations / rate / ours,
+            "dropout": dropout, "ours_s": ours_s, "theirs_s": theirs_s,
+            "ratio": theirs_s and theirs_s / ours_s, "images_per_second": batch / ours_s,
+            "products_gflops": operations / products_s / 1e9,
+            "limit_fraction": products_s / ours_s,
         }  # fmt: skip
         case = model_config, batch, mode, device
         record["peak_mb"] = added_mb("ours", precision, *case)
-        record["theirs_peak_mb"] = theirs and added_mb("theirs", "fp32", *case)
+        record["theirs_peak_mb"] = theirs_s and added_mb("theirs", "fp32", *case)
         records.append(record)
     return records
 
