@@ -18,10 +18,10 @@ import gpu.ops
 
 
 @pytest.mark.slow
-def test_kernels_in_the_interpreter():
+@pytest.mark.parametrize("cases", sorted(ROOT.glob("tests/triton*_cases.py")), ids=lambda x: x.stem)
+def test_kernels_in_the_interpreter(cases):
     """A process of its own: triton reads the variable when it is imported."""
-    cases = sorted(ROOT.glob("tests/triton*_cases.py"))
-    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", *cases]
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", cases]
     environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
