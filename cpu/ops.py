@@ -100,11 +100,13 @@ class CompiledOps(PlainOps):
         if self.size != E:
             raise ValueError(f"ops.cpp is compiled for heads of {self.size}, not {E}")
         check_shape(qkv, (N, L, 3, H, E))
-        if state is None and qkv.requires_grad and torch.is_grad_enabled():
+        if state is not None:
+            for tensor, shape in zip(state, ((N, H, E, E), (N, H, E)), strict=True):
+                check_shape(tensor, shape)
+            return attention(self.library, qkv, *state)
+        if qkv.requires_grad and torch.is_grad_enabled():
             return Attention.apply(self.library, qkv)
-        for tensor, shape in zip(state or (), ((N, H, E, E), (N, H, E)), strict=False):
-            check_shape(tensor, shape)
-        return attention(self.library, qkv, *(state or (None, None)))
+        return attention(self.library, qkv)
 
     def gated_attention(
         self,
