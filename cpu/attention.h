@@ -43,9 +43,8 @@ struct Head {
         : q(qkv + task / shape.heads * shape.length * shape.stride() + task % shape.heads * SIZE),
           k(q + shape.width()), v(k + shape.width()) {}
 
-    template <bool WRITE = false>
-    void prefetch(int64_t row) {
-        ::prefetch<WRITE>(q + row), ::prefetch<WRITE>(k + row), ::prefetch<WRITE>(v + row);
+    void prefetch(int64_t row) const {
+        for (const T* part : {q, k, v}) ::prefetch(part + row);
     }
 };
 
@@ -70,18 +69,10 @@ struct State {
     alignas(64) float S[SIZE][SIZE] = {}, Z[SIZE] = {};
 };
 
+// Updates S (N, H, E, M) and Z (N, H, E); if they are null, the sums start at zero.
 template <class T>
-inline void store_row(T* target, const float* row) {
-    for (int e = 0; e < SIZE; e++) store(target + e, row[e]);
-}
-
-inline void store_row(float* target, const float* row) { load_row(row, target); }
-
-// Updates S (N, H, E, M) and Z (N, H, E); if they are null, the sums start at zero. With `keep`,
-// queries and keys become their features, which is what the gradient is computed from.
-template <class T>
-void forward(T* qkv, T* out, float* S, float* Z, int64_t images, int64_t length, int64_t heads,
-             int64_t keep, int64_t threads) {
+void forward(const T* qkv, T* out, float* S, float* Z, int64_t images, int64_t length,
+             int64_t heads, int64_t threads) {
     Shape shape{images, length, heads};
     run_tasks(shape.images * shape.heads, threads, [&](int64_t task) {
         Head head(qkv, task, shape);
@@ -90,16 +81,11 @@ void forward(T* qkv, T* out, float* S, float* Z, int64_t images, int64_t length,
         if (S) memcpy(state->S, S + task * SIZE * SIZE, sizeof state->S);
         if (Z) memcpy(state->Z, Z + task * SIZE, sizeof state->Z);
         in_groups(shape.length, [&](int64_t first, auto N) {
-            Positions<N> at;
-            int64_t row = first * shape.stride();
+            int64_t at = first * shape.stride();
             for (int n = 0; n < N; n++)
-                head.template prefetch<true>(row + (n + PREFETCH_DISTANCE) * shape.stride());
-            at.load(head.q + row, head.k + row, head.v + row, shape.stride());
-            attend(at, state->S[0], state->Z, target + first * shape.width(), shape.width());
-            for (int n = 0; keep && n < N; n++, row += shape.stride()) {
-                store_row(head.q + row, at.phi_q[n]);
-                store_row(head.k + row, at.phi_k[n]);
-            }
+                head.prefetch(at + (n + PREFETCH_DISTANCE) * shape.stride());
+            attend<N>(head.q + at, head.k + at, head.v + at, shape.stride(), state->S[0],
+                      state->Z, target + first * shape.width(), shape.width());
         });
         if (S) memcpy(S + task * SIZE * SIZE, state->S, sizeof state->S);
         if (Z) memcpy(Z + task * SIZE, state->Z, sizeof state->Z);
@@ -114,7 +100,7 @@ inline void write_gradient(const float* gradient, const float* phi, T* target) {
 
 // The inputs of the gradients at N positions.
 template <int N>
-struct Inputs {
+struct Positions {
     float phi_q[N][SIZE], phi_k[N][SIZE], value[N][SIZE], gradient[N][SIZE];
 };
 
@@ -137,11 +123,11 @@ struct Backward {
 
     // That some positions ahead is fetched into the cache.
     template <int N>
-    void load_position(int64_t i, int n, int64_t ahead, Inputs<N>& at) {
+    void load_position(int64_t i, int n, int64_t ahead, Positions<N>& at) {
         head.prefetch((i + ahead) * shape.stride());
         prefetch(g + (i + ahead) * shape.width());
-        load_row(head.q + i * shape.stride(), at.phi_q[n]);
-        load_row(head.k + i * shape.stride(), at.phi_k[n]);
+        features(head.q + i * shape.stride(), at.phi_q[n]);
+        features(head.k + i * shape.stride(), at.phi_k[n]);
         load_row(head.v + i * shape.stride(), at.value[n]);
         load_row(g + i * shape.width(), at.gradient[n]);
     }
@@ -149,7 +135,7 @@ struct Backward {
     // From the first position to the last: dq = (S g - (out.g) Z) / d.
     template <int N>
     void queries(int64_t first) {
-        Inputs<N> at;
+        Positions<N> at;
         float sums[N][SIZE] = {};
         for (int n = 0; n < N; n++) {
             prefetch<true>(gradients.q + (first + n + PREFETCH_DISTANCE) * shape.stride());
@@ -169,7 +155,7 @@ struct Backward {
     // and W the sum of -q (out.g) / d.
     template <int N>
     void keys_and_values(int64_t first) {
-        Inputs<N> at;
+        Positions<N> at;
         float keys[N][SIZE], values[N][SIZE] = {};
         for (int n = 0; n < N; n++) {
             int64_t i = shape.length - 1 - first - n;
@@ -184,7 +170,7 @@ struct Backward {
         for (int n = 0; n < N; n++) {
             int64_t start = (shape.length - 1 - first - n) * shape.stride();
             write_gradient(keys[n], at.phi_k[n], gradients.k + start);
-            store_row(gradients.v + start, values[n]);
+            for (int m = 0; m < SIZE; m++) store(gradients.v + start + m, values[n][m]);
         }
     }
 };

@@ -216,30 +216,20 @@ inline float normalizer(const float* phi_q, const float* phi_k, float* Z) {
     return 1 / (dot(phi_q, Z) + float(ATTENTION_EPSILON));
 }
 
-// What N positions read of a head: the features of its queries and keys, and its values.
-template <int N>
-struct Positions {
-    float phi_q[N][SIZE], phi_k[N][SIZE], value[N][SIZE];
-
-    // The stride is from one position to the next.
-    template <class T>
-    void load(const T* q, const T* k, const T* v, int64_t stride) {
-        for (int n = 0; n < N; n++) {
-            features(q + n * stride, phi_q[n]);
-            features(k + n * stride, phi_k[n]);
-            load_row(v + n * stride, value[n]);
-        }
-    }
-};
-
 // linear_recurrent of layers/attention.py for one head and N positions, one after the other; the
-// state S (E, M) and Z (E) is updated in place. The stride is from one output to the next.
-template <int N, class Output>
-inline void attend(const Positions<N>& at, float* S, float* Z, Output* out, int64_t stride) {
-    float sums[N][SIZE] = {};
-    update<N>(S, at.phi_k, at.value, at.phi_q, sums);
+// state S (E, M) and Z (E) is updated in place. The strides are from one position to the next.
+template <int N, class T, class Output>
+inline void attend(const T* q, const T* k, const T* v, int64_t stride, float* S, float* Z,
+                   Output* out, int64_t out_stride) {
+    float phi_q[N][SIZE], phi_k[N][SIZE], value[N][SIZE], sums[N][SIZE] = {};
     for (int n = 0; n < N; n++) {
-        float scale = normalizer(at.phi_q[n], at.phi_k[n], Z);
-        for (int m = 0; m < SIZE; m++) store(out + n * stride + m, sums[n][m] * scale);
+        features(q + n * stride, phi_q[n]);
+        features(k + n * stride, phi_k[n]);
+        load_row(v + n * stride, value[n]);
+    }
+    update<N>(S, phi_k, value, phi_q, sums);
+    for (int n = 0; n < N; n++) {
+        float scale = normalizer(phi_q[n], phi_k[n], Z);
+        for (int m = 0; m < SIZE; m++) store(out + n * out_stride + m, sums[n][m] * scale);
     }
 }

@@ -100,13 +100,11 @@ class CompiledOps(PlainOps):
         if self.size != E:
             raise ValueError(f"ops.cpp is compiled for heads of {self.size}, not {E}")
         check_shape(qkv, (N, L, 3, H, E))
-        if state is not None:
-            for tensor, shape in zip(state, ((N, H, E, E), (N, H, E)), strict=True):
-                check_shape(tensor, shape)
-            return attention(self.library, qkv, *state)
-        if qkv.requires_grad and torch.is_grad_enabled():
+        if state is None:
             return Attention.apply(self.library, qkv)
-        return attention(self.library, qkv)
+        for tensor, shape in zip(state, ((N, H, E, E), (N, H, E)), strict=True):
+            check_shape(tensor, shape)
+        return attention(self.library, qkv, *state)
 
     def gated_attention(
         self,
@@ -302,23 +300,18 @@ class ShortConvolution(torch.autograd.Function):
 
 
 class Attention(torch.autograd.Function):
-    """Causal linear attention of qkv (N, L, 3, H, E) from its first position on. Queries and keys
-    are overwritten with their features: nothing else needs them any more, and the gradient would
-    have to compute as many exponentials again, twice."""
+    """Causal linear attention of qkv (N, L, 3, H, E) from its first position on."""
 
     @staticmethod
     def forward(ctx, library, qkv):
-        qkv = qkv.contiguous()
-        outputs = attention(library, qkv, keep=True)
-        torch.autograd.graph.increment_version(qkv)  # raises an error if something needed them
         ctx.library = library
-        ctx.save_for_backward(qkv.detach())
-        return outputs
+        ctx.save_for_backward(qkv)
+        return attention(library, qkv)
 
     @staticmethod
     def backward(ctx, gradient):
         (qkv,) = ctx.saved_tensors
-        gradient = gradient.contiguous()
+        qkv, gradient = qkv.contiguous(), gradient.contiguous()
         gradients = torch.empty_like(qkv)
         check(qkv, gradient, gradients)
         name = f"backward_{TYPES[qkv.dtype]}"
@@ -331,17 +324,15 @@ def attention(
     qkv: torch.Tensor,
     S: torch.Tensor | None = None,
     Z: torch.Tensor | None = None,
-    keep: bool = False,
 ) -> torch.Tensor:
     """Outputs (N, L, H, E) of qkv (N, L, 3, H, E); updates the state `S` (N, H, E, E), `Z`
-    (N, H, E) in place. To `keep` features overwrites the queries and keys with theirs."""
+    (N, H, E) in place."""
     qkv = qkv.contiguous()
     outputs = torch.empty_like(qkv[:, :, 0], memory_format=torch.contiguous_format)
     check(qkv, outputs)
     check(*(x for x in (S, Z) if x is not None), types=(torch.float32,))
     name = f"forward_{TYPES[qkv.dtype]}"
-    *numbers, threads = attention_numbers(qkv)
-    library.call(name, qkv, outputs, S, Z, *numbers, keep, threads)
+    library.call(name, qkv, outputs, S, Z, *attention_numbers(qkv))
     return outputs
 
 

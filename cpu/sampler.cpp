@@ -307,9 +307,7 @@ struct Member {
         float scale = gated::output_scale(sums[0]);
         for (int m = 0; m < SIZE; m++) store(target + m, gates[0][m] * scale * sums[0][m]);
 #else
-        Positions<1> position;
-        position.load(q, q + D, q + 2 * D, 0);
-        attend(position, S, state.Z + at * SIZE, target, 0);
+        attend<1>(q, q + D, q + 2 * D, 0, S, state.Z + at * SIZE, target, 0);
 #endif
     }
 

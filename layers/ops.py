@@ -92,7 +92,7 @@ class PlainOps:
         """Causal linear attention of queries, keys and values (N, L, 3, H, E): (N, L, H, E).
 
         `state`, the sums S (N, H, E, E) and Z (N, H, E) over earlier positions, is updated in
-        place; without one, the sums start at zero. What is in `qkv` afterwards is undefined.
+        place; without one, the sums start at zero.
         """
         outputs, final = linear_chunked(*qkv.unbind(2), state)
         update(state, final)
