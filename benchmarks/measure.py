@@ -223,10 +223,10 @@ def products(
     for (outputs, inputs), n in shapes.items():
         sizes = (rows, inputs), (outputs, inputs), (rows, outputs)
         x, weight, g = (torch.randn(size, device=device).to(dtype) for size in sizes)
-        of_layer = [partial(linear, x, weight, None, None)]
+        of_matrix = [partial(linear, x, weight, None, None)]
         if train:
-            of_layer += [partial(linear, g, weight.t(), None, None), partial(torch.mm, g.t(), x)]
-        calls += n * of_layer
+            of_matrix += [partial(linear, g, weight.t(), None, None), partial(torch.mm, g.t(), x)]
+        calls += n * of_matrix
 
     def run():
         for call in calls:

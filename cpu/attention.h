@@ -121,7 +121,7 @@ struct Backward {
         : head(qkv, task, shape), g(output(g, task, shape)), gradients(gradients, task, shape),
           shape(shape), inverses(shape.length), products(shape.length) {}
 
-    // That some positions ahead is fetched into the cache.
+    // The one `ahead` positions later, or earlier if negative, is fetched into the cache.
     template <int N>
     void load_position(int64_t i, int n, int64_t ahead, Positions<N>& at) {
         head.prefetch((i + ahead) * shape.stride());

@@ -190,8 +190,8 @@ REQUESTS = {
 
 @pytest.mark.parametrize("request_images", REQUESTS.values(), ids=REQUESTS)
 def test_what_cannot_be_drawn_is_a_value_error(request_images):
-    """Regression: from Python, a temperature below 0 drew noise, a batch size below 1 drew nothing,
-    any precision but "bf16" was fp32, and of two numbers of images the smaller one counted; the
+    """Regression: from Python, a temperature below 0 drew noise, a batch size below 0 drew nothing,
+    an unknown precision was a KeyError, and of two numbers of images the smaller one counted; the
     others were errors of torch."""
     model = ImageTransformer(ModelConfig(LENGTH, n_layers=1, n_heads=1, d_query=8)).eval()
     with pytest.raises(ValueError, match=r"images|offset|temperature"):
