@@ -1,9 +1,13 @@
-// The second half of a layer in float32, norm(x + y) with y = relu(x W1' + b1) W2' + b2, and its
-// gradient, block by block of rows, so that what lies between the products stays in the caches.
+// The second half of a layer, norm(x + y) with y = relu(x W1' + b1) W2' + b2, and its gradient,
+// block by block of rows, so that what lies between the products stays in the caches.
 //
-// D is the width of x, a multiple of LANES, F that of the hidden units, a multiple of PANEL. In a
-// block, the columns of a tensor may lie in panels: for each panel all rows, so that the rows of a
-// panel are next to each other.
+// Products are of words: of float32 numbers, or of pairs of bfloat16 numbers. Sums, the norm and the
+// gradients of x and of all parameters are float32.
+//
+// D is the width of x, a multiple of LANES, F that of the hidden units, a multiple of PANEL. The two
+// numbers of a pair are next to each other in a row or, where a product sums over the rows, in a
+// column ("by column"; words of one number are by column, too). In a block, columns may lie in
+// panels: for each panel all rows, so that the rows of a panel are next to each other.
 
 #pragma once
 
@@ -17,13 +21,28 @@ namespace feed_forward {
 constexpr int64_t BLOCK = ROWS_PER_BLOCK;
 constexpr int COLUMNS = 4;  // of a tile of a weight's gradient, which divides all widths
 
-// Floats from the beginning of a cache line on: a vector in two lines takes twice as long.
+template <class Word>
+using Number = std::conditional_t<std::is_same_v<Word, Pair>, BFloat16, float>;
+
+// Of a word, its numbers.
+template <class Word>
+constexpr int64_t NUMBERS = sizeof(Word) / sizeof(Number<Word>);
+
+// Of n numbers of a column, the words.
+template <class Word>
+int64_t words_of(int64_t n) {
+    return (n + NUMBERS<Word> - 1) / NUMBERS<Word>;
+}
+
+// Begins with a cache line: a vector in two lines takes twice as long.
+template <class T>
 class Buffer {
-    std::vector<float> numbers;
+    static constexpr int64_t LINE = 64;  // bytes
+    std::vector<T> numbers;
 
    public:
-    explicit Buffer(int64_t size) : numbers(size + 16) {}
-    float* data() { return (float*)(((uintptr_t)numbers.data() + 63) / 64 * 64); }
+    explicit Buffer(int64_t size) : numbers(size + LINE / sizeof(T)) {}
+    T* data() { return (T*)(((uintptr_t)numbers.data() + LINE - 1) / LINE * LINE); }
 };
 
 // sums = the sum of all rows (rows, width).
@@ -50,38 +69,109 @@ inline void each_panel(int64_t width, const Run& run) {
     }
 }
 
-// A matrix (inputs, outputs), or if transposed (outputs, inputs), with its outputs in panels.
+// V vectors of a row as words.
+template <int V>
+inline void store_row(float* row, const Vector (&numbers)[V]) {
+    for (int v = 0; v < V; v++) ((Vector*)row)[v] = numbers[v];
+}
+
+// Rows of numbers (n, width) as words: they themselves, or else `buffer`.
+inline const float* as_words(const float* x, int64_t, int64_t, float*) { return x; }
+
+#ifdef __AVX512BF16__
+template <int V>
+inline void store_row(Pair* row, const Vector (&numbers)[V]) {
+    for (int v = 0; v + 1 < V; v += 2) {
+        __m512bh pairs = _mm512_cvtne2ps_pbh((__m512)numbers[v + 1], (__m512)numbers[v]);
+        memcpy(row + v * LANES / 2, &pairs, sizeof pairs);
+    }
+    if (V % 2) {
+        __m256bh pairs = _mm512_cvtneps_pbh((__m512)numbers[V - 1]);
+        memcpy(row + (V - 1) * LANES / 2, &pairs, sizeof pairs);
+    }
+}
+
+inline const Pair* as_words(const BFloat16* x, int64_t, int64_t, Pair*) { return (const Pair*)x; }
+inline const Pair* as_words(const float* x, int64_t n, int64_t width, Pair* buffer) {
+    each_panel(width, [&](int64_t c, auto V) {
+        for (int64_t i = c; i < n * width; i += width) {
+            Vector numbers[V];
+            read(x + i, numbers);
+            store_row(buffer + i / 2, numbers);
+        }
+    });
+    return buffer;
+}
+#endif
+
+// `columns` (ceil(n / NUMBERS), width): n rows of a panel by column. In the rows, which are `stride`
+// words apart, the words are by row. A number that is missing is 0.
+inline void order_by_column(const float* rows, int64_t stride, int64_t n, int64_t width,
+                            float* columns) {
+    for (int64_t r = 0; r < n; r++) std::copy_n(rows + r * stride, width, columns + r * width);
+}
+inline void order_by_column(const Pair* rows, int64_t stride, int64_t n, int64_t width,
+                            Pair* columns) {
+    for (int64_t r = 0; r < n; r += 2, rows += 2 * stride, columns += width) {
+        const BFloat16 *first = (const BFloat16*)rows, *second = (const BFloat16*)(rows + stride);
+        bool alone = r + 1 == n;
+        if (alone) second = first;
+        uint32_t kept = alone ? 0 : 0xffff0000;
+        for (int64_t j = 0; j < width; j++)
+            columns[j].bits = first[j].bits | (uint32_t(second[j].bits) << 16 & kept);
+    }
+}
+
+// The numbers of row r in a vector of words by column.
+template <class Word>
+inline Vector numbers_of_row(Vector words, int64_t r) {
+    if (NUMBERS<Word> == 1) return words;
+    typedef uint32_t Bits __attribute__((vector_size(sizeof(Vector))));
+    return (Vector)((Bits)words << (r % 2 ? 0 : 16) & 0xffff0000);
+}
+
+// A word of as many numbers as it has; the second is `step` further.
+inline float make_word(const float* first, int64_t, float) { return *first; }
+inline Pair make_word(const float* first, int64_t step, Pair word) {
+    BFloat16 numbers[2];
+    store(numbers, *first);
+    store(numbers + 1, first[step]);
+    memcpy(&word, numbers, sizeof word);
+    return word;
+}
+
+// A matrix (inputs, outputs), or if transposed (outputs, inputs), by column with its outputs in
+// panels.
+template <class Word>
 inline void pack(const float* matrix, int64_t inputs, int64_t outputs, bool transposed,
-                 float* packed) {
+                 Word* packed) {
     int64_t row = transposed ? 1 : outputs, column = transposed ? inputs : 1;
     each_panel(outputs, [&](int64_t c, auto V) {
-        for (int64_t i = 0; i < inputs; i++)
+        for (int64_t i = 0; i < inputs; i += NUMBERS<Word>)
             for (int64_t j = 0; j < V * LANES; j++)
-                *packed++ = matrix[i * row + (c + j) * column];
+                *packed++ = make_word(matrix + i * row + (c + j) * column, row, Word());
     });
 }
 
-// R rows: outputs = start + inputs * weight over n inputs, with a relu if RELU. The strides are from
-// one row to the next.
-template <int R, int V, bool RELU>
-[[gnu::noinline]] void product(const float* inputs, int64_t stride, const float* weight, int64_t n,
-                               const float* start, int64_t start_stride, float* outputs,
+// R rows: outputs = start + inputs * weight over n words of inputs, with a relu if RELU. The strides
+// are from one row to the next.
+template <int R, int V, bool RELU, class Word, class Output>
+[[gnu::noinline]] void product(const Word* inputs, int64_t stride, const Word* weight, int64_t n,
+                               const float* start, int64_t start_stride, Output* outputs,
                                int64_t out_stride) {
     Vector sums[R][V];
     for (int r = 0; r < R; r++) read(start + r * start_stride, sums[r]);
     accumulate(sums, inputs, stride, weight, n);
-    for (int r = 0; r < R; r++)
-        for (int v = 0; v < V; v++) {
-            Vector sum = sums[r][v];
-            if (RELU) sum = sum < 0.f ? 0.f : sum;
-            ((Vector*)(outputs + r * out_stride))[v] = sum;
-        }
+    for (int r = 0; r < R; r++) {
+        for (int v = 0; RELU && v < V; v++) sums[r][v] = sums[r][v] < 0.f ? 0.f : sums[r][v];
+        store_row(outputs + r * out_stride, sums[r]);
+    }
 }
 
-// matrix (A, stride) += a^T b for COLUMNS columns of a, whose rows are `step` apart, and V vectors
-// of b.
-template <int V>
-[[gnu::noinline]] void outer(const float* a, int64_t step, const float* b, int64_t rows,
+// matrix (A, stride) += a^T b for COLUMNS columns of a and V vectors of b, both by column with
+// `rows` words in a column; in a, those of the next row are `step` further.
+template <int V, class Word>
+[[gnu::noinline]] void outer(const Word* a, int64_t step, const Word* b, int64_t rows,
                              float* matrix, int64_t stride) {
     constexpr int R = COLUMNS;
     Vector sums[R][V];
@@ -91,88 +181,99 @@ template <int V>
         read(b, columns);
         add_products(sums, a, 1, columns);
     }
-    for (int r = 0; r < R; r++)
-        for (int v = 0; v < V; v++) ((Vector*)(matrix + r * stride))[v] = sums[r][v];
+    for (int r = 0; r < R; r++) store_row(matrix + r * stride, sums[r]);
 }
 
-// A tensor (rows, width) in panels.
-class Panels {
-    Buffer numbers;
+// A tensor of a block by column, in panels.
+template <class Word>
+class Columns {
+    Buffer<Word> words;
     const int64_t width;
 
    public:
-    int64_t rows = 0;
+    int64_t rows = 0;  // of words
 
-    Panels(int64_t most, int64_t width) : numbers(most * width), width(width) {}
+    Columns(int64_t most, int64_t width) : words(most * width), width(width) {}
 
     // The panel that begins at column c.
-    float* operator[](int64_t c) { return numbers.data() + c * rows; }
+    Word* operator[](int64_t c) { return words.data() + c * rows; }
 
-    void copy(const float* source) {
+    // From n rows of words.
+    void fill(const Word* source, int64_t n) {
+        rows = words_of<Word>(n);
         each_panel(width, [&](int64_t c, auto V) {
-            Vector* panel = (Vector*)(*this)[c];
-            for (int64_t r = 0; r < rows; r++)
-                for (int v = 0; v < V; v++)
-                    panel[r * V + v] = ((const Vector*)(source + r * width + c))[v];
+            order_by_column(source + c / NUMBERS<Word>, width / NUMBERS<Word>, n, V * LANES,
+                            (*this)[c]);
         });
-    }
-
-    // sums += R rows from r on, times a packed weight (width, V vectors).
-    template <int R, int V>
-    void accumulate_rows(Vector (&sums)[R][V], int64_t r, const float* weight) {
-        for (int64_t c = 0; c < width; c += PANEL) {
-            int64_t n = std::min<int64_t>(PANEL, width - c);
-            accumulate(sums, (*this)[c] + r * n, n, weight + c * V * LANES, n);
-        }
     }
 };
 
-// Inputs, the weights (F, D) and (D, F), packed, and what the gradient needs: unless they are null,
-// the hidden units in panels, those of one block after the other, and x + y and its moments.
+// x and its width D, the width F of the hidden units, and the weights (F, D) and (D, F), packed; what
+// the gradient needs: unless they are null, the hidden units by column in panels, those of one block
+// after the other, and x + y and its moments.
+template <class Word, class X>
 struct Forward {
-    const float *x, *weight1, *bias1, *weight2, *bias2, *norm_weight, *norm_bias;
-    float *outputs, *hidden, *sums, *means, *inverses;
+    const X* x;
+    const Word* weight1;
+    const float* bias1;
+    const Word* weight2;
+    const float *bias2, *norm_weight, *norm_bias;
+    X* outputs;
+    Word* hidden;
+    X* sums;
+    float *means, *inverses;
     Dropout hidden_dropout, dropout;  // of the hidden units and of y
     int64_t D, F;
 
+    static constexpr int64_t NUMBERS = feed_forward::NUMBERS<Word>;
+    static constexpr int64_t PANEL_WORDS = PANEL / NUMBERS;
+
     // The n rows from `first` on.
     void block(int64_t first, int64_t n) const {
-        Buffer panel(hidden ? 0 : n * PANEL), y(n * D);
+        Buffer<Word> inputs(n * D / NUMBERS), panel(n * PANEL_WORDS);
+        Buffer<float> y(n * D);
+        const Word* rows = as_words(x + first * D, n, D, inputs.data());
         for (int64_t c = 0; c < F; c += PANEL) {
-            float* units = hidden ? hidden + first * F + c * n : panel.data();
-            write_units(first, n, c, units);
+            Word* columns = hidden ? hidden + first / NUMBERS * F + c * words_of<Word>(n) : nullptr;
+            Word* units = columns && NUMBERS == 1 ? columns : panel.data();
+            write_units(rows, first, n, c, units);
+            if (columns && NUMBERS > 1) order_by_column(units, PANEL_WORDS, n, PANEL, columns);
             add_outputs(c, n, units, y.data());
         }
         add_and_normalise(first, n, y.data());
     }
 
     // The panel of hidden units from column c on.
-    void write_units(int64_t first, int64_t n, int64_t c, float* units) const {
+    void write_units(const Word* rows, int64_t first, int64_t n, int64_t c, Word* units) const {
         each_rows(n, [&](int64_t r, auto R) {
-            product<R, VECTORS, true>(x + (first + r) * D, D, weight1 + c * D, D, bias1 + c, 0,
-                                      units + r * PANEL, PANEL);
+            product<R, VECTORS, true>(rows + r * D / NUMBERS, D / NUMBERS, weight1 + c * D / NUMBERS,
+                                      D / NUMBERS, bias1 + c, 0, units + r * PANEL_WORDS,
+                                      PANEL_WORDS);
         });
         if (!hidden_dropout.keys) return;
-        for (int64_t r = 0; r < n; r++, units += PANEL)
-            hidden_dropout.drop(units, units, (first + r) * F + c, PANEL);
+        for (int64_t r = 0; r < n; r++, units += PANEL_WORDS) {
+            auto row = (Number<Word>*)units;
+            hidden_dropout.drop(row, row, (first + r) * F + c, PANEL);
+        }
     }
 
     // y = bias, or y so far, + a panel of hidden units * weight.
-    void add_outputs(int64_t c, int64_t n, const float* units, float* y) const {
+    void add_outputs(int64_t c, int64_t n, const Word* units, float* y) const {
         each_panel(D, [&](int64_t d, auto V) {
-            const float* weight = weight2 + d * F + c * V * LANES;
+            const Word* weight = weight2 + (d * F + c * V * LANES) / NUMBERS;
             each_rows(n, [&](int64_t r, auto R) {
                 float* target = y + r * D + d;
-                product<R, V, false>(units + r * PANEL, PANEL, weight, PANEL, c ? target : bias2 + d,
-                                     c ? D : 0, target, D);
+                product<R, V, false>(units + r * PANEL_WORDS, PANEL_WORDS, weight, PANEL_WORDS,
+                                     c ? target : bias2 + d, c ? D : 0, target, D);
             });
         });
     }
 
     void add_and_normalise(int64_t first, int64_t n, float* y) const {
-        Buffer row(2 * D);
+        std::vector<float> row(D);
+        std::vector<X> unkept(D);
         for (int64_t r = first; r < first + n; r++, y += D) {
-            float* sum = sums ? sums + r * D : row.data() + D;
+            X* sum = sums ? sums + r * D : unkept.data();
             if (dropout.keys) dropout.drop(y, y, r * D, D);
             Moments moments = norm_row(y, x + r * D, norm_weight, norm_bias, sum, outputs + r * D,
                                        row.data(), D);
@@ -182,28 +283,33 @@ struct Forward {
 };
 
 // With keys there is dropout of the hidden units, and of y, in images with `size` numbers in x.
-inline void forward(const float* x, const float* weight1, const float* bias1, const float* weight2,
-                    const float* bias2, const float* norm_weight, const float* norm_bias,
-                    float* outputs, float* hidden, float* sums, float* means, float* inverses,
-                    const uint32_t* hidden_keys, const uint32_t* keys, int64_t rows, int64_t D,
-                    int64_t F, int64_t size, int64_t hidden_threshold, float hidden_scale,
-                    int64_t threshold, float scale, int64_t threads) {
-    Buffer packed1(D * F), packed2(D * F);
+template <class Word, class X>
+void forward(const X* x, const float* weight1, const float* bias1, const float* weight2,
+             const float* bias2, const float* norm_weight, const float* norm_bias, X* outputs,
+             Word* hidden, X* sums, float* means, float* inverses, const uint32_t* hidden_keys,
+             const uint32_t* keys, int64_t rows, int64_t D, int64_t F, int64_t size,
+             int64_t hidden_threshold, float hidden_scale, int64_t threshold, float scale,
+             int64_t threads) {
+    Buffer<Word> packed1(D * F / NUMBERS<Word>), packed2(D * F / NUMBERS<Word>);
     pack(weight1, D, F, true, packed1.data());
     pack(weight2, F, D, true, packed2.data());
-    Forward pass{x, packed1.data(), bias1, packed2.data(), bias2, norm_weight, norm_bias,
-                 outputs, hidden, sums, means, inverses,
-                 {hidden_keys, size / D * F, hidden_threshold, hidden_scale},
-                 {keys, size, threshold, scale}, D, F};
+    Forward<Word, X> pass{x, packed1.data(), bias1, packed2.data(), bias2, norm_weight, norm_bias,
+                          outputs, hidden, sums, means, inverses,
+                          {hidden_keys, size / D * F, hidden_threshold, hidden_scale},
+                          {keys, size, threshold, scale}, D, F};
     run_tasks((rows + BLOCK - 1) / BLOCK, threads, [&](int64_t task) {
         pass.block(task * BLOCK, std::min(BLOCK, rows - task * BLOCK));
     });
 }
 
 // What the gradients are computed from, as in `Forward`; the weights are packed for the gradients.
+template <class Word>
 struct Given {
-    const float *x, *hidden, *sums, *means, *inverses, *gradients;
-    const float *packed1, *packed2, *norm_weight;
+    const float* x;
+    const Word* hidden;
+    const float *sums, *means, *inverses, *gradients;
+    const Word *packed1, *packed2;
+    const float* norm_weight;
     Dropout dropout;  // of y
     float factor;     // of the dropout of hidden units
     int64_t D, F;
@@ -216,34 +322,40 @@ struct Gradients {
 };
 
 // One block of rows after the other.
+template <class Word>
 class Backward {
-    const Given given;
+    static constexpr int64_t NUMBERS = feed_forward::NUMBERS<Word>;
+
+    const Given<Word> given;
     const int64_t D = given.D, F = given.F;
-    Panels inputs{BLOCK, D};                      // x
-    Buffer y{BLOCK * D}, row{2 * D};              // `y`: its gradient
-    Panels gradients{BLOCK, D}, masked{BLOCK, F};  // the same; the gradient in front of the relu
+    Buffer<float> y{BLOCK * D}, row{2 * D};  // `y`: its gradient
+    Buffer<Word> words{BLOCK * D / NUMBERS};
+    // The gradient in front of the relu, in panels by row; a panel of it by column.
+    Buffer<Word> masked{BLOCK * F / NUMBERS}, panel{BLOCK * PANEL / NUMBERS};
+    Columns<Word> inputs{BLOCK / NUMBERS, D}, gradients{BLOCK / NUMBERS, D};  // x, the gradient of y
 
    public:
-    explicit Backward(const Given& given) : given(given) {}
+    explicit Backward(const Given<Word>& given) : given(given) {}
 
     // That of the n rows from `first` on.
     void block(int64_t first, int64_t n, const Gradients& to) {
-        inputs.rows = gradients.rows = masked.rows = n;
-        inputs.copy(given.x + first * D);
+        inputs.fill(as_words(given.x + first * D, n, D, words.data()), n);
         norm_backward(first, n, to);
-        gradients.copy(y.data());
         add_rows(y.data(), n, D, to.bias2);
+        const Word* rows = as_words(y.data(), n, D, words.data());
+        gradients.fill(rows, n);
         std::fill_n(to.bias1, F, 0.f);
         for (int64_t c = 0; c < F; c += PANEL) {
-            const float* units = given.hidden + first * F + c * n;
+            const Word* units = given.hidden + first / NUMBERS * F + c * words_of<Word>(n);
+            Word* target = masked.data() + c * n / NUMBERS;
             each_rows(n, [&](int64_t r, auto R) {
-                mask<R>(r, c, units + r * PANEL, to.bias1 + c);
+                mask<R>(rows + r * D / NUMBERS, r, c, units, target, to.bias1 + c);
             });
-            add_outer(c, n, units, to);
+            add_outer(c, by_column(target, n), units, to);
         }
         each_panel(D, [&](int64_t d, auto V) {
             each_rows(n, [&](int64_t r, auto R) {
-                add_inputs<R, V>(r, d, to.x + (first + r) * D + d);
+                add_inputs<R, V>(r, n, d, to.x + (first + r) * D + d);
             });
         });
     }
@@ -262,65 +374,81 @@ class Backward {
         }
     }
 
-    // The gradient in front of the relu of R rows and of a panel of hidden units, from column c on,
-    // whose sums over the rows are added to `sums`.
+    // The gradient in front of the relu of R rows, from row r on, and of a panel of hidden units,
+    // from column c on: to `target`, and added over the rows to `sums`.
     template <int R>
-    [[gnu::noinline]] void mask(int64_t r, int64_t c, const float* units, float* sums) {
+    [[gnu::noinline]] void mask(const Word* rows, int64_t r, int64_t c, const Word* units,
+                                Word* target, float* sums) {
         constexpr int V = VECTORS;
-        Vector rows[R][V] = {}, totals[V];
-        gradients.accumulate_rows(rows, r, given.packed2 + c * D);
+        Vector results[R][V] = {}, totals[V];
+        accumulate(results, rows, D / NUMBERS, given.packed2 + c * D / NUMBERS, D / NUMBERS);
         read(sums, totals);
-        const Vector *unit = (const Vector*)units, zero = {};
-        Vector* target = (Vector*)masked[c] + r * V;
-        for (int i = 0; i < R; i++)
+        const Vector zero = {};
+        for (int i = 0; i < R; i++) {
+            Vector columns[V];
+            read(units + (r + i) / NUMBERS * PANEL, columns);
             for (int v = 0; v < V; v++) {
+                Vector unit = numbers_of_row<Word>(columns[v], r + i);
                 // NaN is not 0.
-                Vector row = unit[i * V + v] <= 0.f ? zero : rows[i][v] * given.factor;
-                target[i * V + v] = row;
-                totals[v] += row;
+                results[i][v] = unit <= 0.f ? zero : results[i][v] * given.factor;
+                totals[v] += results[i][v];
             }
-        for (int v = 0; v < V; v++) ((Vector*)sums)[v] = totals[v];
+            store_row(target + (r + i) * PANEL / NUMBERS, results[i]);
+        }
+        store_row(sums, totals);
+    }
+
+    // A panel of the gradient in front of the relu by column.
+    const Word* by_column(const Word* rows, int64_t n) {
+        if (NUMBERS == 1) return rows;
+        order_by_column(rows, PANEL / NUMBERS, n, PANEL, panel.data());
+        return panel.data();
     }
 
     // Adds the gradients of the weights from and to a panel of hidden units.
-    void add_outer(int64_t c, int64_t n, const float* units, const Gradients& to) {
+    void add_outer(int64_t c, const Word* columns, const Word* units, const Gradients& to) {
         each_panel(D, [&](int64_t d, auto V) {
             const int64_t width = V * LANES;
             for (int64_t o = 0; o < width; o += COLUMNS)
-                outer<VECTORS>(gradients[d] + o, width, units, n, to.weight2 + (d + o) * F + c, F);
+                outer<VECTORS>(gradients[d] + o, width, units, gradients.rows,
+                               to.weight2 + (d + o) * F + c, F);
             for (int64_t o = 0; o < PANEL; o += COLUMNS)
-                outer<V>(masked[c] + o, PANEL, inputs[d], n, to.weight1 + (c + o) * D + d, D);
+                outer<V>(columns + o, PANEL, inputs[d], inputs.rows,
+                         to.weight1 + (c + o) * D + d, D);
         });
     }
 
     // Adds the gradient of R rows of x from the products, in the panel from column d on.
     template <int R, int V>
-    [[gnu::noinline]] void add_inputs(int64_t r, int64_t d, float* target) {
+    [[gnu::noinline]] void add_inputs(int64_t r, int64_t n, int64_t d, float* target) {
+        constexpr int64_t WORDS = PANEL / NUMBERS;
         Vector rows[R][V];
         for (int i = 0; i < R; i++) read(target + i * D, rows[i]);
-        masked.accumulate_rows(rows, r, given.packed1 + d * F);
-        for (int i = 0; i < R; i++)
-            for (int v = 0; v < V; v++) ((Vector*)(target + i * D))[v] = rows[i][v];
+        for (int64_t c = 0; c < F; c += PANEL)
+            accumulate(rows, masked.data() + (c * n + r * PANEL) / NUMBERS, WORDS,
+                       given.packed1 + (d * F + c * V * LANES) / NUMBERS, WORDS);
+        for (int i = 0; i < R; i++) store_row(target + i * D, rows[i]);
     }
 };
 
 // Each of `parts` tasks adds up the gradients of the weights of its blocks: (parts, F, D) and
 // (parts, D, F). Those of the biases and of the norm are those of each block: (blocks, F),
 // (blocks, D) and (blocks, 2, D).
-inline void backward(const float* x, const float* hidden, const float* sums, const float* means,
-                     const float* inverses, const float* gradients, const float* weight1,
-                     const float* weight2, const float* norm_weight, float* d_x, float* d_weights1,
-                     float* d_weights2, float* d_biases1, float* d_biases2, float* d_norms,
-                     const uint32_t* keys, int64_t rows, int64_t D, int64_t F, float factor,
-                     int64_t size, int64_t threshold, float scale, int64_t parts) {
-    Buffer packed1(D * F), packed2(D * F);
+template <class Word>
+void backward(const float* x, const Word* hidden, const float* sums, const float* means,
+              const float* inverses, const float* gradients, const float* weight1,
+              const float* weight2, const float* norm_weight, float* d_x, float* d_weights1,
+              float* d_weights2, float* d_biases1, float* d_biases2, float* d_norms,
+              const uint32_t* keys, int64_t rows, int64_t D, int64_t F, float factor, int64_t size,
+              int64_t threshold, float scale, int64_t parts) {
+    Buffer<Word> packed1(D * F / NUMBERS<Word>), packed2(D * F / NUMBERS<Word>);
     pack(weight1, F, D, false, packed1.data());
     pack(weight2, D, F, false, packed2.data());
-    Given given{x, hidden, sums, means, inverses, gradients, packed1.data(), packed2.data(),
-                norm_weight, {keys, size, threshold, scale}, factor, D, F};
+    Given<Word> given{x, hidden, sums, means, inverses, gradients, packed1.data(), packed2.data(),
+                      norm_weight, {keys, size, threshold, scale}, factor, D, F};
     int64_t blocks = (rows + BLOCK - 1) / BLOCK;
     run_tasks(parts, parts, [&](int64_t part) {
-        Backward backward(given);
+        Backward<Word> backward(given);
         float *weight1 = d_weights1 + part * D * F, *weight2 = d_weights2 + part * D * F;
         std::fill_n(weight1, D * F, 0.f);
         std::fill_n(weight2, D * F, 0.f);

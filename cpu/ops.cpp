@@ -207,8 +207,13 @@ extern "C" const Export* exports() {
         FOR_EACH_TYPE(convolve_backward),
         FOR_EACH_TYPE(drop),
         FOR_EACH_TYPE(log_prob),
-        exported<feed_forward::forward>("feed_forward_block"),
-        exported<feed_forward::backward>("feed_forward_block_backward"),
+        exported<feed_forward::forward<float, float>>("feed_forward_block_float32_float32"),
+        exported<feed_forward::backward<float>>("feed_forward_block_backward_float32"),
+#if defined(__AVX512BF16__) && !defined(__AMX_BF16__)
+        exported<feed_forward::forward<Pair, float>>("feed_forward_block_bfloat16_float32"),
+        exported<feed_forward::forward<Pair, BFloat16>>("feed_forward_block_bfloat16_bfloat16"),
+        exported<feed_forward::backward<Pair>>("feed_forward_block_backward_bfloat16"),
+#endif
         FOR_EACH_TYPE(bias_backward),
         FOR_EACH_TYPE(relu_backward),
         // Named by the types of x and y.

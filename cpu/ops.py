@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from cpu.build import NORM_EPSILON, ROWS_PER_BLOCK, ROWS_PER_TASK, Library, load_library
+from cpu.dot import multiplies_pairs
 from cpu.torch_private import APPLE, private_or_public
 from layers.dropout import Noise, scale
 from layers.ops import PlainOps
@@ -76,13 +77,25 @@ class CompiledOps(PlainOps):
         hidden_noise: Noise | None = None,
         noise: Noise | None = None,
     ) -> torch.Tensor:
-        F, D = first.weight.shape
-        if APPLE or torch.is_autocast_enabled("cpu") or D % VECTOR or F % (4 * VECTOR):
+        if not self.fuses(x, first.out_features):
             return super().feed_forward_block(x, first, second, norm, hidden_noise, noise)
         check_norm(norm, x)
         parameters = [p for layer in (first, second, norm) for p in (layer.weight, layer.bias)]
         noises, keep = (hidden_noise, noise), torch.is_grad_enabled()
-        return FeedForwardBlock.apply(self.library, x, *parameters, *noises, keep)
+        dtype = torch.bfloat16 if torch.is_autocast_enabled("cpu") else torch.float32
+        return FeedForwardBlock.apply(self.library, dtype, x, *parameters, *noises, keep)
+
+    def fuses(self, x: torch.Tensor, hidden_units: int) -> bool:
+        """Whether feed_forward.h takes a feed-forward network of inputs `x`, and is faster than
+        products by oneDNN, which alone use units for matrices."""
+        if APPLE or x.shape[-1] % VECTOR or hidden_units % (4 * VECTOR):
+            return False
+        if not torch.is_autocast_enabled("cpu"):
+            return True
+        if torch.is_grad_enabled() and x.dtype != torch.float32:
+            return False
+        compiled = "feed_forward_block_backward_bfloat16" in self.library.functions
+        return compiled and multiplies_pairs()
 
     def short_convolution(
         self, x: torch.Tensor, weight: torch.Tensor, offsets: Sequence[int]
@@ -227,27 +240,31 @@ class AddNorm(torch.autograd.Function):
 
 
 class FeedForwardBlock(torch.autograd.Function):
-    """`feed_forward_block` of x (..., D) with weights (F, D) and (D, F), all float32. What the
-    gradient needs is kept if `keep`. (In a pass without gradients, needs_input_grad is true.)"""
+    """`feed_forward_block` of x (..., D) with float32 weights (F, D) and (D, F), whose products are
+    of numbers of `dtype`. What the gradient needs is kept if `keep`. (In a pass without gradients,
+    needs_input_grad is true.)"""
 
     @staticmethod
-    def forward(ctx, library, x, *rest):
+    def forward(ctx, library, dtype, x, *rest):
         *parameters, hidden_noise, noise, keep = rest
         weight1, _, weight2, _, scale, _ = parameters
         F, D = weight1.shape
         x = x.contiguous()
-        check(x, *parameters, types=(torch.float32,))
-        outputs, kept = torch.empty_like(x), [None] * 4
+        check(x, types=(torch.float32, dtype))
+        check(*parameters, types=(torch.float32,))
+        outputs, kept, rows = torch.empty_like(x), [None] * 4, x.numel() // D
         if keep:
-            mean, inverse = (x.new_empty(*x.shape[:-1]) for _ in range(2))
-            kept = [x.new_empty(*x.shape[:-1], F), torch.empty_like(x), mean, inverse]
+            mean, inverse = (x.new_empty(rows) for _ in range(2))
+            hidden = x.new_empty(rows + rows % 2, F, dtype=dtype)  # in pairs of rows
+            kept = [hidden, torch.empty_like(x), mean, inverse]
         hidden_keys, _, *hidden_dropout = dropout_arguments(x, hidden_noise)
         keys, _, *dropout = dropout_arguments(x, noise)
         tensors = x, *parameters, outputs, *kept, hidden_keys, keys
-        sizes = x.numel() // D, D, F, x.shape[1:].numel()
-        threads = torch.get_num_threads()
-        library.call("feed_forward_block", *tensors, *sizes, *hidden_dropout, *dropout, threads)
-        ctx.library, ctx.factor, ctx.noise = library, hidden_dropout[-1], noise
+        sizes = rows, D, F, x.shape[1:].numel()
+        numbers = *sizes, *hidden_dropout, *dropout, torch.get_num_threads()
+        library.call(f"feed_forward_block_{TYPES[dtype]}_{TYPES[x.dtype]}", *tensors, *numbers)
+        ctx.library, ctx.dtype = library, dtype
+        ctx.factor, ctx.noise = hidden_dropout[-1], noise
         ctx.save_for_backward(x, *kept, weight1, weight2, scale)
         return outputs
 
@@ -266,9 +283,9 @@ class FeedForwardBlock(torch.autograd.Function):
         gradients = *weights, *vectors
         tensors = x, *kept, gradient, weight1, weight2, scale, inputs, *gradients, keys
         numbers = rows, D, F, ctx.factor, x.shape[1:].numel(), *dropout, threads
-        ctx.library.call("feed_forward_block_backward", *tensors, *numbers)
+        ctx.library.call(f"feed_forward_block_backward_{TYPES[ctx.dtype]}", *tensors, *numbers)
         first, second, bias1, bias2, norm = (tensor.sum(0) for tensor in gradients)
-        return None, inputs, first, bias1, second, bias2, *norm.split(D), None, None, None
+        return None, None, inputs, first, bias1, second, bias2, *norm.split(D), None, None, None
 
 
 class ShortConvolution(torch.autograd.Function):

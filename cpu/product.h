@@ -10,9 +10,6 @@
 #include <algorithm>
 #include <cstring>
 #include <type_traits>
-#ifdef __AVX512BF16__
-#include <immintrin.h>
-#endif
 
 #include "tile.h"
 
@@ -102,21 +99,7 @@ inline void accumulate(Vector (&sums)[R][V], const Rounded* a, int64_t stride, c
 template <int R, int V>
 inline void accumulate(Vector (&sums)[R][V], const BFloat16* a, int64_t stride, const BFloat16* b,
                        int64_t n, Prefetch prefetch) {
-    for (int64_t i = 0; i < n; i += 2, b += 2 * V * LANES) {
-        prefetch.next<V * sizeof(Vector)>();
-        Bits pairs[V];
-#pragma GCC unroll 4
-        for (int v = 0; v < V; v++) pairs[v] = ((const volatile Bits*)b)[v];
-#pragma GCC unroll 6
-        for (int r = 0; r < R; r++) {
-            int pair;
-            memcpy(&pair, a + r * stride + i, 4);
-#pragma GCC unroll 4
-            for (int v = 0; v < V; v++)
-                sums[r][v] = (Vector)_mm512_dpbf16_ps(
-                    (__m512)sums[r][v], (__m512bh)_mm512_set1_epi32(pair), (__m512bh)pairs[v]);
-        }
-    }
+    accumulate(sums, (const Pair*)a, stride / 2, (const Pair*)b, n / 2, prefetch);
 }
 #endif
 

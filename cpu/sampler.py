@@ -2,7 +2,6 @@
 
 import ctypes
 from collections.abc import Callable, Sequence
-from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -10,6 +9,7 @@ from torch import nn
 from torch.nn.functional import pad
 
 from cpu.build import is_cached, load_library
+from cpu.dot import COMPARISON, multiplies_pairs
 from cpu.ops import check_shape
 from layers.convolution import convolution_offsets
 from layers.neighbours import neighbour_count
@@ -18,21 +18,9 @@ from utils import UserError
 
 SOURCE = "sampler.cpp"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-# What compares two ways to multiply bfloat16 numbers, and its sizes.
-COMPARISON = "dot.cpp", {"BF16": 1, "DOT": 1, "WEIGHT_BYTES": 0}
 # Bytes of images that one call of the library draws: enough that starting its threads costs
 # nothing, few enough (at most a second or two) for progress and Ctrl-C.
 BYTES_AT_ONCE = 2048
-
-
-@cache
-def multiplies_pairs() -> bool:
-    """Whether this CPU should multiply bfloat16 numbers by its instruction for pairs of them, which
-    is measured once. Raises `UserError` if nothing can be compiled."""
-    library, _ = load_library(*COMPARISON)
-    faster = torch.empty(1, dtype=torch.int64)
-    library.call("compare", faster)
-    return bool(faster)
 
 
 def is_compiled(config: ModelConfig, precision: str) -> bool:

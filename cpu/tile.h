@@ -1,9 +1,14 @@
-// Products of a few rows with a panel of columns, whose sums stay in registers.
+// Products of a few rows with a panel of columns, whose sums stay in registers. They are multiplied
+// word by word: float by float or, where CPUs have an instruction for that, by pairs of bfloat16
+// numbers.
 
 #pragma once
 
 #include <cstdint>
 #include <type_traits>
+#ifdef __AVX512BF16__
+#include <immintrin.h>
+#endif
 
 #include "numbers.h"
 
@@ -13,15 +18,20 @@ typedef float Vector __attribute__((vector_size(4 * LANES), aligned(4), may_alia
 constexpr int VECTORS = LANES == 8 ? 2 : 4;
 constexpr int ROWS = 6, PANEL = LANES * VECTORS;
 
-// Reads V vectors. Volatile: g++ would read them again for each row, which takes longer than to
-// multiply.
-template <int V>
-inline void read(const float* source, Vector (&vectors)[V]) {
+// Two bfloat16 numbers, the first one in the lower half.
+struct [[gnu::may_alias]] Pair {
+    uint32_t bits;
+};
+
+// Reads V vectors of words. Volatile: g++ would read them again for each row, which takes longer
+// than to multiply.
+template <int V, class Word>
+inline void read(const Word* source, Vector (&vectors)[V]) {
 #pragma GCC unroll 4
     for (int v = 0; v < V; v++) vectors[v] = ((const volatile Vector*)source)[v];
 }
 
-// sums += a number of each row * columns; the stride is from one row to the next.
+// sums += a word of each row * columns; the stride is from one row to the next.
 template <int R, int V, class Input>
 inline void add_products(Vector (&sums)[R][V], const Input* a, int64_t stride,
                          const Vector (&columns)[V]) {
@@ -31,14 +41,29 @@ inline void add_products(Vector (&sums)[R][V], const Input* a, int64_t stride,
         for (int v = 0; v < V; v++) sums[r][v] += load(a[r * stride]) * columns[v];
 }
 
+#ifdef __AVX512BF16__
+template <int R, int V>
+inline void add_products(Vector (&sums)[R][V], const Pair* a, int64_t stride,
+                         const Vector (&columns)[V]) {
+#pragma GCC unroll 6
+    for (int r = 0; r < R; r++)
+#pragma GCC unroll 4
+        for (int v = 0; v < V; v++) {
+            __m512i word = _mm512_set1_epi32(a[r * stride].bits);
+            sums[r][v] = (Vector)_mm512_dpbf16_ps((__m512)sums[r][v], (__m512bh)word,
+                                                  (__m512bh)columns[v]);
+        }
+}
+#endif
+
 struct NoPrefetch {
     template <int BYTES>
     void next() {}
 };
 
-// sums += a * b for R rows of a, n inputs and a panel of V vectors.
-template <int R, int V, class Prefetch = NoPrefetch>
-inline void accumulate(Vector (&sums)[R][V], const float* a, int64_t stride, const float* b,
+// sums += a * b for R rows of a, n words of inputs and a panel of V vectors.
+template <int R, int V, class Word, class Prefetch = NoPrefetch>
+inline void accumulate(Vector (&sums)[R][V], const Word* a, int64_t stride, const Word* b,
                        int64_t n, Prefetch prefetch = {}) {
     for (int64_t i = 0; i < n; i++, b += V * LANES) {
         prefetch.template next<V * sizeof(Vector)>();
