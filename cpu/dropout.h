@@ -2,11 +2,13 @@
 
 #pragma once
 
-#include "numbers.h"
+#include "tile.h"
 
-// keep_mask of layers/dropout.py: a hash of an element's index and its image's two keys.
-inline bool keep(uint32_t place, uint32_t first, uint32_t second, uint32_t threshold) {
-    uint32_t x = place ^ first;
+// keep_mask of layers/dropout.py: a hash of an element's index and its image's two keys. For one
+// index, or a vector of them.
+template <class Index>
+inline auto keep(Index place, uint32_t first, uint32_t second, uint32_t threshold) {
+    Index x = place ^ first;
     x = (x ^ (x >> 16)) * 0x7feb352du;
     x = (x ^ (x >> 15)) * 0x846ca68bu;
     x = (x ^ (x >> 16)) + second;
@@ -33,5 +35,17 @@ struct Dropout {
             float factor = keep(place + i, first, second, limit) ? kept : 0;
             store(y + i, load(x[i]) * factor);
         }
+    }
+
+    // The same in place, for V vectors.
+    template <int V>
+    void drop(Vector (&x)[V], int64_t start) const {
+        typedef uint32_t Places __attribute__((vector_size(sizeof(Vector))));
+        const uint32_t* key = keys + 2 * (start / size);
+        Places place;
+        for (int j = 0; j < LANES; j++) place[j] = start % size + j;
+        Vector zero = {}, kept = zero + scale;
+        for (int v = 0; v < V; v++)
+            x[v] *= keep(place + v * LANES, key[0], key[1], threshold) ? kept : zero;
     }
 };

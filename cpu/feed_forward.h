@@ -42,7 +42,7 @@ class Buffer {
 
    public:
     explicit Buffer(int64_t size) : numbers(size + LINE / sizeof(T)) {}
-    T* data() { return (T*)(((uintptr_t)numbers.data() + LINE - 1) / LINE * LINE); }
+    T* data() const { return (T*)(((uintptr_t)numbers.data() + LINE - 1) / LINE * LINE); }
 };
 
 // sums = the sum of all rows (rows, width).
@@ -130,44 +130,6 @@ inline Vector numbers_of_row(Vector words, int64_t r) {
     return (Vector)((Bits)words << (r % 2 ? 0 : 16) & 0xffff0000);
 }
 
-// A word of as many numbers as it has; the second is `step` further.
-inline float make_word(const float* first, int64_t, float) { return *first; }
-inline Pair make_word(const float* first, int64_t step, Pair word) {
-    BFloat16 numbers[2];
-    store(numbers, *first);
-    store(numbers + 1, first[step]);
-    memcpy(&word, numbers, sizeof word);
-    return word;
-}
-
-// A matrix (inputs, outputs), or if transposed (outputs, inputs), by column with its outputs in
-// panels.
-template <class Word>
-inline void pack(const float* matrix, int64_t inputs, int64_t outputs, bool transposed,
-                 Word* packed) {
-    int64_t row = transposed ? 1 : outputs, column = transposed ? inputs : 1;
-    each_panel(outputs, [&](int64_t c, auto V) {
-        for (int64_t i = 0; i < inputs; i += NUMBERS<Word>)
-            for (int64_t j = 0; j < V * LANES; j++)
-                *packed++ = make_word(matrix + i * row + (c + j) * column, row, Word());
-    });
-}
-
-// R rows: outputs = start + inputs * weight over n words of inputs, with a relu if RELU. The strides
-// are from one row to the next.
-template <int R, int V, bool RELU, class Word, class Output>
-[[gnu::noinline]] void product(const Word* inputs, int64_t stride, const Word* weight, int64_t n,
-                               const float* start, int64_t start_stride, Output* outputs,
-                               int64_t out_stride) {
-    Vector sums[R][V];
-    for (int r = 0; r < R; r++) read(start + r * start_stride, sums[r]);
-    accumulate(sums, inputs, stride, weight, n);
-    for (int r = 0; r < R; r++) {
-        for (int v = 0; RELU && v < V; v++) sums[r][v] = sums[r][v] < 0.f ? 0.f : sums[r][v];
-        store_row(outputs + r * out_stride, sums[r]);
-    }
-}
-
 // matrix (A, stride) += a^T b for COLUMNS columns of a and V vectors of b, both by column with
 // `rows` words in a column; in a, those of the next row are `step` further.
 template <int V, class Word>
@@ -184,7 +146,7 @@ template <int V, class Word>
     for (int r = 0; r < R; r++) store_row(matrix + r * stride, sums[r]);
 }
 
-// A tensor of a block by column, in panels.
+// A matrix by column, in panels.
 template <class Word>
 class Columns {
     Buffer<Word> words;
@@ -193,30 +155,36 @@ class Columns {
    public:
     int64_t rows = 0;  // of words
 
-    Columns(int64_t most, int64_t width) : words(most * width), width(width) {}
+    Columns(int64_t most, int64_t width) : words(words_of<Word>(most) * width), width(width) {}
+
+    // The n rows of `matrix`.
+    Columns(const float* matrix, int64_t n, int64_t width) : Columns(n, width) {
+        Buffer<Word> buffer(n * width / NUMBERS<Word>);
+        fill(as_words(matrix, n, width, buffer.data()), n);
+    }
 
     // The panel that begins at column c.
-    Word* operator[](int64_t c) { return words.data() + c * rows; }
+    const Word* operator[](int64_t c) const { return words.data() + c * rows; }
 
     // From n rows of words.
     void fill(const Word* source, int64_t n) {
         rows = words_of<Word>(n);
         each_panel(width, [&](int64_t c, auto V) {
             order_by_column(source + c / NUMBERS<Word>, width / NUMBERS<Word>, n, V * LANES,
-                            (*this)[c]);
+                            words.data() + c * rows);
         });
     }
 };
 
-// x and its width D, the width F of the hidden units, and the weights (F, D) and (D, F), packed; what
-// the gradient needs: unless they are null, the hidden units by column in panels, those of one block
-// after the other, and x + y and its moments.
+// x and its width D, the width F of the hidden units, and the transposed weights (D, F) and (F, D);
+// what the gradient needs: unless they are null, the hidden units by column in panels, those of one
+// block after the other, and x + y and its moments.
 template <class Word, class X>
 struct Forward {
     const X* x;
-    const Word* weight1;
+    const Columns<Word>& weight1;
     const float* bias1;
-    const Word* weight2;
+    const Columns<Word>& weight2;
     const float *bias2, *norm_weight, *norm_bias;
     X* outputs;
     Word* hidden;
@@ -236,37 +204,42 @@ struct Forward {
         for (int64_t c = 0; c < F; c += PANEL) {
             Word* columns = hidden ? hidden + first / NUMBERS * F + c * words_of<Word>(n) : nullptr;
             Word* units = columns && NUMBERS == 1 ? columns : panel.data();
-            write_units(rows, first, n, c, units);
+            each_rows(n, [&](int64_t r, auto R) {
+                write_units<R>(rows + r * D / NUMBERS, (first + r) * F, c, units + r * PANEL_WORDS);
+            });
             if (columns && NUMBERS > 1) order_by_column(units, PANEL_WORDS, n, PANEL, columns);
-            add_outputs(c, n, units, y.data());
+            each_panel(D, [&](int64_t d, auto V) {
+                each_rows(n, [&](int64_t r, auto R) {
+                    add_outputs<R, V>(units + r * PANEL_WORDS, c, d, y.data() + r * D + d);
+                });
+            });
         }
         add_and_normalise(first, n, y.data());
     }
 
-    // The panel of hidden units from column c on.
-    void write_units(const Word* rows, int64_t first, int64_t n, int64_t c, Word* units) const {
-        each_rows(n, [&](int64_t r, auto R) {
-            product<R, VECTORS, true>(rows + r * D / NUMBERS, D / NUMBERS, weight1 + c * D / NUMBERS,
-                                      D / NUMBERS, bias1 + c, 0, units + r * PANEL_WORDS,
-                                      PANEL_WORDS);
-        });
-        if (!hidden_dropout.keys) return;
-        for (int64_t r = 0; r < n; r++, units += PANEL_WORDS) {
-            auto row = (Number<Word>*)units;
-            hidden_dropout.drop(row, row, (first + r) * F + c, PANEL);
+    // R rows of the panel of hidden units from column c on; `place` is that of the first row.
+    template <int R>
+    [[gnu::noinline]] void write_units(const Word* rows, int64_t place, int64_t c,
+                                       Word* units) const {
+        constexpr int V = VECTORS;
+        Vector sums[R][V];
+        for (int i = 0; i < R; i++) read(bias1 + c, sums[i]);
+        accumulate(sums, rows, D / NUMBERS, weight1[c], D / NUMBERS);
+        for (int i = 0; i < R; i++) {
+            for (int v = 0; v < V; v++) sums[i][v] = sums[i][v] < 0.f ? 0.f : sums[i][v];
+            if (hidden_dropout.keys) hidden_dropout.drop(sums[i], place + i * F + c);
+            store_row(units + i * PANEL_WORDS, sums[i]);
         }
     }
 
-    // y = bias, or y so far, + a panel of hidden units * weight.
-    void add_outputs(int64_t c, int64_t n, const Word* units, float* y) const {
-        each_panel(D, [&](int64_t d, auto V) {
-            const Word* weight = weight2 + (d * F + c * V * LANES) / NUMBERS;
-            each_rows(n, [&](int64_t r, auto R) {
-                float* target = y + r * D + d;
-                product<R, V, false>(units + r * PANEL_WORDS, PANEL_WORDS, weight, PANEL_WORDS,
-                                     c ? target : bias2 + d, c ? D : 0, target, D);
-            });
-        });
+    // R rows of y = bias, or y so far, + a panel of hidden units * weight, in V vectors from column d
+    // on.
+    template <int R, int V>
+    [[gnu::noinline]] void add_outputs(const Word* units, int64_t c, int64_t d, float* y) const {
+        Vector sums[R][V];
+        for (int i = 0; i < R; i++) read(c ? y + i * D : bias2 + d, sums[i]);
+        accumulate(sums, units, PANEL_WORDS, weight2[d] + c * V * LANES / NUMBERS, PANEL_WORDS);
+        for (int i = 0; i < R; i++) store_row(y + i * D, sums[i]);
     }
 
     void add_and_normalise(int64_t first, int64_t n, float* y) const {
@@ -282,7 +255,8 @@ struct Forward {
     }
 };
 
-// With keys there is dropout of the hidden units, and of y, in images with `size` numbers in x.
+// The weights are transposed: (D, F) and (F, D). With keys there is dropout of the hidden units, and
+// of y, in images with `size` numbers in x.
 template <class Word, class X>
 void forward(const X* x, const float* weight1, const float* bias1, const float* weight2,
              const float* bias2, const float* norm_weight, const float* norm_bias, X* outputs,
@@ -290,10 +264,8 @@ void forward(const X* x, const float* weight1, const float* bias1, const float* 
              const uint32_t* keys, int64_t rows, int64_t D, int64_t F, int64_t size,
              int64_t hidden_threshold, float hidden_scale, int64_t threshold, float scale,
              int64_t threads) {
-    Buffer<Word> packed1(D * F / NUMBERS<Word>), packed2(D * F / NUMBERS<Word>);
-    pack(weight1, D, F, true, packed1.data());
-    pack(weight2, F, D, true, packed2.data());
-    Forward<Word, X> pass{x, packed1.data(), bias1, packed2.data(), bias2, norm_weight, norm_bias,
+    Columns<Word> columns1(weight1, D, F), columns2(weight2, F, D);
+    Forward<Word, X> pass{x, columns1, bias1, columns2, bias2, norm_weight, norm_bias,
                           outputs, hidden, sums, means, inverses,
                           {hidden_keys, size / D * F, hidden_threshold, hidden_scale},
                           {keys, size, threshold, scale}, D, F};
@@ -302,13 +274,13 @@ void forward(const X* x, const float* weight1, const float* bias1, const float* 
     });
 }
 
-// What the gradients are computed from, as in `Forward`; the weights are packed for the gradients.
+// What the gradients are computed from, as in `Forward`, and the weights (F, D) and (D, F).
 template <class Word>
 struct Given {
     const float* x;
     const Word* hidden;
     const float *sums, *means, *inverses, *gradients;
-    const Word *packed1, *packed2;
+    const Columns<Word>&weight1, &weight2;
     const float* norm_weight;
     Dropout dropout;  // of y
     float factor;     // of the dropout of hidden units
@@ -332,7 +304,7 @@ class Backward {
     Buffer<Word> words{BLOCK * D / NUMBERS};
     // The gradient in front of the relu, in panels by row; a panel of it by column.
     Buffer<Word> masked{BLOCK * F / NUMBERS}, panel{BLOCK * PANEL / NUMBERS};
-    Columns<Word> inputs{BLOCK / NUMBERS, D}, gradients{BLOCK / NUMBERS, D};  // x, the gradient of y
+    Columns<Word> inputs{BLOCK, D}, gradients{BLOCK, D};  // x, the gradient of y
 
    public:
     explicit Backward(const Given<Word>& given) : given(given) {}
@@ -381,7 +353,7 @@ class Backward {
                                 Word* target, float* sums) {
         constexpr int V = VECTORS;
         Vector results[R][V] = {}, totals[V];
-        accumulate(results, rows, D / NUMBERS, given.packed2 + c * D / NUMBERS, D / NUMBERS);
+        accumulate(results, rows, D / NUMBERS, given.weight2[c], D / NUMBERS);
         read(sums, totals);
         const Vector zero = {};
         for (int i = 0; i < R; i++) {
@@ -426,7 +398,7 @@ class Backward {
         for (int i = 0; i < R; i++) read(target + i * D, rows[i]);
         for (int64_t c = 0; c < F; c += PANEL)
             accumulate(rows, masked.data() + (c * n + r * PANEL) / NUMBERS, WORDS,
-                       given.packed1 + (d * F + c * V * LANES) / NUMBERS, WORDS);
+                       given.weight1[d] + c * V * LANES / NUMBERS, WORDS);
         for (int i = 0; i < R; i++) store_row(target + i * D, rows[i]);
     }
 };
@@ -441,10 +413,8 @@ void backward(const float* x, const Word* hidden, const float* sums, const float
               float* d_weights2, float* d_biases1, float* d_biases2, float* d_norms,
               const uint32_t* keys, int64_t rows, int64_t D, int64_t F, float factor, int64_t size,
               int64_t threshold, float scale, int64_t parts) {
-    Buffer<Word> packed1(D * F / NUMBERS<Word>), packed2(D * F / NUMBERS<Word>);
-    pack(weight1, F, D, false, packed1.data());
-    pack(weight2, D, F, false, packed2.data());
-    Given<Word> given{x, hidden, sums, means, inverses, gradients, packed1.data(), packed2.data(),
+    Columns<Word> columns1(weight1, F, D), columns2(weight2, D, F);
+    Given<Word> given{x, hidden, sums, means, inverses, gradients, columns1, columns2,
                       norm_weight, {keys, size, threshold, scale}, factor, D, F};
     int64_t blocks = (rows + BLOCK - 1) / BLOCK;
     run_tasks(parts, parts, [&](int64_t part) {

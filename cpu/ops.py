@@ -247,7 +247,7 @@ class FeedForwardBlock(torch.autograd.Function):
     @staticmethod
     def forward(ctx, library, dtype, x, *rest):
         *parameters, hidden_noise, noise, keep = rest
-        weight1, _, weight2, _, scale, _ = parameters
+        weight1, bias1, weight2, bias2, scale, shift = parameters
         F, D = weight1.shape
         x = x.contiguous()
         check(x, types=(torch.float32, dtype))
@@ -259,7 +259,9 @@ class FeedForwardBlock(torch.autograd.Function):
             kept = [hidden, torch.empty_like(x), mean, inverse]
         hidden_keys, _, *hidden_dropout = dropout_arguments(x, hidden_noise)
         keys, _, *dropout = dropout_arguments(x, noise)
-        tensors = x, *parameters, outputs, *kept, hidden_keys, keys
+        weights = (weight.t().contiguous() for weight in (weight1, weight2))
+        layers = next(weights), bias1, next(weights), bias2, scale, shift
+        tensors = x, *layers, outputs, *kept, hidden_keys, keys
         sizes = rows, D, F, x.shape[1:].numel()
         numbers = *sizes, *hidden_dropout, *dropout, torch.get_num_threads()
         library.call(f"feed_forward_block_{TYPES[dtype]}_{TYPES[x.dtype]}", *tensors, *numbers)
