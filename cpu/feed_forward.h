@@ -198,22 +198,24 @@ struct Forward {
 
     // The n rows from `first` on.
     void block(int64_t first, int64_t n) const {
-        Buffer<Word> inputs(n * D / NUMBERS), panel(n * PANEL_WORDS);
+        Buffer<Word> inputs(n * D / NUMBERS), buffer(n * F / NUMBERS);
         Buffer<float> y(n * D);
         const Word* rows = as_words(x + first * D, n, D, inputs.data());
+        Word* kept = hidden ? hidden + first / NUMBERS * F : nullptr;
+        Word* units = kept && NUMBERS == 1 ? kept : buffer.data();  // in panels by row
         for (int64_t c = 0; c < F; c += PANEL) {
-            Word* columns = hidden ? hidden + first / NUMBERS * F + c * words_of<Word>(n) : nullptr;
-            Word* units = columns && NUMBERS == 1 ? columns : panel.data();
+            Word* panel = units + c * n / NUMBERS;
             each_rows(n, [&](int64_t r, auto R) {
-                write_units<R>(rows + r * D / NUMBERS, (first + r) * F, c, units + r * PANEL_WORDS);
+                write_units<R>(rows + r * D / NUMBERS, (first + r) * F, c, panel + r * PANEL_WORDS);
             });
-            if (columns && NUMBERS > 1) order_by_column(units, PANEL_WORDS, n, PANEL, columns);
-            each_panel(D, [&](int64_t d, auto V) {
-                each_rows(n, [&](int64_t r, auto R) {
-                    add_outputs<R, V>(units + r * PANEL_WORDS, c, d, y.data() + r * D + d);
-                });
-            });
+            if (kept && NUMBERS > 1)
+                order_by_column(panel, PANEL_WORDS, n, PANEL, kept + c * words_of<Word>(n));
         }
+        each_panel(D, [&](int64_t d, auto V) {
+            each_rows(n, [&](int64_t r, auto R) {
+                write_outputs<R, V>(units + r * PANEL_WORDS, n, d, y.data() + r * D + d);
+            });
+        });
         add_and_normalise(first, n, y.data());
     }
 
@@ -232,13 +234,14 @@ struct Forward {
         }
     }
 
-    // R rows of y = bias, or y so far, + a panel of hidden units * weight, in V vectors from column d
-    // on.
+    // R rows of y, in V vectors from column d on.
     template <int R, int V>
-    [[gnu::noinline]] void add_outputs(const Word* units, int64_t c, int64_t d, float* y) const {
+    [[gnu::noinline]] void write_outputs(const Word* units, int64_t n, int64_t d, float* y) const {
         Vector sums[R][V];
-        for (int i = 0; i < R; i++) read(c ? y + i * D : bias2 + d, sums[i]);
-        accumulate(sums, units, PANEL_WORDS, weight2[d] + c * V * LANES / NUMBERS, PANEL_WORDS);
+        for (int i = 0; i < R; i++) read(bias2 + d, sums[i]);
+        for (int64_t c = 0; c < F; c += PANEL)
+            accumulate(sums, units + c * n / NUMBERS, PANEL_WORDS,
+                       weight2[d] + c * V * LANES / NUMBERS, PANEL_WORDS);
         for (int i = 0; i < R; i++) store_row(y + i * D, sums[i]);
     }
 
