@@ -11,6 +11,8 @@
 
 #pragma once
 
+#include <memory>
+
 #include "common.h"
 #include "dropout.h"
 #include "norm.h"
@@ -34,15 +36,15 @@ int64_t words_of(int64_t n) {
     return (n + NUMBERS<Word> - 1) / NUMBERS<Word>;
 }
 
-// Begins with a cache line: a vector in two lines takes twice as long.
+// Begins with a cache line: a vector in two lines takes twice as long. Not initialised.
 template <class T>
 class Buffer {
     static constexpr int64_t LINE = 64;  // bytes
-    std::vector<T> numbers;
+    std::unique_ptr<T[]> numbers;
 
    public:
-    explicit Buffer(int64_t size) : numbers(size + LINE / sizeof(T)) {}
-    T* data() const { return (T*)(((uintptr_t)numbers.data() + LINE - 1) / LINE * LINE); }
+    explicit Buffer(int64_t size) : numbers(new T[size + LINE / sizeof(T)]) {}
+    T* data() const { return (T*)(((uintptr_t)numbers.get() + LINE - 1) / LINE * LINE); }
 };
 
 // sums = the sum of all rows (rows, width).
