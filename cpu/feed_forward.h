@@ -71,28 +71,10 @@ inline void each_panel(int64_t width, const Run& run) {
     }
 }
 
-// V vectors of a row as words.
-template <int V>
-inline void store_row(float* row, const Vector (&numbers)[V]) {
-    for (int v = 0; v < V; v++) ((Vector*)row)[v] = numbers[v];
-}
-
 // Rows of numbers (n, width) as words: they themselves, or else `buffer`.
 inline const float* as_words(const float* x, int64_t, int64_t, float*) { return x; }
 
 #ifdef __AVX512BF16__
-template <int V>
-inline void store_row(Pair* row, const Vector (&numbers)[V]) {
-    for (int v = 0; v + 1 < V; v += 2) {
-        __m512bh pairs = _mm512_cvtne2ps_pbh((__m512)numbers[v + 1], (__m512)numbers[v]);
-        memcpy(row + v * LANES / 2, &pairs, sizeof pairs);
-    }
-    if (V % 2) {
-        __m256bh pairs = _mm512_cvtneps_pbh((__m512)numbers[V - 1]);
-        memcpy(row + (V - 1) * LANES / 2, &pairs, sizeof pairs);
-    }
-}
-
 inline const Pair* as_words(const BFloat16* x, int64_t, int64_t, Pair*) { return (const Pair*)x; }
 inline const Pair* as_words(const float* x, int64_t n, int64_t width, Pair* buffer) {
     each_panel(width, [&](int64_t c, auto V) {

@@ -103,13 +103,18 @@ inline void accumulate(Vector (&sums)[R][V], const BFloat16* a, int64_t stride, 
 }
 #endif
 
-inline void store_vector(float* target, Vector numbers) { *(Vector*)target = numbers; }
+#ifdef __AVX512BF16__
+template <int V>
+inline void store_row(BFloat16* row, const Vector (&numbers)[V]) {
+    store_row((Pair*)row, numbers);
+}
+#endif
 
-template <class Output>
-inline void store_vector(Output* target, Vector numbers) {
-    float row[LANES];
-    memcpy(row, &numbers, sizeof row);
-    for (int j = 0; j < LANES; j++) store(target + j, row[j]);
+template <int V>
+inline void store_row(Rounded* row, const Vector (&numbers)[V]) {
+    float copy[V * LANES];
+    memcpy(copy, numbers, sizeof copy);
+    for (int j = 0; j < V * LANES; j++) store(row + j, copy[j]);
 }
 
 // What is added to: the biases or, from the second block on, the sums so far.
@@ -129,12 +134,10 @@ template <int R, int V, bool RELU, int INPUTS, int STRIDE, int OUT_STRIDE, class
         for (int v = 0; v < V; v++)
             sums[r][v] = *(const Vector*)(start.numbers + r * start.stride + v * LANES);
     accumulate(sums, inputs, STRIDE, weight, LARGE ? n : INPUTS, prefetch);
-    for (int r = 0; r < R; r++)
-        for (int v = 0; v < V; v++) {
-            Vector sum = sums[r][v];
-            if (RELU) sum = sum < 0.f ? 0.f : sum;
-            store_vector(outputs + r * OUT_STRIDE + v * LANES, sum);
-        }
+    for (int r = 0; r < R; r++) {
+        for (int v = 0; RELU && v < V; v++) sums[r][v] = sums[r][v] < 0.f ? 0.f : sums[r][v];
+        store_row(outputs + r * OUT_STRIDE, sums[r]);
+    }
 }
 
 // A linear layer, laid out as Python fills it in: pointers, nothing else. The weights are packed in

@@ -41,6 +41,12 @@ inline void add_products(Vector (&sums)[R][V], const Input* a, int64_t stride,
         for (int v = 0; v < V; v++) sums[r][v] += load(a[r * stride]) * columns[v];
 }
 
+// V vectors of a row as words.
+template <int V>
+inline void store_row(float* row, const Vector (&numbers)[V]) {
+    for (int v = 0; v < V; v++) ((Vector*)row)[v] = numbers[v];
+}
+
 #ifdef __AVX512BF16__
 template <int R, int V>
 inline void add_products(Vector (&sums)[R][V], const Pair* a, int64_t stride,
@@ -53,6 +59,18 @@ inline void add_products(Vector (&sums)[R][V], const Pair* a, int64_t stride,
             sums[r][v] = (Vector)_mm512_dpbf16_ps((__m512)sums[r][v], (__m512bh)word,
                                                   (__m512bh)columns[v]);
         }
+}
+
+template <int V>
+inline void store_row(Pair* row, const Vector (&numbers)[V]) {
+    for (int v = 0; v + 1 < V; v += 2) {
+        __m512bh pairs = _mm512_cvtne2ps_pbh((__m512)numbers[v + 1], (__m512)numbers[v]);
+        memcpy(row + v * LANES / 2, &pairs, sizeof pairs);
+    }
+    if (V % 2) {
+        __m256bh pairs = _mm512_cvtneps_pbh((__m512)numbers[V - 1]);
+        memcpy(row + (V - 1) * LANES / 2, &pairs, sizeof pairs);
+    }
 }
 #endif
 
