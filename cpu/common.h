@@ -94,14 +94,11 @@ struct Moments {
 template <class Read, class Write>
 inline Moments normalise(Read read, float* __restrict row, const float* __restrict weight,
                          const float* __restrict bias, int width, Write write) {
-    float sum = 0, squares = 0;
-#pragma omp simd reduction(+ : sum)
-    for (int d = 0; d < width; d++) sum += row[d] = read(d);
-    float mean = sum / width;
-#pragma omp simd reduction(+ : squares)
-    for (int d = 0; d < width; d++) squares += (row[d] - mean) * (row[d] - mean);
-    float inverse = 1 / std::sqrt(squares / width + float(NORM_EPSILON));
-    for (int d = 0; d < width; d++) write(d, (row[d] - mean) * inverse * weight[d] + bias[d]);
+    for (int d = 0; d < width; d++) row[d] = read(d);
+    float mean = sum(row, width) / width;
+    for (int d = 0; d < width; d++) row[d] -= mean;
+    float inverse = 1 / std::sqrt(dot(row, row, width) / width + float(NORM_EPSILON));
+    for (int d = 0; d < width; d++) write(d, row[d] * inverse * weight[d] + bias[d]);
     return {mean, inverse};
 }
 
@@ -140,12 +137,7 @@ inline void features(const T* x, float* phi) {
     }
 }
 
-inline float dot(const float* a, const float* b) {
-    float sum = 0;
-#pragma omp simd reduction(+ : sum)
-    for (int e = 0; e < SIZE; e++) sum += a[e] * b[e];
-    return sum;
-}
+inline float dot(const float* a, const float* b) { return dot(a, b, SIZE); }
 
 // A row of SIZE numbers is COUNT vectors, the widest that divide it evenly.
 constexpr int WIDTH = std::min(LANES, SIZE & -SIZE), COUNT = SIZE / WIDTH;

@@ -26,18 +26,14 @@ void norm_row_backward(const X* __restrict g, const X* __restrict sums, Moments 
                        const float* __restrict weight, X* __restrict d_x, T* __restrict d_y,
                        float* __restrict d_weight, float* __restrict d_bias,
                        float* __restrict normed, float* __restrict scaled, int width) {
-    float total = 0, product = 0;
-#pragma omp simd reduction(+ : total, product)
     for (int d = 0; d < width; d++) {
         float gradient = load(g[d]);
         normed[d] = (load(sums[d]) - moments.mean) * moments.inverse;
         scaled[d] = gradient * weight[d];
         d_weight[d] += gradient * normed[d];
         d_bias[d] += gradient;
-        total += scaled[d];
-        product += scaled[d] * normed[d];
     }
-    float mean = total / width, slope = product / width;
+    float mean = sum(scaled, width) / width, slope = dot(scaled, normed, width) / width;
     for (int d = 0; d < width; d++) {
         float value = (scaled[d] - mean - normed[d] * slope) * moments.inverse;
         store(d_x + d, value);

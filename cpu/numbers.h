@@ -4,6 +4,7 @@
 
 #include <cstdint>
 #include <cstring>
+#include <utility>
 
 // How many floats one of this CPU's widest vectors holds. GCC computes wider ones number by number.
 #if defined(__AVX512F__)
@@ -13,6 +14,52 @@ constexpr int LANES = 8;
 #else
 constexpr int LANES = 4;
 #endif
+
+template <int N>
+struct Numbers {
+    typedef float Vector __attribute__((vector_size(4 * N), aligned(4), may_alias));
+};
+
+// x with its numbers I and I ^ W exchanged.
+template <int W, class Vector, int... I>
+inline Vector exchange(Vector x, std::integer_sequence<int, I...>) {
+    return Vector{x[I ^ W]...};
+}
+
+// The sum of a vector's N numbers, by halves. (A compiler that must not change the order of additions
+// adds one number after the other, and each addition waits for the one before.)
+template <int N, int W = N / 2, class Vector>
+inline float add_up(Vector x) {
+    if constexpr (W > 0)
+        return add_up<N, W / 2>(x + exchange<W>(x, std::make_integer_sequence<int, N>()));
+    return x[0];
+}
+
+// The sum of a[i] * b[i] for i < n.
+template <int N = LANES>
+inline float dot(const float* a, const float* b, int n) {
+    typedef typename Numbers<N>::Vector Vector;
+    Vector sums = {};
+    int i = 0;
+    for (; i + N <= n; i += N) sums += *(const Vector*)(a + i) * *(const Vector*)(b + i);
+    float total = i ? add_up<N>(sums) : 0;
+    if constexpr (N > 1)
+        if (i < n) total += dot<N / 2>(a + i, b + i, n - i);
+    return total;
+}
+
+// The sum of n numbers.
+template <int N = LANES>
+inline float sum(const float* x, int n) {
+    typedef typename Numbers<N>::Vector Vector;
+    Vector sums = {};
+    int i = 0;
+    for (; i + N <= n; i += N) sums += *(const Vector*)(x + i);
+    float total = i ? add_up<N>(sums) : 0;
+    if constexpr (N > 1)
+        if (i < n) total += sum<N / 2>(x + i, n - i);
+    return total;
+}
 
 struct BFloat16 {
     uint16_t bits;
