@@ -94,10 +94,11 @@ struct Moments {
 template <class Read, class Write>
 inline Moments normalise(Read read, float* __restrict row, const float* __restrict weight,
                          const float* __restrict bias, int width, Write write) {
+    const float share = 1.f / width;
     for (int d = 0; d < width; d++) row[d] = read(d);
-    float mean = sum(row, width) / width;
+    float mean = sum(row, width) * share;
     for (int d = 0; d < width; d++) row[d] -= mean;
-    float inverse = 1 / std::sqrt(dot(row, row, width) / width + float(NORM_EPSILON));
+    float inverse = 1 / std::sqrt(dot(row, row, width) * share + float(NORM_EPSILON));
     for (int d = 0; d < width; d++) write(d, row[d] * inverse * weight[d] + bias[d]);
     return {mean, inverse};
 }
