@@ -96,7 +96,7 @@ inline void accumulate(Vector (&sums)[R][V], const Rounded* a, int64_t stride, c
 }
 
 #ifdef __AVX512BF16__
-template <int R, int V>
+template <int R, int V, class Prefetch>
 inline void accumulate(Vector (&sums)[R][V], const BFloat16* a, int64_t stride, const BFloat16* b,
                        int64_t n, Prefetch prefetch) {
     accumulate(sums, (const Pair*)a, stride / 2, (const Pair*)b, n / 2, prefetch);
@@ -133,7 +133,9 @@ template <int R, int V, bool RELU, int INPUTS, int STRIDE, int OUT_STRIDE, class
     for (int r = 0; r < R; r++)
         for (int v = 0; v < V; v++)
             sums[r][v] = *(const Vector*)(start.numbers + r * start.stride + v * LANES);
-    accumulate(sums, inputs, STRIDE, weight, LARGE ? n : INPUTS, prefetch);
+    // CPUs that are fast with pairs foresee the lines of a single row's weights themselves.
+    if constexpr (R == 1 && PAIRS) accumulate(sums, inputs, STRIDE, weight, INPUTS, NoPrefetch());
+    else accumulate(sums, inputs, STRIDE, weight, LARGE ? n : INPUTS, prefetch);
     for (int r = 0; r < R; r++) {
         for (int v = 0; RELU && v < V; v++) sums[r][v] = sums[r][v] < 0.f ? 0.f : sums[r][v];
         store_row(outputs + r * OUT_STRIDE, sums[r]);
