@@ -138,9 +138,14 @@ def loop(
 
 
 def choose_count(run: Callable[[int], None], device: torch.device) -> int:
-    """How many bytes take about SECONDS."""
+    """How many bytes take about SECONDS. (The first ones of a fast sampler take longer than later
+    ones.)"""
     run(2)
-    return max(2, int(SECONDS / (measure.timed(partial(run, 4), device) / 4)))
+    count, seconds = 2, 0
+    while seconds < SECONDS / 10:
+        count *= 2
+        seconds = measure.timed(partial(run, count), device)
+    return max(2, int(count * SECONDS / seconds))
 
 
 def parts_of_limit(
