@@ -26,7 +26,7 @@ FOLDER = Path(__file__).parent
 HEADERS = (
     "numbers.h", "exports.h", "tile.h", "product.h", "common.h",
     "gated.h", "attention.h", "gated_attention.h", "dropout.h", "norm.h",
-    "feed_forward.h", "mixture.h",
+    "words.h", "feed_forward.h", "mixture.h",
 )  # fmt: skip
 # The eps of torch.nn.LayerNorm.
 NORM_EPSILON = 1e-5

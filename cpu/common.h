@@ -142,7 +142,7 @@ inline float dot(const float* a, const float* b) { return dot(a, b, SIZE); }
 
 // A row of SIZE numbers is COUNT vectors, the widest that divide it evenly.
 constexpr int WIDTH = std::min(LANES, SIZE & -SIZE), COUNT = SIZE / WIDTH;
-typedef float RowVector __attribute__((vector_size(4 * WIDTH), aligned(4), may_alias));
+typedef Floats<WIDTH>::Vector RowVector;
 
 template <class T>
 inline void load_row(const T* x, float* row) {

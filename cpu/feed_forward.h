@@ -1,51 +1,20 @@
 // The second half of a layer, norm(x + y) with y = relu(x W1' + b1) W2' + b2, and its gradient,
 // block by block of rows, so that what lies between the products stays in the caches.
 //
-// Products are of words: of float32 numbers, or of pairs of bfloat16 numbers. Sums, the norm and the
-// gradients of x and of all parameters are float32.
-//
-// D is the width of x, a multiple of LANES, F that of the hidden units, a multiple of PANEL. The two
-// numbers of a pair are next to each other in a row or, where a product sums over the rows, in a
-// column ("by column"; words of one number are by column, too). In a block, columns may lie in
-// panels: for each panel all rows, so that the rows of a panel are next to each other.
+// Products are of words (words.h). Sums, the norm and the gradients of x and of all parameters are
+// float32. D is the width of x, a multiple of LANES, F that of the hidden units, a multiple of PANEL.
 
 #pragma once
-
-#include <memory>
 
 #include "common.h"
 #include "dropout.h"
 #include "norm.h"
-#include "tile.h"
+#include "words.h"
 
 namespace feed_forward {
 
 constexpr int64_t BLOCK = ROWS_PER_BLOCK;
 constexpr int COLUMNS = 4;  // of a tile of a weight's gradient, which divides all widths
-
-template <class Word>
-using Number = std::conditional_t<std::is_same_v<Word, Pair>, BFloat16, float>;
-
-// Of a word, its numbers.
-template <class Word>
-constexpr int64_t NUMBERS = sizeof(Word) / sizeof(Number<Word>);
-
-// Of n numbers of a column, the words.
-template <class Word>
-int64_t words_of(int64_t n) {
-    return (n + NUMBERS<Word> - 1) / NUMBERS<Word>;
-}
-
-// Begins with a cache line: a vector in two lines takes twice as long. Not initialised.
-template <class T>
-class Buffer {
-    static constexpr int64_t LINE = 64;  // bytes
-    std::unique_ptr<T[]> numbers;
-
-   public:
-    explicit Buffer(int64_t size) : numbers(new T[size + LINE / sizeof(T)]) {}
-    T* data() const { return (T*)(((uintptr_t)numbers.get() + LINE - 1) / LINE * LINE); }
-};
 
 // sums = the sum of all rows (rows, width).
 inline void add_rows(const float* source, int64_t rows, int64_t width, float* __restrict sums) {
@@ -60,58 +29,6 @@ inline void each_rows(int64_t rows, const Run& run) {
     int64_t r = 0;
     for (; r <= rows - ROWS; r += ROWS) run(r, std::integral_constant<int, ROWS>());
     for (; r < rows; r++) run(r, std::integral_constant<int, 1>());
-}
-
-// Calls run(first column, V) for each panel of V vectors.
-template <class Run>
-inline void each_panel(int64_t width, const Run& run) {
-    for (int64_t c = 0; c < width; c += PANEL) {
-        int64_t vectors = std::min<int64_t>(PANEL, width - c) / LANES;
-        with_constant<VECTORS>(vectors, [&](auto V) { run(c, V); });
-    }
-}
-
-// Rows of numbers (n, width) as words: they themselves, or else `buffer`.
-inline const float* as_words(const float* x, int64_t, int64_t, float*) { return x; }
-
-#ifdef __AVX512BF16__
-inline const Pair* as_words(const BFloat16* x, int64_t, int64_t, Pair*) { return (const Pair*)x; }
-inline const Pair* as_words(const float* x, int64_t n, int64_t width, Pair* buffer) {
-    each_panel(width, [&](int64_t c, auto V) {
-        for (int64_t i = c; i < n * width; i += width) {
-            Vector numbers[V];
-            read(x + i, numbers);
-            store_row(buffer + i / 2, numbers);
-        }
-    });
-    return buffer;
-}
-#endif
-
-// `columns` (ceil(n / NUMBERS), width): n rows of a panel by column. In the rows, which are `stride`
-// words apart, the words are by row. A number that is missing is 0.
-inline void order_by_column(const float* rows, int64_t stride, int64_t n, int64_t width,
-                            float* columns) {
-    for (int64_t r = 0; r < n; r++) std::copy_n(rows + r * stride, width, columns + r * width);
-}
-inline void order_by_column(const Pair* rows, int64_t stride, int64_t n, int64_t width,
-                            Pair* columns) {
-    for (int64_t r = 0; r < n; r += 2, rows += 2 * stride, columns += width) {
-        const BFloat16 *first = (const BFloat16*)rows, *second = (const BFloat16*)(rows + stride);
-        bool alone = r + 1 == n;
-        if (alone) second = first;
-        uint32_t kept = alone ? 0 : 0xffff0000;
-        for (int64_t j = 0; j < width; j++)
-            columns[j].bits = first[j].bits | (uint32_t(second[j].bits) << 16 & kept);
-    }
-}
-
-// The numbers of row r in a vector of words by column.
-template <class Word>
-inline Vector numbers_of_row(Vector words, int64_t r) {
-    if (NUMBERS<Word> == 1) return words;
-    typedef uint32_t Bits __attribute__((vector_size(sizeof(Vector))));
-    return (Vector)((Bits)words << (r % 2 ? 0 : 16) & 0xffff0000);
 }
 
 // matrix (A, stride) += a^T b for COLUMNS columns of a and V vectors of b, both by column with
@@ -130,36 +47,6 @@ template <int V, class Word>
     for (int r = 0; r < R; r++) store_row(matrix + r * stride, sums[r]);
 }
 
-// A matrix by column, in panels.
-template <class Word>
-class Columns {
-    Buffer<Word> words;
-    const int64_t width;
-
-   public:
-    int64_t rows = 0;  // of words
-
-    Columns(int64_t most, int64_t width) : words(words_of<Word>(most) * width), width(width) {}
-
-    // The n rows of `matrix`.
-    Columns(const float* matrix, int64_t n, int64_t width) : Columns(n, width) {
-        Buffer<Word> buffer(n * width / NUMBERS<Word>);
-        fill(as_words(matrix, n, width, buffer.data()), n);
-    }
-
-    // The panel that begins at column c.
-    const Word* operator[](int64_t c) const { return words.data() + c * rows; }
-
-    // From n rows of words.
-    void fill(const Word* source, int64_t n) {
-        rows = words_of<Word>(n);
-        each_panel(width, [&](int64_t c, auto V) {
-            order_by_column(source + c / NUMBERS<Word>, width / NUMBERS<Word>, n, V * LANES,
-                            words.data() + c * rows);
-        });
-    }
-};
-
 // x and its width D, the width F of the hidden units, and the transposed weights (D, F) and (F, D);
 // what the gradient needs: unless they are null, the hidden units by column in panels, those of one
 // block after the other, and x + y and its moments.
@@ -177,8 +64,7 @@ struct Forward {
     Dropout hidden_dropout, dropout;  // of the hidden units and of y
     int64_t D, F;
 
-    static constexpr int64_t NUMBERS = feed_forward::NUMBERS<Word>;
-    static constexpr int64_t PANEL_WORDS = PANEL / NUMBERS;
+    static constexpr int64_t NUMBERS = ::NUMBERS<Word>, PANEL_WORDS = PANEL / NUMBERS;
 
     // The n rows from `first` on.
     void block(int64_t first, int64_t n) const {
@@ -267,7 +153,8 @@ struct Given {
     const float* x;
     const Word* hidden;
     const float *sums, *means, *inverses, *gradients;
-    const Columns<Word>&weight1, &weight2;
+    const Columns<Word>& weight1;
+    const Columns<Word>& weight2;
     const float* norm_weight;
     Dropout dropout;  // of y
     float factor;     // of the dropout of hidden units
@@ -283,14 +170,14 @@ struct Gradients {
 // One block of rows after the other.
 template <class Word>
 class Backward {
-    static constexpr int64_t NUMBERS = feed_forward::NUMBERS<Word>;
+    static constexpr int64_t NUMBERS = ::NUMBERS<Word>, PANEL_WORDS = PANEL / NUMBERS;
 
     const Given<Word> given;
     const int64_t D = given.D, F = given.F;
     Buffer<float> y{BLOCK * D}, row{2 * D};  // `y`: its gradient
     Buffer<Word> words{BLOCK * D / NUMBERS};
     // The gradient in front of the relu, in panels by row; a panel of it by column.
-    Buffer<Word> masked{BLOCK * F / NUMBERS}, panel{BLOCK * PANEL / NUMBERS};
+    Buffer<Word> masked{BLOCK * F / NUMBERS}, panel{BLOCK * PANEL_WORDS};
     Columns<Word> inputs{BLOCK, D}, gradients{BLOCK, D};  // x, the gradient of y
 
    public:
@@ -352,7 +239,7 @@ class Backward {
                 results[i][v] = unit <= 0.f ? zero : results[i][v] * given.factor;
                 totals[v] += results[i][v];
             }
-            store_row(target + (r + i) * PANEL / NUMBERS, results[i]);
+            store_row(target + (r + i) * PANEL_WORDS, results[i]);
         }
         store_row(sums, totals);
     }
@@ -360,7 +247,7 @@ class Backward {
     // A panel of the gradient in front of the relu by column.
     const Word* by_column(const Word* rows, int64_t n) {
         if (NUMBERS == 1) return rows;
-        order_by_column(rows, PANEL / NUMBERS, n, PANEL, panel.data());
+        order_by_column(rows, PANEL_WORDS, n, PANEL, panel.data());
         return panel.data();
     }
 
@@ -380,12 +267,11 @@ class Backward {
     // Adds the gradient of R rows of x from the products, in the panel from column d on.
     template <int R, int V>
     [[gnu::noinline]] void add_inputs(int64_t r, int64_t n, int64_t d, float* target) {
-        constexpr int64_t WORDS = PANEL / NUMBERS;
         Vector rows[R][V];
         for (int i = 0; i < R; i++) read(target + i * D, rows[i]);
         for (int64_t c = 0; c < F; c += PANEL)
-            accumulate(rows, masked.data() + (c * n + r * PANEL) / NUMBERS, WORDS,
-                       given.weight1[d] + c * V * LANES / NUMBERS, WORDS);
+            accumulate(rows, masked.data() + c * n / NUMBERS + r * PANEL_WORDS, PANEL_WORDS,
+                       given.weight1[d] + c * V * LANES / NUMBERS, PANEL_WORDS);
         for (int i = 0; i < R; i++) store_row(target + i * D, rows[i]);
     }
 };

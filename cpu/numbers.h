@@ -15,10 +15,12 @@ constexpr int LANES = 8;
 constexpr int LANES = 4;
 #endif
 
+// A vector of N numbers, anywhere in memory.
 template <int N>
-struct Numbers {
+struct Floats {
     typedef float Vector __attribute__((vector_size(4 * N), aligned(4), may_alias));
 };
+static_assert(alignof(Floats<LANES>::Vector) == 4);
 
 // x with its numbers I and I ^ W exchanged.
 template <int W, class Vector, int... I>
@@ -38,7 +40,7 @@ inline float add_up(Vector x) {
 // The sum of a[i] * b[i] for i < n.
 template <int N = LANES>
 inline float dot(const float* a, const float* b, int n) {
-    typedef typename Numbers<N>::Vector Vector;
+    typedef typename Floats<N>::Vector Vector;
     Vector sums = {};
     int i = 0;
     for (; i + N <= n; i += N) sums += *(const Vector*)(a + i) * *(const Vector*)(b + i);
@@ -51,7 +53,7 @@ inline float dot(const float* a, const float* b, int n) {
 // The sum of n numbers.
 template <int N = LANES>
 inline float sum(const float* x, int n) {
-    typedef typename Numbers<N>::Vector Vector;
+    typedef typename Floats<N>::Vector Vector;
     Vector sums = {};
     int i = 0;
     for (; i + N <= n; i += N) sums += *(const Vector*)(x + i);

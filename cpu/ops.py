@@ -77,25 +77,23 @@ class CompiledOps(PlainOps):
         hidden_noise: Noise | None = None,
         noise: Noise | None = None,
     ) -> torch.Tensor:
-        if not self.fuses(x, first.out_features):
+        autocast, keep = torch.is_autocast_enabled("cpu"), torch.is_grad_enabled()
+        dtype = torch.get_autocast_dtype("cpu") if autocast else torch.float32
+        F, D = first.weight.shape
+        if D % VECTOR or F % (4 * VECTOR) or not self.has_fast_block(dtype, x.dtype, keep):
             return super().feed_forward_block(x, first, second, norm, hidden_noise, noise)
         check_norm(norm, x)
         parameters = [p for layer in (first, second, norm) for p in (layer.weight, layer.bias)]
-        noises, keep = (hidden_noise, noise), torch.is_grad_enabled()
-        dtype = torch.bfloat16 if torch.is_autocast_enabled("cpu") else torch.float32
-        return FeedForwardBlock.apply(self.library, dtype, x, *parameters, *noises, keep)
+        arguments = *parameters, hidden_noise, noise, keep
+        return FeedForwardBlock.apply(self.library, dtype, x, *arguments)
 
-    def fuses(self, x: torch.Tensor, hidden_units: int) -> bool:
-        """Whether feed_forward.h takes a feed-forward network of inputs `x`, and is faster than
-        products by oneDNN, which alone use units for matrices."""
-        if APPLE or x.shape[-1] % VECTOR or hidden_units % (4 * VECTOR):
-            return False
-        if not torch.is_autocast_enabled("cpu"):
-            return True
-        if torch.is_grad_enabled() and x.dtype != torch.float32:
-            return False
-        compiled = "feed_forward_block_backward_bfloat16" in self.library.functions
-        return compiled and multiplies_pairs()
+    def has_fast_block(self, dtype: torch.dtype, x_dtype: torch.dtype, keep: bool) -> bool:
+        """Whether feed_forward.h has products of this type, for these inputs and perhaps with
+        gradients, which are faster than those of torch: only the latter use units for matrices."""
+        if APPLE or dtype == torch.float32:
+            return not APPLE
+        compiled = f"feed_forward_block_backward_{TYPES.get(dtype)}" in self.library.functions
+        return compiled and (x_dtype == torch.float32 or not keep) and multiplies_pairs()
 
     def short_convolution(
         self, x: torch.Tensor, weight: torch.Tensor, offsets: Sequence[int]

@@ -12,7 +12,7 @@
 
 #include "numbers.h"
 
-typedef float Vector __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
+typedef Floats<LANES>::Vector Vector;
 
 // ROWS * VECTORS registers hold sums: of 16 with AVX, of 32 with AVX-512 and on ARM.
 constexpr int VECTORS = LANES == 8 ? 2 : 4;
