@@ -86,11 +86,11 @@ def training_memory(
     """A lower bound of the bytes that training needs: weights, gradients and at least one moment;
     the activations of a batch; the images of an iteration.
 
-    Measured on a CPU, a position takes 36 to 50 bytes for each channel of a layer in float32 (23 to
+    Measured on a CPU, a position takes 43 to 50 bytes for each channel of a layer in float32 (27 to
     36 in bfloat16), at least 40 more for each channel, and 24 for each mixture component.
     """
     if device.type == "cpu":
-        per_channel = 36 if precision == "fp32" else 22
+        per_channel = 42 if precision == "fp32" else 26
         per_position = (per_channel * config.n_layers + 40) * config.d_model + 24 * config.mixtures
     else:
         per_position = 20 * config.n_layers * config.d_model

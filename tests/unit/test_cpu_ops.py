@@ -127,6 +127,17 @@ def test_the_feed_forward_block_and_its_gradients(
         assert distance(p, q) < 5 * tolerance
 
 
+@torch.no_grad()
+def test_the_feed_forward_block_takes_bfloat16_weights_under_autocast():
+    """Regression: sampling by recomputing in bf16 ended with a TypeError, since it converts the
+    weights of linear layers."""
+    x, (first, second, norm) = torch.randn(2, 3, 64).bfloat16(), make_layers(8)["block"]
+    with torch.autocast("cpu", torch.bfloat16):
+        expected = compiled().feed_forward_block(x, first, second, norm)
+        outputs = compiled().feed_forward_block(x, first.bfloat16(), second.bfloat16(), norm)
+    assert distance(outputs, expected) < 1e-2
+
+
 def test_without_gradients_no_hidden_units_are_kept():
     """Regression: an evaluation wrote four times as much to memory as it returned."""
     ops, block, calls = compiled(), make_layers(8)["block"], []
