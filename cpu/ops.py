@@ -84,7 +84,8 @@ class CompiledOps(PlainOps):
             return super().feed_forward_block(x, first, second, norm, hidden_noise, noise)
         check_norm(norm, x)
         parameters = [p for layer in (first, second, norm) for p in (layer.weight, layer.bias)]
-        parameters = [p.float() if p.dtype == dtype else p for p in parameters]  # for sampling
+        # Sampling in bfloat16 has converted the weights.
+        parameters = [p.float() if p.dtype == dtype else p for p in parameters]
         arguments = *parameters, hidden_noise, noise, keep
         return FeedForwardBlock.apply(self.library, dtype, x, *arguments)
 
