@@ -92,8 +92,10 @@ class CompiledOps(PlainOps):
     def has_fast_block(self, dtype: torch.dtype, x_dtype: torch.dtype, keep: bool) -> bool:
         """Whether feed_forward.h has products of this type, for these inputs and perhaps with
         gradients, which are faster than those of torch: only the latter use units for matrices."""
-        if APPLE or dtype == torch.float32:
-            return not APPLE
+        if APPLE:
+            return False
+        if dtype == torch.float32:
+            return True
         compiled = f"feed_forward_block_backward_{TYPES.get(dtype)}" in self.library.functions
         return compiled and (x_dtype == torch.float32 or not keep) and multiplies_pairs()
 
@@ -259,8 +261,7 @@ class FeedForwardBlock(torch.autograd.Function):
             kept = [hidden, torch.empty_like(x), mean, inverse]
         hidden_keys, _, *hidden_dropout = dropout_arguments(x, hidden_noise)
         keys, _, *dropout = dropout_arguments(x, noise)
-        weights = (weight.t().contiguous() for weight in (weight1, weight2))
-        layers = next(weights), bias1, next(weights), bias2, scale, shift
+        layers = weight1.t().contiguous(), bias1, weight2.t().contiguous(), bias2, scale, shift
         tensors = x, *layers, outputs, *kept, hidden_keys, keys
         sizes = rows, D, F, x.shape[1:].numel()
         numbers = *sizes, *hidden_dropout, *dropout, torch.get_num_threads()

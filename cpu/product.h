@@ -101,9 +101,7 @@ inline void accumulate(Vector (&sums)[R][V], const BFloat16* a, int64_t stride, 
                        int64_t n, Prefetch prefetch) {
     accumulate(sums, (const Pair*)a, stride / 2, (const Pair*)b, n / 2, prefetch);
 }
-#endif
 
-#ifdef __AVX512BF16__
 template <int V>
 inline void store_row(BFloat16* row, const Vector (&numbers)[V]) {
     store_row((Pair*)row, numbers);
