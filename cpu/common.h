@@ -15,14 +15,16 @@
 #include <mutex>
 #include <thread>
 #include <vector>
+#ifdef _OPENMP
+#include <omp.h>
+#endif
 
 #include "exports.h"
 #include "numbers.h"
 
-// Calls run(0), ..., run(n - 1), each in a thread of its own, the first in the calling thread. All
-// run at the same time, so they may wait for each other; none does if one cannot be started.
+// `run_threads` without OpenMP.
 template <class Run>
-void run_threads(int n, const Run& run) {
+void run_own_threads(int n, const Run& run) {
     std::promise<bool> all_started;
     std::shared_future<bool> start = all_started.get_future();
     std::vector<std::thread> threads;
@@ -42,6 +44,22 @@ void run_threads(int n, const Run& run) {
         throw;
     }
     finish(true);
+}
+
+// Calls run(0), ..., run(n - 1), each in a thread of its own, the first in the calling thread. All
+// run at the same time, so they may wait for each other; none does if one cannot be started. With
+// OpenMP these are the threads of torch's own operations, which spin for a while after each operation
+// and would slow down any others.
+template <class Run>
+void run_threads(int n, const Run& run) {
+#ifdef _OPENMP
+    std::atomic<bool> all_started{true};
+#pragma omp parallel num_threads(n)
+    if (omp_get_num_threads() == n) run(omp_get_thread_num());
+    else all_started = false;  // OMP_THREAD_LIMIT is less, for example
+    if (all_started) return;
+#endif
+    run_own_threads(n, run);
 }
 
 // The first exception of several threads, which none of them may let out.
@@ -64,9 +82,7 @@ class Failure {
     }
 };
 
-// Calls run(task) for every task, in any order, on `threads` threads. With OpenMP these are the
-// threads of torch's own operations, which spin for a while after each operation and would slow
-// down any others.
+// Calls run(task) for every task, in any order, on `threads` threads, the same ones.
 template <class Run>
 void run_tasks(int64_t tasks, int threads, const Run& run) {
     Failure failure;

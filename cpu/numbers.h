@@ -1,9 +1,10 @@
-// Vectors of the CPU, and bfloat16.
+// Vectors of the CPU, where they lie in memory, and bfloat16.
 
 #pragma once
 
 #include <cstdint>
 #include <cstring>
+#include <memory>
 #include <utility>
 
 // How many floats one of this CPU's widest vectors holds. GCC computes wider ones number by number.
@@ -21,6 +22,17 @@ struct Floats {
     typedef float Vector __attribute__((vector_size(4 * N), aligned(4), may_alias));
 };
 static_assert(alignof(Floats<LANES>::Vector) == 4);
+
+// Begins with a cache line: a vector in two lines takes twice as long. Not initialised.
+template <class T>
+class Buffer {
+    static constexpr int64_t LINE = 64;  // bytes
+    std::unique_ptr<T[]> numbers;
+
+   public:
+    explicit Buffer(int64_t size) : numbers(new T[size + LINE / sizeof(T)]) {}
+    T* data() const { return (T*)(((uintptr_t)numbers.get() + LINE - 1) / LINE * LINE); }
+};
 
 // x with its numbers I and I ^ W exchanged.
 template <int W, class Vector, int... I>

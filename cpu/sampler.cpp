@@ -29,7 +29,10 @@ constexpr int TAPS = std::size(offsets), RECENT = offsets[TAPS - 1] + 1;
 
 // With fewer images per thread, a team of threads shares its rows, and each reads a part of the
 // weights. It pays sooner for weights that no cache holds, since all threads share the memory.
-constexpr int IMAGES_PER_THREAD = WEIGHT_BYTES > 16 << 20 ? 8 : 5;
+constexpr int IMAGES_PER_THREAD = WEIGHT_BYTES > 16 << 20 ? 8 : LARGE ? 4 : 1;
+// Members of a team wait for each other five times a layer, for up to ten microseconds in all, in
+// which one thread reads half a MB of weights.
+constexpr bool TEAMS = WEIGHT_BYTES / LAYERS > 512 << 10;
 // A thread draws its images in groups if the weights stay in its caches, so that the states of a group
 // do, too: S of all layers is at most half as large as the weights in float32.
 constexpr int64_t IMAGES_PER_GROUP = LARGE ? std::numeric_limits<int64_t>::max() : ROWS * HEADS;
@@ -106,9 +109,9 @@ struct alignas(64) Barrier {
 // One row for each image of a team, and for each position that is read at a time.
 template <class T, int ROW>
 struct Rows {
-    std::vector<T> data;
-    explicit Rows(int64_t n) : data(n * ROW) {}
-    T* operator[](int64_t r) { return data.data() + r * ROW; }
+    Buffer<T> numbers;
+    explicit Rows(int64_t n) : numbers(n * ROW) {}
+    T* operator[](int64_t r) { return numbers.data() + r * ROW; }
 };
 
 // Threads that work on the same n images, from `first` on, and wait for each other where one reads
@@ -380,9 +383,9 @@ void panel_sizes(int64_t* sizes) {
 // `teams`.
 std::vector<std::vector<Member>> make_members(Job& job, std::deque<Team>& teams, int64_t threads) {
     std::vector<std::vector<Member>> members(threads);
-    int64_t parts = std::max<int64_t>(1, std::min(threads, job.n / IMAGES_PER_THREAD));
+    int64_t parts = std::clamp<int64_t>(job.n / IMAGES_PER_THREAD, 1, threads);
     for (int64_t p = 0; p < parts; p++) {
-        int64_t first = threads * p / parts, size = threads * (p + 1) / parts - first;
+        int64_t first = threads * p / parts, size = TEAMS ? threads * (p + 1) / parts - first : 1;
         int64_t image = job.n * p / parts, end = job.n * (p + 1) / parts;
         for (; image < end; image += teams.back().n) {
             int64_t n = std::min(IMAGES_PER_GROUP, end - image);

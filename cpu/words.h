@@ -7,7 +7,6 @@
 #pragma once
 
 #include <algorithm>
-#include <memory>
 
 #include "tile.h"
 
@@ -23,17 +22,6 @@ template <class Word>
 int64_t words_of(int64_t n) {
     return (n + NUMBERS<Word> - 1) / NUMBERS<Word>;
 }
-
-// Begins with a cache line: a vector in two lines takes twice as long. Not initialised.
-template <class T>
-class Buffer {
-    static constexpr int64_t LINE = 64;  // bytes
-    std::unique_ptr<T[]> numbers;
-
-   public:
-    explicit Buffer(int64_t size) : numbers(new T[size + LINE / sizeof(T)]) {}
-    T* data() const { return (T*)(((uintptr_t)numbers.get() + LINE - 1) / LINE * LINE); }
-};
 
 // Calls run(first column, V) for each panel of V vectors.
 template <class Run>

@@ -85,11 +85,14 @@ def test_it_draws_the_images_of_the_plain_sampler(sizes, n_images, attention_typ
     assert (images != expected).any(1).sum() <= n_images // 20
 
 
-@pytest.mark.parametrize("threads", [1, 2, 3, 8])
-def test_the_number_of_threads_does_not_matter(threads, monkeypatch):
-    """Fewer threads than images, as many, and more."""
-    model, noise = make_model(), image_noise(1, range(18), LENGTH)
-    images = [torch.zeros(18, LENGTH, dtype=torch.int64) for _ in range(2)]
+@pytest.mark.parametrize("sizes", [(2, 2, 8), LARGE], ids=["small", "large"])
+@pytest.mark.parametrize("n_images", [1, 18])
+@pytest.mark.parametrize("threads", [2, 3, 8])
+def test_the_number_of_threads_does_not_matter(threads, n_images, sizes, monkeypatch):
+    """Of a large model several threads share an image, of a small one none do."""
+    model, noise = make_model(*sizes), image_noise(1, range(n_images), LENGTH)
+    images = [torch.zeros(n_images, LENGTH, dtype=torch.int64) for _ in range(2)]
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
     complete(model, images[0], 1, noise)
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
     complete(model, images[1], 1, noise)
@@ -459,22 +462,39 @@ def test_a_library_that_cannot_be_loaded_is_reported_and_not_needed(
         assert (result.status, result.err.count("cannot be loaded")) == (0, 1)
 
 
-@pytest.mark.skipif(
-    sys.platform != "linux", reason="only there a limit of stacks holds for threads"
-)
-def test_threads_that_cannot_be_started_are_an_error(tiny_checkpoint):
-    """Regression: the exception crossed the C boundary and aborted the process."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "2", "OPENBLAS_NUM_THREADS": "1"}
-    environment["OMP_STACKSIZE"] = "2M"
+def sample_without_own_threads(checkpoint, **environment):
+    """Status and error messages of a command that can start no threads but OpenMP's."""
+    environment |= {"OMP_NUM_THREADS": "2", "OPENBLAS_NUM_THREADS": "1", "OMP_STACKSIZE": "2M"}
 
     def limit_stacks():  # more than the address space has
         resource.setrlimit(resource.RLIMIT_STACK, (2**46, resource.RLIM_INFINITY))
 
-    command = [tiny_checkpoint, *RECURRENT, "--device", "cpu", "--compile"]
+    command = [checkpoint, *RECURRENT, "--device", "cpu", "--compile"]
+    environment = {**os.environ, **environment}
     process = start("prediction.py", *command, env=environment, preexec_fn=limit_stacks)
-    error = process.communicate()[1].splitlines()[-1]
-    assert process.returncode == 2
-    assert "cannot start the 2 threads" in error
+    error = process.communicate()[1]
+    return process.returncode, error
+
+
+LIMITS_STACKS = pytest.mark.skipif(
+    sys.platform != "linux", reason="only there a limit of stacks holds for threads"
+)
+
+
+@LIMITS_STACKS
+def test_threads_that_cannot_be_started_are_an_error(tiny_checkpoint):
+    """Regression: the exception crossed the C boundary and aborted the process."""
+    status, error = sample_without_own_threads(tiny_checkpoint, OMP_THREAD_LIMIT="1")
+    assert status == 2
+    assert "cannot start the 2 threads" in error.splitlines()[-1]
+
+
+@LIMITS_STACKS
+def test_it_uses_the_threads_of_torch(tiny_checkpoint):
+    """Regression: it started its own ones, beside those of torch, which spin for some milliseconds
+    after each operation: on two cores, drawing took up to twice as long."""
+    status, error = sample_without_own_threads(tiny_checkpoint)
+    assert status == 0, error
 
 
 def test_a_failing_compiler_is_reported_and_not_needed(call, tiny_checkpoint, monkeypatch):
