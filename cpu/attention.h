@@ -95,7 +95,9 @@ void forward(const T* qkv, T* out, float* S, float* Z, int64_t images, int64_t l
 // The derivative of the feature map is 1 where phi > 1, and phi elsewhere.
 template <class T>
 inline void write_gradient(const float* gradient, const float* phi, T* target) {
-    for (int e = 0; e < SIZE; e++) store(target + e, gradient[e] * std::min(phi[e], 1.f));
+    float row[SIZE];
+    for (int e = 0; e < SIZE; e++) row[e] = gradient[e] * std::min(phi[e], 1.f);
+    store(target, row, SIZE);
 }
 
 // The inputs of the gradients at N positions.
@@ -170,7 +172,7 @@ struct Backward {
         for (int n = 0; n < N; n++) {
             int64_t start = (shape.length - 1 - first - n) * shape.stride();
             write_gradient(keys[n], at.phi_k[n], gradients.k + start);
-            for (int m = 0; m < SIZE; m++) store(gradients.v + start + m, values[n][m]);
+            store(gradients.v + start, values[n], SIZE);
         }
     }
 };

@@ -138,8 +138,9 @@ def cache_path(source: str, sizes: dict) -> tuple[Path, list[str]]:
         [command[0], target, "-dM", "-E", "-x", "c++", os.devnull], capture_output=True
     ).stdout
     # With g++, OpenMP uses the same runtime as torch; clang may have none. g++ also avoids fused
-    # multiply-adds in some loops on some CPUs, and samples would depend on the size of a batch.
-    gcc = ["-fopenmp", "--param=avoid-fma-max-bits=0"]
+    # multiply-adds in some loops on some CPUs, and samples would depend on the size of a batch. And
+    # for the rest of a row it may use smaller vectors that must be aligned where they are not.
+    gcc = ["-fopenmp", "--param=avoid-fma-max-bits=0", "--param=vect-epilogues-nomask=0"]
     command += ["-fopenmp-simd"] if b"__clang__" in macros else gcc
     command += ["-fno-math-errno", "-fno-trapping-math"]
     command += [f"-D{name}={value}" for name, value in (CONSTANTS | sizes).items()]

@@ -120,10 +120,12 @@ inline Moments normalise(Read read, float* __restrict row, const float* __restri
 }
 
 // exp(x) for x <= 0: 2^n e^r with |r| <= log(2) / 2, and the Taylor series of e^r. Of NaN it is
-// NaN, whatever n is then.
+// NaN, whatever n is then. Adding 1.5 * 2^23 rounds to a whole number, n + 127, which is then in the
+// lowest bits: those of the exponent of 2^n, once they are shifted.
 inline float exponential(float x) {
     x = x < -87 ? -87 : x;  // std::max would keep the loops from being vectorised
-    int n = int(x * 1.44269504f - 0.5f);
+    constexpr float SHIFT = 0x1.8p23f + 127;
+    float shifted = x * 1.44269504f + SHIFT, n = shifted - SHIFT;
     float r = x - n * 0.693359375f + n * 2.12194440e-4f;  // log(2) in two parts
     float e = 1.f / 5040;
     e = e * r + 1.f / 720;
@@ -133,7 +135,9 @@ inline float exponential(float x) {
     e = e * r + 0.5f;
     e = e * r + 1.f;
     e = e * r + 1.f;
-    int bits = (n + 127) << 23;
+    uint32_t bits;
+    memcpy(&bits, &shifted, 4);
+    bits <<= 23;
     float power;
     memcpy(&power, &bits, 4);
     return e * power;
@@ -239,6 +243,7 @@ inline void attend(const T* q, const T* k, const T* v, int64_t stride, float* S,
     update<N>(S, phi_k, value, phi_q, sums);
     for (int n = 0; n < N; n++) {
         float scale = normalizer(phi_q[n], phi_k[n], Z);
-        for (int m = 0; m < SIZE; m++) store(out + n * out_stride + m, sums[n][m] * scale);
+        for (int m = 0; m < SIZE; m++) sums[n][m] *= scale;
+        store(out + n * out_stride, sums[n], SIZE);
     }
 }

@@ -65,7 +65,8 @@ void gated_forward(const T* projected, T* out, float* scales, float* S, int64_t 
                 float scale = gated::output_scale(sums[n]);
                 if (scales) scales[head.scales + (first + n) * heads] = scale;
                 T* target = out + head.outputs + (first + n) * shape.width();
-                for (int m = 0; m < SIZE; m++) store(target + m, gates[n][m] * scale * sums[n][m]);
+                for (int m = 0; m < SIZE; m++) sums[n][m] *= gates[n][m] * scale;
+                store(target, sums[n], SIZE);
             }
         });
         if (S) memcpy(S + task * SIZE * SIZE, state->S, sizeof state->S);
@@ -131,7 +132,7 @@ struct GatedBackward {
         for (int n = 0; n < N; n++) {
             products[first + n] = dot(at.q[n], sums[n]);
             T* d_q = target(first + n, 0, PREFETCH_DISTANCE);
-            for (int e = 0; e < SIZE; e++) store(d_q + e, sums[n][e]);
+            store(d_q, sums[n], SIZE);
         }
     }
 
@@ -163,7 +164,7 @@ struct GatedBackward {
         float factor = beta * at.inverse_lengths[n];
         T *d_k = target(i, 1, -PREFETCH_DISTANCE), *d_v = target(i, 3, -PREFETCH_DISTANCE);
         for (int e = 0; e < SIZE; e++) store(d_k + e, factor * (key[e] - product * at.k[n][e]));
-        for (int m = 0; m < SIZE; m++) store(d_v + m, value[m]);
+        store(d_v, value, SIZE);
         sum += products[i] - beta * product;
         T* gates = gradients + head.decays + i * head.stride;
         store(gates, sum * (a - 1));

@@ -34,9 +34,8 @@ void norm_row_backward(const X* __restrict g, const X* __restrict sums, Moments 
         d_bias[d] += gradient;
     }
     float mean = sum(scaled, width) / width, slope = dot(scaled, normed, width) / width;
-    for (int d = 0; d < width; d++) {
-        float value = (scaled[d] - mean - normed[d] * slope) * moments.inverse;
-        store(d_x + d, value);
-        store(d_y + d, value);
-    }
+    for (int d = 0; d < width; d++)
+        scaled[d] = (scaled[d] - mean - normed[d] * slope) * moments.inverse;
+    store(d_x, scaled, width);
+    store(d_y, scaled, width);
 }

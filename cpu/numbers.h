@@ -6,6 +6,9 @@
 #include <cstring>
 #include <memory>
 #include <utility>
+#ifdef __AVX512BF16__
+#include <immintrin.h>
+#endif
 
 // How many floats one of this CPU's widest vectors holds. GCC computes wider ones number by number.
 #if defined(__AVX512F__)
@@ -93,3 +96,22 @@ inline void store(BFloat16* target, float x) {  // rounds to nearest, ties to ev
     uint32_t rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
     target->bits = x == x ? rounded : 0x7fc0;  // the sum would carry a NaN over to 0
 }
+
+// Stores n numbers.
+template <class T>
+inline void store(T* target, const float* numbers, int n) {
+    for (int i = 0; i < n; i++) store(target + i, numbers[i]);
+}
+
+#ifdef __AVX512BF16__
+// CPUs round two vectors at once. Like their products of pairs, this takes denormal numbers for 0.
+inline void store(BFloat16* target, const float* numbers, int n) {
+    int i = 0;
+    for (; i + 32 <= n; i += 32) {
+        __m512 first = _mm512_loadu_ps(numbers + i), second = _mm512_loadu_ps(numbers + i + 16);
+        __m512bh rounded = _mm512_cvtne2ps_pbh(second, first);
+        memcpy(target + i, &rounded, sizeof rounded);
+    }
+    for (; i < n; i++) store(target + i, numbers[i]);
+}
+#endif

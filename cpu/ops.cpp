@@ -136,7 +136,7 @@ void convolve_image(const T* x, const float* weight, T* y, Taps taps) {
             if (int64_t from = i - taps.offsets[k]; from >= 0)
                 add_product(row.data(), weight + k * taps.width, x + from * taps.width,
                             taps.width);
-        for (int64_t d = 0; d < taps.width; d++) store(y + i * taps.width + d, row[d]);
+        store(y + i * taps.width, row.data(), taps.width);
     }
 }
 
@@ -156,7 +156,7 @@ void convolve_image_backward(const T* x, const float* weight, const T* g, T* inp
             add_product(row.data(), weight + k * taps.width, later, taps.width);
             add_product(weights + k * taps.width, x + i * taps.width, later, taps.width);
         }
-        for (int64_t d = 0; d < taps.width; d++) store(inputs + i * taps.width + d, row[d]);
+        store(inputs + i * taps.width, row.data(), taps.width);
     }
 }
 

@@ -205,9 +205,7 @@ struct Member {
         }
     }
 
-    void write_input(int64_t r) {
-        for (int d = 0; d < D; d++) store(input[r] + d, x[r][d]);
-    }
+    void write_input(int64_t r) { store(input[r], x[r], D); }
 
     // Adds the linear map of the known bytes around the byte after `place` of image i to a row.
     template <int WIDTH>
@@ -254,8 +252,7 @@ struct Member {
     }
 
     void remember(const State& state, int64_t place, int64_t r) {
-        Stored* target = remembered(state, place, r);
-        for (int d = 0; d < D; d++) store(target + d, x[r][d]);
+        store(remembered(state, place, r), x[r], D);
     }
 
     void convolve_row(const Layer& layer, const State& state, int64_t place, int64_t r,
@@ -280,12 +277,12 @@ struct Member {
     // Writes the norm of the row read(0), ..., read(D - 1) to row r of x and of the next inputs.
     template <class Read>
     void write_norm(int64_t r, const Norm& norm, Read read) {
-        float row[D], *target = x[r];
-        Operand* operand = input[r];
+        alignas(64) float row[D];
+        float *target = x[r];
         normalise(read, row, norm.weight, norm.bias, D, [=](int d, float value) {
             target[d] = value;
-            store(operand + d, value);
         });
+        write_input(r);
     }
 
     void add_and_normalise(const Norm& norm) {
@@ -308,7 +305,8 @@ struct Member {
         gated::load_gates<1>(q + 2 * D, 0, gates);
         gated::attend(position, S, sums);
         float scale = gated::output_scale(sums[0]);
-        for (int m = 0; m < SIZE; m++) store(target + m, gates[0][m] * scale * sums[0][m]);
+        for (int m = 0; m < SIZE; m++) sums[0][m] *= gates[0][m] * scale;
+        store(target, sums[0], SIZE);
 #else
         attend<1>(q, q + D, q + 2 * D, 0, S, state.Z + at * SIZE, target, 0);
 #endif
