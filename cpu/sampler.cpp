@@ -277,11 +277,9 @@ struct Member {
     // Writes the norm of the row read(0), ..., read(D - 1) to row r of x and of the next inputs.
     template <class Read>
     void write_norm(int64_t r, const Norm& norm, Read read) {
-        alignas(64) float row[D];
-        float *target = x[r];
-        normalise(read, row, norm.weight, norm.bias, D, [=](int d, float value) {
-            target[d] = value;
-        });
+        float row[D], *target = x[r];
+        auto write = [=](int d, float value) { target[d] = value; };
+        normalise(read, row, norm.weight, norm.bias, D, write);
         write_input(r);
     }
 
