@@ -120,9 +120,10 @@ inline Moments normalise(Read read, float* __restrict row, const float* __restri
 }
 
 // exp(x) for x <= 0 (of a larger x, any number): 2^n e^r with |r| <= log(2) / 2, and for e^r the
-// polynomial of degree 5 that is 1 at 0 and has the least relative error, 1e-7. Of NaN it is NaN,
-// whatever n is then. Adding 1.5 * 2^23 rounds to a whole number, n + 127, which is then in the lowest
-// bits: those of the exponent of 2^n, once they are shifted.
+// polynomial of degree 5 that is 1 at 0 and has the least relative error, 1e-7. The rounding of
+// log(2) and of r adds up to 3e-7 towards -87 (without fused multiply-adds 4e-6). Of NaN it is NaN,
+// whatever n is then. Adding 1.5 * 2^23 rounds to a whole number, n + 127, which is then in the
+// lowest bits: those of the exponent of 2^n, once they are shifted.
 inline float exponential(float x) {
     x = x < -87 ? -87 : x;  // std::max would keep the loops from being vectorised
     constexpr float SHIFT = 0x1.8p23f + 127;
